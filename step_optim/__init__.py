@@ -1,0 +1,68 @@
+"""step_optim: a trust region that holds after the optimizer step.
+
+Each optimizer step is a transaction on the policy. The inner optimizer
+proposes, an audit measures what the proposal did to the policy on a control
+set, and the proposal, a smaller version of it, or nothing is committed::
+
+    from step_optim import STEPOptimizer, Budget, ControlSet, TokenKL, Interpolate
+
+    control = ControlSet.from_texts(tokenizer, prompts, responses, slices={"math": [0, 1], "safety": [2, 3]})
+    optimizer = STEPOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=2e-4),
+        kl=TokenKL(model, control),
+        budget=Budget(mean=0.03, slices=0.05),  # nats per token
+        controller=Interpolate(),
+        log="run.jsonl",
+    )
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+    optimizer.last  # StepRecord of this step
+"""
+
+from step_optim.audit import Audit, FunctionKL, KLClosure, kl_closure
+from step_optim.budget import Budget, Limits, Verdict
+from step_optim.control import ControlSet
+from step_optim.controllers import (
+    Action,
+    Controller,
+    Gate,
+    GateStalled,
+    Interpolate,
+    Outcome,
+    Point,
+    Project,
+    Trial,
+)
+from step_optim.movement import Movement
+from step_optim.optimizer import STEPOptimizer
+from step_optim.policy_kl import PolicyKL
+from step_optim.telemetry import StepRecord, read_log, summarise
+from step_optim.token_kl import TokenKL
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Action",
+    "Audit",
+    "Budget",
+    "ControlSet",
+    "Controller",
+    "FunctionKL",
+    "Gate",
+    "GateStalled",
+    "Interpolate",
+    "KLClosure",
+    "Limits",
+    "Movement",
+    "Outcome",
+    "Point",
+    "PolicyKL",
+    "Project",
+    "STEPOptimizer",
+    "StepRecord",
+    "TokenKL",
+    "Trial",
+    "Verdict",
+    "kl_closure",
+    "read_log",
+    "summarise",
+]

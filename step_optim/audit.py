@@ -1,0 +1,284 @@
+"""KL closures: what measures how far the current weights are from the policy before the step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from step_optim import kl as statistic
+from step_optim.isolation import isolated
+from step_optim.kl import Rows
+from step_optim.movement import Movement
+
+F = TypeVar("F", bound=Callable[[], Any])
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One measurement: the movement, and the policy that was measured (opaque; None if it is not kept)."""
+
+    movement: Movement
+    policy: Any = None
+
+
+class KLClosure(ABC):
+    """Measures the movement of the *current* weights from the policy before the step.
+
+    Subclass it, or pass any function without arguments: a function is wrapped
+    in `FunctionKL`. A closure that owns its reference makes a committed step
+    cost one evaluation instead of two: `anchor(audit)` is told which audited
+    policy was committed, and the next step is measured from there.
+    """
+
+    has_logits = False
+    """Whether `Project` can work with this closure: it derives from `LogitKL`."""
+
+    @property
+    def slices(self) -> tuple[str, ...] | None:
+        """Names of the slices; None if they are not known before a measurement."""
+        return None
+
+    @abstractmethod
+    def audit(self) -> Audit:
+        """Measure the current weights."""
+
+    def __call__(self) -> Movement:
+        """Measure the current weights and return the figures alone."""
+        return self.audit().movement
+
+    def anchor(self, audit: Audit | None = None) -> None:
+        """Make an audited policy the reference; without one, evaluate the current weights."""
+
+    def drift(self, audit: Audit | None = None) -> Movement | None:
+        """Movement of an audited policy (default: the reference) from pi_ref; None if this closure has no pi_ref."""
+        return None
+
+    def fingerprint(self) -> Any:
+        """Changes when weights that the measurement reads were written; what it cannot see needs `refresh`."""
+        return None
+
+    @property
+    def measures_drift(self) -> bool:
+        """Whether `drift` returns figures."""
+        return False
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Modules whose weights and buffers the measurement reads, as far as they are known."""
+        return ()
+
+    def check_parameters(self, parameters: Sequence[Tensor]) -> None:
+        """Refuse an optimizer whose parameters this closure does not read."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+
+
+class FunctionKL(KLClosure):
+    """A plain function as KL closure.
+
+    Args:
+        fn: takes nothing; returns the movement of the current weights from
+            the weights before the step, as `Movement.of` reads it. It owns its
+            reference: take it before `step()`.
+    """
+
+    def __init__(self, fn: Callable[[], Any]) -> None:
+        if not callable(fn):
+            raise TypeError(f"kl={fn!r} is not callable; pass TokenKL, PolicyKL or a function without arguments")
+        self.fn = fn
+
+    def audit(self) -> Audit:
+        """Call the function, isolated, and read what it returned."""
+        with isolated():
+            return Audit(Movement.of(self.fn()))
+
+    def __repr__(self) -> str:
+        return f"FunctionKL({getattr(self.fn, '__qualname__', self.fn)})"
+
+
+def kl_closure(fn: F) -> FunctionKL:
+    """Mark a function as KL closure, so that ``optimizer.step(fn)`` takes it as one.
+
+    A plain function in that place is always torch's loss closure.
+    """
+    return FunctionKL(fn)
+
+
+def as_kl(kl: KLClosure | Callable[[], Any]) -> KLClosure:
+    """Read the argument ``kl=``."""
+    return kl if isinstance(kl, KLClosure) else FunctionKL(kl)
+
+
+class ReferenceKL(KLClosure):
+    """A KL closure that owns its reference: a policy that was evaluated, kept, and is compared with.
+
+    Subclasses evaluate (`_policy`) and compare (`_movement`); what a policy is
+    stays theirs. pi_ref is the first reference that was ever taken.
+    """
+
+    def __init__(self) -> None:
+        self._reference: Any = None
+        self._origin: Any = None
+        self._used: list[nn.Module] = []
+
+    @abstractmethod
+    def _policy(self) -> Any:
+        """Evaluate the current weights; called isolated."""
+
+    @abstractmethod
+    def _movement(self, candidate: Any, previous: Any) -> Movement:
+        """Movement between two evaluated policies."""
+
+    def audit(self) -> Audit:
+        """Evaluate the current weights and compare them with the reference."""
+        if self._reference is None:
+            raise RuntimeError(f"{type(self).__name__} has no reference yet; call anchor() before the weights move")
+        with isolated(self.modules()) as self._used:
+            policy = self._policy()
+            return Audit(self._movement(policy, self._reference), policy)
+
+    def anchor(self, audit: Audit | None = None) -> None:
+        """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
+        if audit is None:
+            with isolated(self.modules()) as self._used:
+                self._reference = self._policy()
+        else:
+            self._reference = audit.policy
+        if self._origin is None:
+            self._origin = self._reference
+
+    def drift(self, audit: Audit | None = None) -> Movement:
+        """Movement of an audited policy, or of the reference, from pi_ref."""
+        with torch.no_grad():
+            return self._movement(self._reference if audit is None else audit.policy, self._origin)
+
+    def fingerprint(self) -> Any:
+        """Identity, place and version of every parameter and buffer of the modules that were used.
+
+        Writes through `.data` do not count up the version; `STEPOptimizer`
+        compares its own parameters bit for bit besides.
+        """
+        return [
+            (id(tensor), tensor.data_ptr(), tensor._version)
+            for module in self._used
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None and not tensor.is_inference()
+        ]
+
+    @property
+    def measures_drift(self) -> bool:
+        """True."""
+        return True
+
+
+class LogitKL(ReferenceKL):
+    """A `ReferenceKL` whose policies are logit `Rows`: what `Project` needs."""
+
+    has_logits = True
+
+    _prompt_of_row: Tensor
+    """[R] prompt index of each row."""
+    _prompts: int
+    """C."""
+    _slices: dict[str, tuple[int, ...]]
+
+    @property
+    def slices(self) -> tuple[str, ...]:
+        """Names of the slices."""
+        return tuple(self._slices)
+
+    @abstractmethod
+    def _batches(self) -> Iterable[tuple[Tensor, Rows]]:
+        """Evaluate the current weights batch by batch: (which rows, their `Rows`), in a fixed layout."""
+
+    def _policy(self) -> Rows:
+        return self._gather(list(self._batches()))
+
+    @staticmethod
+    def _gather(parts: list[tuple[Tensor, Rows]]) -> Rows:
+        """Put the rows of all batches back in their order."""
+        x = torch.cat([part.x for _, part in parts])
+        order = torch.cat([rows for rows, _ in parts])
+        return Rows(torch.empty_like(x).index_copy_(0, order, x), parts[0][1].head)
+
+    def _per_prompt(self, rows: Tensor) -> Tensor:
+        return statistic.prompt_means(rows, self._prompt_of_row, self._prompts)
+
+    def _movement(self, candidate: Rows, previous: Rows) -> Movement:
+        return statistic.movement(self._per_prompt(statistic.row_kl(previous, candidate)), self._slices)
+
+    def prompt_kl(self, candidate: Audit, strength: Tensor) -> Tensor:
+        """KL of each prompt, [C], at the mixture (1 - lambda) l_reference + lambda l_candidate; lambda is [C]."""
+        with torch.no_grad():
+            rows = statistic.row_kl(self._reference, candidate.policy, strength[self._prompt_of_row])
+            return self._per_prompt(rows)
+
+    def distance(self, audit: Audit, candidate: Audit, strength: Tensor | None = None) -> float:
+        """Mean ‖l_theta - l_lambda‖² of an audited policy; the objective of the paper's projection at lambda = 1.
+
+        The mean is over the rows of a prompt first, then over prompts; the sum
+        of squares is over the vocabulary. l_lambda is the mixture of
+        `prompt_kl`, the candidate itself if no ``strength`` is given.
+        """
+        row_strength = 1.0 if strength is None else strength[self._prompt_of_row, None]
+        squares: Tensor | float = 0.0
+        with torch.no_grad():
+            there = statistic.blocks(self._reference, candidate.policy)
+            for (_, here), (_, target) in zip(statistic.blocks(self._reference, audit.policy), there, strict=True):
+                squares = squares + (here - target * row_strength).square().sum(1).double()
+            assert isinstance(squares, Tensor)
+            return float(self._per_prompt(squares).mean())
+
+    def distill(
+        self, candidate: Audit, strength: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Audit, float, list[Tensor]]:
+        """Measure the current weights, and the gradient of their distance to a mixture.
+
+        Args:
+            candidate: the audit of the candidate.
+            strength: lambda of each prompt, [C].
+            parameters: what to differentiate with respect to.
+
+        Returns:
+            The audit of the current weights; the loss, mean ‖l_theta - l_lambda‖²; its gradients.
+        """
+        rows_of = torch.bincount(self._prompt_of_row, minlength=self._prompts)
+        weight = 1.0 / (rows_of[self._prompt_of_row] * self._prompts)  # per prompt first, then over prompts
+        trained = [p for p in parameters if p.requires_grad]
+        gradients = {id(p): torch.zeros_like(p) for p in parameters}
+        total, parts = 0.0, []
+        with isolated(self.modules(), grad=True):
+            for rows, part in self._batches():
+                target = self._mixture(candidate.policy, strength, rows)
+                loss = ((part.logits() - target).square().sum(1) * weight[rows]).sum()
+                for p, g in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+                    if g is not None:
+                        gradients[id(p)] += g
+                total += float(loss.detach())
+                parts.append((rows, Rows(part.x.detach(), part.head)))
+        with torch.no_grad():
+            policy = self._gather(parts)
+            return Audit(self._movement(policy, self._reference), policy), total, list(gradients.values())
+
+    def _mixture(self, candidate: Rows, strength: Tensor, rows: Tensor) -> Tensor:
+        """Logits (1 - lambda) l_reference + lambda l_candidate of some rows, without a graph."""
+        with torch.no_grad():
+            previous = self._reference[rows].logits()
+            weight = strength[self._prompt_of_row[rows], None].to(previous.dtype)
+            return previous + weight * (candidate[rows].logits() - previous)
+
+    def state_dict(self) -> dict[str, Any]:
+        """pi_ref, so that drift goes on being measured from the start of training."""
+        if self._origin is None:
+            return {}
+        head = self._origin.head
+        return {"x": self._origin.x} | ({} if head is None else {"weight": head.weight.detach(), "bias": head.bias})

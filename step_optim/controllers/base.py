@@ -1,0 +1,156 @@
+"""What a controller sees (a Trial) and what it answers (an Outcome)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from step_optim.budget import Limits, Verdict
+from step_optim.movement import Movement
+
+if TYPE_CHECKING:
+    from step_optim.audit import Audit
+    from step_optim.snapshot import Weights
+
+
+class Action(str, Enum):
+    """What became of a step."""
+
+    COMMIT = "commit"
+    """The candidate was feasible and stands."""
+    REJECT = "reject"
+    """The weights are those before the step."""
+    SHRINK = "shrink"
+    """A point on the line from the previous weights to the candidate stands."""
+    PROJECT = "project"
+    """Weights found by distillation stand."""
+    UNCHANGED = "unchanged"
+    """The inner step moved no weight; nothing was measured."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Weights that were audited: a point on the line (``alpha``), or anywhere (``weights``)."""
+
+    audit: Audit
+    """Movement from the previous weights, and the policy that was measured."""
+
+    verdict: Verdict
+    """The movement against the budgets."""
+
+    alpha: float | None = None
+    """theta_t + alpha (candidate - theta_t); None off that line."""
+
+    weights: Sequence[Tensor] | None = None
+    """The weights themselves; None on the line."""
+
+    drift: Movement | None = None
+    """Movement from pi_ref, if the budget limits it."""
+
+    @property
+    def movement(self) -> Movement:
+        """K_global and K_s [nats per token]."""
+        return self.audit.movement
+
+    @property
+    def feasible(self) -> bool:
+        """Whether every budget holds here."""
+        return self.verdict.feasible
+
+    @property
+    def ratios(self) -> Mapping[str, float]:
+        """KL / budget by constraint."""
+        return self.verdict.ratios
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A controller's answer: a feasible point to commit, or nothing; with what it wants in the record."""
+
+    action: Action
+    point: Point | None = None
+    stalled: bool = False
+    """A gate gave up rejecting; see `Gate`."""
+    projection: Mapping[str, float] = field(default_factory=dict)
+    """Residuals and step counts of `Project`."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An infeasible candidate, and the means to try other weights. Trying leaves no trace.
+
+    `at` and `at_weights` have the weights written and audited, and return a
+    `Point`; only such a point can be accepted.
+    """
+
+    candidate: Point
+    """The audited candidate, alpha = 1."""
+    limits: Limits
+    """The budgets in force."""
+    rejected_in_a_row: int
+    """How many steps before this one were rejected without a commit in between."""
+    kl: Any
+    """The KL closure; a `LogitKL` under `Project`."""
+    weights: Weights
+    """``weights.previous`` and ``weights.candidate``, tensor by tensor. Read them, never write them."""
+    at: Callable[[float], Point]
+    """Audit theta_t + alpha (candidate - theta_t), 0 <= alpha <= 1."""
+    at_weights: Callable[[Sequence[Tensor]], Point]
+    """Audit any weights, one tensor for each of ``weights.previous``."""
+    distill: Callable[[Sequence[Tensor], Tensor], tuple[Point, float, list[Tensor]]]
+    """At some weights: the point, its distance to the mixture of strength lambda [C], the gradient of that distance."""
+
+    @staticmethod
+    def accept(point: Point, **record: Any) -> Outcome:
+        """Commit a feasible point."""
+        return Outcome(Action.SHRINK if point.alpha is not None else Action.PROJECT, point, **record)
+
+    @staticmethod
+    def reject(**record: Any) -> Outcome:
+        """Commit nothing."""
+        return Outcome(Action.REJECT, **record)
+
+
+class Controller(ABC):
+    """Decides what happens to an infeasible candidate. It never writes weights itself.
+
+    Write one by subclassing::
+
+        class Halve(Controller):
+            def decide(self, trial):
+                half = trial.at(0.5)
+                return trial.accept(half) if half.feasible else trial.reject()
+    """
+
+    on_reject: str = "restore"
+    """What a rejection keeps: ``"restore"`` nothing; ``"keep_state"`` the optimizer state of the candidate, whose
+    moments have seen the gradient (the paper leaves this open)."""
+
+    needs_logits = False
+    """Whether the KL closure must be a `LogitKL`."""
+
+    @abstractmethod
+    def decide(self, trial: Trial) -> Outcome:
+        """Return the outcome of a step whose candidate is infeasible."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+
+
+def checked_on_reject(value: str) -> str:
+    """Refuse an unknown ``on_reject``."""
+    if value not in ("restore", "keep_state"):
+        raise ValueError(f"on_reject={value!r} is unknown; use 'restore' or 'keep_state'")
+    return value

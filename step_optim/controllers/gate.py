@@ -1,0 +1,52 @@
+"""Gate: feasible or nothing."""
+
+from __future__ import annotations
+
+from step_optim.controllers.base import Controller, Outcome, Trial, checked_on_reject
+from step_optim.controllers.interpolate import Interpolate
+
+
+class Gate(Controller):
+    """Reject every infeasible candidate.
+
+    With ``Budget(mean=...)`` it is the paper's global gate, with
+    ``Budget(slices=...)`` its circuit breaker (section 3.3). A gate that rolls
+    back everything can reject for ever, because nothing about the next
+    gradient has changed; ``patience`` ends that, and the record says so
+    (``stalled``).
+
+    Args:
+        patience: rejections in a row before it gives up rejecting; None for never.
+        on_stall: ``"shrink"`` commits the largest feasible part of the step
+            (`Interpolate`); ``"raise"`` raises `GateStalled`, with the weights restored.
+        on_reject: ``"restore"`` or ``"keep_state"``.
+
+    Raises:
+        ValueError: ``patience`` below 1, or an unknown option.
+    """
+
+    def __init__(self, patience: int | None = None, on_stall: str = "shrink", on_reject: str = "restore") -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience={patience} must be at least 1 rejection, or None")
+        if on_stall not in ("shrink", "raise"):
+            raise ValueError(f"on_stall={on_stall!r} is unknown; use 'shrink' or 'raise'")
+        self.patience, self.on_stall, self.on_reject = patience, on_stall, checked_on_reject(on_reject)
+
+    def decide(self, trial: Trial) -> Outcome:
+        """Reject, unless the patience is used up."""
+        if self.patience is None or trial.rejected_in_a_row < self.patience:
+            return trial.reject()
+        if self.on_stall == "raise":
+            raise GateStalled(
+                f"{trial.rejected_in_a_row} steps in a row were over budget (now {trial.candidate.movement}); raise the "
+                "budget, lower the learning rate, or use Interpolate()"
+            )
+        found = Interpolate().search_alpha(trial)
+        return trial.reject(stalled=True) if found is None else trial.accept(found, stalled=True)
+
+    def __repr__(self) -> str:
+        return f"Gate(patience={self.patience}, on_stall={self.on_stall!r}, on_reject={self.on_reject!r})"
+
+
+class GateStalled(RuntimeError):
+    """A `Gate` rejected ``patience`` steps in a row and was told to raise."""

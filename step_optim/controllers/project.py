@@ -1,0 +1,224 @@
+"""Project: keep as much of the candidate's logits as the budgets allow, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from step_optim.audit import Audit, LogitKL
+from step_optim.budget import Limits
+from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject
+from step_optim.controllers.interpolate import Interpolate
+from step_optim.controllers.search import largest_feasible
+
+TARGET_ROUNDS = 6
+"""Corrections of lambda at most; K is nearly proportional to lambda², so that 2 or 3 are enough."""
+
+TARGET_TOLERANCE = 0.02
+"""Relative distance of a target's KL from its budget at which lambda is good enough: the audit has the last word."""
+
+
+@dataclass
+class Project(Controller):
+    """Minimise mean ‖l_theta - l_candidate‖² subject to the budgets (the paper's section 3.3).
+
+    In logit space the answer has a closed form per slice, the geometric
+    mixture l_lambda = (1 - lambda) l_previous + lambda l_candidate with the
+    largest lambda that the budget allows: slices within their budget keep the
+    whole movement, which no single alpha can do. From the interpolation
+    solution a few conjugate-gradient steps distil this target into the
+    weights. The feasible point with the smallest objective is committed, and
+    interpolation's is among them, so the objective is never above its.
+
+    Needs a KL closure with logits: `TokenKL`, or `PolicyKL` over logits.
+
+    Raises:
+        ValueError: an argument out of range, or an unknown option.
+    """
+
+    steps: int = 4
+    """Distillation steps: each costs a forward and backward, and a forward, over the control set."""
+
+    tol: float = 0.01
+    """Relative tolerance of the line searches."""
+
+    max_trials: int = 24
+    """Audits at most in each line search."""
+
+    on_reject: str = "restore"
+    """``"restore"`` or ``"keep_state"``, if nothing is feasible."""
+
+    needs_logits = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1 distillation step")
+        self._line = Interpolate(tol=self.tol, max_trials=self.max_trials)
+        checked_on_reject(self.on_reject)
+
+    def decide(self, trial: Trial) -> Outcome:
+        """Interpolate, distil, keep the best feasible point."""
+        kl: LogitKL = trial.kl
+        start = self._line.search_alpha(trial)
+        strength = mixture_strength(kl, trial.candidate.audit, trial.limits)
+        contest = _Contest(kl, trial.candidate.audit, start)
+        steps, last = self._distil(trial, strength, 0.0 if start is None else start.alpha or 0.0, contest)
+        if last is not None and not last.feasible:
+            contest.enter(self._back_to_budget(trial, last))
+        if contest.best is None:
+            return trial.reject()
+        record = {
+            "residual": contest.objective,
+            "residual_target": kl.distance(contest.best.audit, trial.candidate.audit, strength),
+            "residual_interpolation": contest.start,
+            "steps": float(steps),
+        }
+        return trial.accept(contest.best, projection=record)
+
+    def _distil(self, trial: Trial, strength: Tensor, alpha: float, contest: _Contest) -> tuple[int, Point | None]:
+        """Conjugate gradients (Polak-Ribiere) on the distance to the mixture; the steps taken and the last point."""
+        weights = [
+            torch.lerp(_wide(previous), _wide(candidate), alpha)
+            for previous, candidate in zip(trial.weights.previous, trial.weights.candidate, strict=True)
+        ]
+        gradient: list[Tensor] = []
+        direction: list[Tensor] = []
+        size = 0.0
+        last: Point | None = None
+        for step in range(self.steps + 1):
+            point, loss, found = trial.distill(weights, strength)
+            last = contest.enter(point)
+            if step == self.steps or loss == 0:
+                return step, last
+            new = [_wide(g) for g in found]
+            direction, slope = _conjugate(new, gradient, direction)
+            gradient = new
+            size = self._line_minimum(trial, strength, weights, direction, loss, slope, size)
+            if size == 0:
+                return step, last
+            weights = _along(weights, direction, size)
+        raise AssertionError("unreachable")
+
+    def _line_minimum(
+        self,
+        trial: Trial,
+        strength: Tensor,
+        weights: Sequence[Tensor],
+        direction: Sequence[Tensor],
+        loss: float,
+        slope: float,
+        guess: float,
+    ) -> float:
+        """Where the parabola through (0, loss), its slope, and one probe is lowest; 0 if there is no way down.
+
+        Logits are nearly linear in weights over the length of one step, so the
+        distance is nearly a parabola along any line.
+        """
+        if not slope < 0:
+            return 0.0
+        probe = guess if guess > 0 else loss / -slope
+        for _ in range(3):
+            there = trial.kl.distance(
+                trial.at_weights(_along(weights, direction, probe)).audit, trial.candidate.audit, strength
+            )
+            bend = (there - loss - slope * probe) / probe**2
+            if bend > 0:
+                return float(-slope / (2 * bend))
+            probe *= 0.1  # not finite, or no parabola: too far out
+        return 0.0
+
+    def _back_to_budget(self, trial: Trial, last: Point) -> Point | None:
+        """The largest feasible part of the way from theta_t to the last iterate."""
+        assert last.weights is not None
+        previous = [_wide(p) for p in trial.weights.previous]
+
+        def part(beta: float) -> Point:
+            assert last.weights is not None
+            return trial.at_weights(
+                [torch.lerp(p, w.to(p.dtype), beta) for p, w in zip(previous, last.weights, strict=True)]
+            )
+
+        found = largest_feasible(part, last, search="model", tol=self.tol, max_trials=self.max_trials)
+        return None if found is None else found[1]
+
+
+class _Contest:
+    """Keeps the feasible point whose logits are nearest to the candidate's."""
+
+    def __init__(self, kl: LogitKL, candidate: Audit, start: Point | None) -> None:
+        self._kl, self._candidate = kl, candidate
+        self.best: Point | None = None
+        self.objective = float("inf")
+        self.enter(start)
+        self.start = self.objective
+
+    def enter(self, point: Point | None) -> Point | None:
+        """Compare a point with the best so far, and hand it back."""
+        if point is not None and point.feasible:
+            objective = self._kl.distance(point.audit, self._candidate)
+            if objective < self.objective:
+                self.best, self.objective = point, objective
+        return point
+
+
+def mixture_strength(kl: LogitKL, candidate: Audit, limits: Limits) -> Tensor:
+    """The largest lambda of each prompt, [C], at which the mixture is within all budgets.
+
+    A prompt takes the smallest lambda of its slices; a common cap brings the
+    global mean down where that is not enough. sqrt(K) is nearly proportional
+    to lambda, which makes lambda / sqrt(K / eps) converge in a few rounds.
+    """
+    slices = {name: torch.tensor(kl._slices[name]) for name in limits.slices}
+    by_slice = dict.fromkeys(slices, 1.0)
+    cap = 1.0
+    for _ in range(TARGET_ROUNDS):
+        strength = torch.ones(kl._prompts)
+        for name, members in slices.items():
+            strength[members] = strength[members].clamp_max(by_slice[name])
+        strength = strength.clamp_max(cap)
+        moved = kl.prompt_kl(candidate, strength.to(kl._prompt_of_row.device)).cpu()
+        over = {name: _root_ratio(moved[members], limits.slices[name]) for name, members in slices.items()}
+        globally = _root_ratio(moved, limits.mean)
+        if max([globally, *over.values()]) <= 1 + TARGET_TOLERANCE and _tight(over, by_slice, globally, cap):
+            break
+        by_slice = {name: min(1.0, by_slice[name] / max(over[name], 1e-6)) for name in slices}
+        cap = min(1.0, min(cap, float(strength.max())) / max(globally, 1e-6))
+    return strength.to(kl._prompt_of_row.device)
+
+
+def _tight(over: dict[str, float], by_slice: dict[str, float], globally: float, cap: float) -> bool:
+    """Whether everything that was weakened is at its budget."""
+    weakened = [over[name] for name in over if by_slice[name] < 1] + ([globally] if cap < 1 else [])
+    return all(ratio >= 1 - TARGET_TOLERANCE for ratio in weakened)
+
+
+def _root_ratio(kl: Tensor, limit: float) -> float:
+    mean = float(kl.mean())
+    return (mean / limit) ** 0.5 if limit > 0 else (0.0 if mean == 0 else float("inf"))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _along(weights: Sequence[Tensor], direction: Sequence[Tensor], size: float) -> list[Tensor]:
+    return [w + size * d for w, d in zip(weights, direction, strict=True)]
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((x.conj() * y).real.sum()) for x, y in zip(a, b, strict=True))
+
+
+def _conjugate(new: list[Tensor], old: list[Tensor], direction: list[Tensor]) -> tuple[list[Tensor], float]:
+    """The next search direction, and the slope of the loss along it."""
+    if old:
+        momentum = max(0.0, (_inner(new, new) - _inner(new, old)) / max(_inner(old, old), 1e-300))
+        conjugate = [momentum * d - g for d, g in zip(direction, new, strict=True)]
+        slope = _inner(new, conjugate)
+        if slope < 0:
+            return conjugate, slope
+    return [-g for g in new], -_inner(new, new)

@@ -1,0 +1,191 @@
+"""Searches for the largest feasible alpha. Pure: they know a point only by its KL / budget ratios."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+MODEL_TRIALS = 4
+"""Model-guided trials before plain bisection takes over; on real steps the model needs 2 to 3."""
+
+
+class Ratios(Protocol):
+    """A point as a search sees it."""
+
+    @property
+    def feasible(self) -> bool:
+        """Whether every KL / budget is at most 1."""
+
+    @property
+    def ratios(self) -> Mapping[str, float]:
+        """KL / budget by constraint."""
+
+
+P = TypeVar("P", bound=Ratios)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One evaluated alpha and the square roots of its KL / budget ratios, by constraint."""
+
+    alpha: float
+    roots: Mapping[str, float]
+    feasible: bool
+
+    @property
+    def largest(self) -> float:
+        """max_j sqrt(K_j / eps_j)."""
+        return max(self.roots.values(), default=math.nan)
+
+
+class Bracket:
+    """The evaluated points, and the interval that the largest feasible alpha lies in."""
+
+    def __init__(self, at_one: Found) -> None:
+        self.found = [at_one]
+        self.low, self.high = 0.0, 1.0
+
+    def add(self, found: Found) -> None:
+        """Narrow the interval."""
+        self.found.append(found)
+        if found.feasible:
+            self.low = max(self.low, found.alpha)
+        else:
+            self.high = min(self.high, found.alpha)
+
+    def closed(self, tol: float) -> bool:
+        """Whether the best feasible alpha is within ``tol`` of any alpha that could still be feasible."""
+        return self.low > 0 and self.low >= (1 - tol) * self.high
+
+    @property
+    def middle(self) -> float:
+        """Where bisection goes."""
+        return 0.5 * (self.low + self.high)
+
+
+def largest_feasible(
+    measure: Callable[[float], P],
+    at_one: P,
+    *,
+    search: str,
+    tol: float,
+    max_trials: int,
+    strict: bool = False,
+) -> tuple[float, P] | None:
+    """Find the largest alpha in (0, 1) whose audit is feasible, to a relative tolerance.
+
+    Args:
+        measure: audits an alpha.
+        at_one: the audit of alpha = 1, infeasible.
+        search: ``"bisect"`` halves the bracket. ``"backtrack"`` halves alpha
+            until it is feasible, then bisects what it jumped over (with
+            ``tol=0.5`` that is nothing: plain backtracking). ``"model"`` uses
+            that K(alpha) is nearly proportional to alpha².
+        tol: relative, in alpha.
+        max_trials: audits at most; the best feasible alpha found so far is the answer.
+        strict: see `model_is_done`.
+
+    Returns:
+        (alpha, its point), or None if no feasible alpha was found.
+    """
+    bracket = Bracket(_found(1.0, at_one))
+    best: tuple[float, P] | None = None
+    for trial in range(max_trials):
+        if bracket.closed(tol) or (search == "model" and not strict and model_is_done(bracket, tol)):
+            break
+        alpha = _next(search, bracket, tol, trial)
+        point = measure(alpha)
+        bracket.add(_found(alpha, point))
+        if point.feasible and (best is None or alpha > best[0]):
+            best = alpha, point
+    return best
+
+
+def _found(alpha: float, point: Ratios) -> Found:
+    return Found(alpha, {name: math.sqrt(ratio) for name, ratio in point.ratios.items()}, point.feasible)
+
+
+def _next(search: str, bracket: Bracket, tol: float, trial: int) -> float:
+    if search == "model" and trial < MODEL_TRIALS:
+        return _model_alpha(bracket, tol)
+    if search == "backtrack" and bracket.low == 0:
+        return 0.5 * bracket.high
+    return bracket.middle
+
+
+def model_is_done(bracket: Bracket, tol: float) -> bool:
+    """Whether the best feasible alpha is within ``tol`` by the slope of the measured curve.
+
+    With r = max_j sqrt(K_j / eps_j) at the best alpha, and r growing at least
+    like alpha^e, the largest feasible alpha is at most alpha r^(-1/e). e is
+    the smallest slope of log r over log alpha seen next to it, at most 1: for
+    K ~ alpha² it is 1. On a curve that is flat and then jumps this can be
+    wrong; ``strict`` waits for an infeasible alpha within ``tol`` instead.
+    """
+    feasible = [found for found in bracket.found if found.feasible and found.largest > 0]
+    if not feasible:
+        return False
+    best = max(feasible, key=lambda found: found.alpha)
+    slope = min([1.0, *(_slope(best, other) for other in bracket.found if other is not best)])
+    return slope > 0 and -math.log(best.largest) <= slope * -math.log1p(-tol)
+
+
+def _slope(a: Found, b: Found) -> float:
+    """Of log r over log alpha between two points; infinite where b tells nothing."""
+    if not (b.largest > 0 and math.isfinite(b.largest)) or a.alpha == b.alpha:
+        return math.inf
+    return (math.log(a.largest) - math.log(b.largest)) / (math.log(a.alpha) - math.log(b.alpha))
+
+
+def _model_alpha(bracket: Bracket, tol: float) -> float:
+    """Where the model puts the largest feasible alpha, a little on the feasible side.
+
+    For each constraint j, log h_j = log sqrt(K_j / eps_j) - log alpha is
+    nearly flat in alpha: interpolate it through the nearest points and solve
+    sqrt(K_j / eps_j) = 1 - tol/2; the smallest solution is the answer.
+    """
+    names = [name for name, root in bracket.found[0].roots.items() if root > 0]
+    aims = [_solve(_curve(bracket, name), bracket, 1 - tol / 2) for name in names]
+    alpha = min((aim for aim in aims if aim is not None), default=bracket.middle)
+    # A model that aims outside of what is still possible has nothing to say.
+    return alpha if bracket.low < alpha < bracket.high else bracket.middle
+
+
+def _curve(bracket: Bracket, name: str) -> Callable[[float], float] | None:
+    """Log sqrt(K / eps) as a function of alpha, from the three informative points nearest to the bracket."""
+    known = [
+        (found.alpha, math.log(root) - math.log(found.alpha))
+        for found in bracket.found
+        if math.isfinite(root := found.roots.get(name, math.nan)) and root > 0
+    ]
+    if not known:
+        return None
+    known.sort(key=lambda point: abs(math.log(point[0]) - math.log(max(bracket.middle, 1e-12))))
+    points = known[:3]
+    return lambda alpha: math.log(alpha) + _lagrange(points, alpha)
+
+
+def _lagrange(points: list[tuple[float, float]], x: float) -> float:
+    total = 0.0
+    for i, (x_i, y_i) in enumerate(points):
+        weight = 1.0
+        for j, (x_j, _) in enumerate(points):
+            if j != i:
+                weight *= (x - x_j) / (x_i - x_j)
+        total += weight * y_i
+    return total
+
+
+def _solve(curve: Callable[[float], float] | None, bracket: Bracket, target: float) -> float | None:
+    """The alpha in the bracket where the curve passes log(target), by bisection of a formula: no audits."""
+    if curve is None:
+        return None
+    low, high = bracket.low or 1e-9 * bracket.high, bracket.high
+    if curve(high) < math.log(target):
+        return high  # another constraint made this end infeasible
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if curve(middle) < math.log(target) else (low, middle)
+    return 0.5 * (low + high)

@@ -1,0 +1,135 @@
+"""An audit must leave no trace: eval mode and no gradients inside, everything put back afterwards."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit: NaN equals itself, -0.0 does not equal 0.0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = a.detach(), b.detach()
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+    if a.is_floating_point():
+        bits = _BITS[a.element_size()]
+        a, b = a.view(bits), b.view(bits)
+    return torch.equal(a, b)
+
+
+@dataclass(frozen=True)
+class RNGState:
+    """The random streams that a training loop may draw from: torch, its devices, python, numpy."""
+
+    torch_cpu: Tensor
+    devices: dict[str, list[Tensor]]
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def capture(cls) -> RNGState:
+        """Read all streams. Devices that were never used are not woken up."""
+        devices = {}
+        if torch.cuda.is_initialized():
+            devices["cuda"] = torch.cuda.get_rng_state_all()
+        numpy = sys.modules.get("numpy")
+        return cls(
+            torch.get_rng_state(),
+            devices,
+            random.getstate(),
+            numpy.random.get_state() if numpy is not None else None,
+        )
+
+    def restore(self) -> None:
+        """Put all streams back."""
+        torch.set_rng_state(self.torch_cpu)
+        if "cuda" in self.devices:
+            torch.cuda.set_rng_state_all(self.devices["cuda"])
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+class _Modes:
+    """Puts modules into eval mode one by one, and remembers how each of them was."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self._seen: dict[int, tuple[nn.Module, bool, dict[str, tuple[Tensor, Tensor]]]] = {}
+
+    def quiet(self, module: nn.Module, _inputs: Any = None) -> None:
+        """Save one module's flag and its own buffers, then switch it to eval mode."""
+        if id(module) in self._seen:
+            return
+        buffers = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
+        self._seen[id(module)] = (module, module.training, buffers)
+        self.modules.append(module)
+        module.training = False
+
+    def restore(self) -> None:
+        """Put every flag and every buffer back, object and bits."""
+        for module, training, buffers in self._seen.values():
+            module.training = training
+            for name, (buffer, saved) in buffers.items():
+                module._buffers[name] = buffer
+                if not same_bits(buffer, saved):  # an unneeded write would look like an outside edit
+                    buffer.copy_(saved)
+
+
+@contextmanager
+def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterator[list[nn.Module]]:
+    """Run a measurement that nothing afterwards can tell has happened.
+
+    Inside: eval mode, no autograd (unless ``grad``), no autocast. Afterwards the
+    training flag of *every* module, all module buffers and all random streams
+    are as before, also if the body raised.
+
+    Modules that are not passed are found as they are called: a KL closure is
+    an opaque function, and a BatchNorm inside it would be mutated by a
+    train-mode forward. (Methods called directly, not through ``module(...)``,
+    escape this; their module has to be passed.)
+
+    Args:
+        modules: root modules that the measurement will use.
+        grad: keep autograd on, for the distillation steps of `Project`.
+
+    Yields:
+        The modules used so far; complete at the end.
+    """
+    rng = RNGState.capture()
+    modes = _Modes()
+    for root in modules:
+        for module in root.modules():
+            modes.quiet(module)
+    hook = register_module_forward_pre_hook(modes.quiet)
+    try:
+        # The autocast cache would hand the second forward in one region the old weights' casts.
+        with torch.set_grad_enabled(grad), _no_autocast():
+            yield modes.modules
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            modes.restore()
+        rng.restore()
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False):
+        if torch.cuda.is_available():
+            with torch.autocast("cuda", enabled=False):
+                yield
+        else:
+            yield

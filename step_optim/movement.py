@@ -1,0 +1,99 @@
+"""Movement: how far a policy moved, as one global number and one number per slice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Mean KL(candidate ‖ previous) over a control set, in nats per token.
+
+    The mean is taken per prompt first and then over prompts, so that a long
+    response weighs as much as a short one (the paper's K_global and K_s,
+    section 3.2).
+
+    >>> moved = Movement(0.02, {"math": 0.01, "code": 0.03})
+    >>> moved.worst
+    ('code', 0.03)
+    """
+
+    mean: float
+    """K_global, over all prompts [nats per token]."""
+
+    slices: Mapping[str, float] = field(default_factory=dict)
+    """K_s by slice name [nats per token]; empty if there are no slices."""
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """Name and KL of the slice that moved most; ``("mean", mean)`` without slices."""
+        if not self.slices:
+            return "mean", self.mean
+        # A NaN slice is the worst of all, whatever max() would make of it.
+        return max(self.slices.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every figure is a finite number."""
+        return all(math.isfinite(kl) for kl in (self.mean, *self.slices.values()))
+
+    def still(self) -> Movement:
+        """Return the movement of a policy that stayed where it was: zero everywhere."""
+        return Movement(0.0, dict.fromkeys(self.slices, 0.0))
+
+    @staticmethod
+    def of(value: Any) -> Movement:
+        """Read what a KL closure returned as a `Movement`.
+
+        Args:
+            value: a `Movement`; a number or 0-dim tensor (K_global); or a
+                mapping slice -> number, whose key ``"mean"`` is K_global (the
+                plain mean over slices if it has none).
+
+        Raises:
+            TypeError: ``value`` is none of these.
+            ValueError: a tensor with more than one element, an empty mapping,
+                or a negative KL. NaN and inf pass: they are measurements, and
+                no budget allows them.
+
+        >>> Movement.of({"math": 0.25, "code": 0.75}).mean
+        0.5
+        """
+        if isinstance(value, Movement):
+            mean, slices = value.mean, value.slices
+        elif isinstance(value, Mapping):
+            if not value:
+                raise ValueError("KL closure returned an empty mapping; return at least {'mean': kl}")
+            slices = {name: _number(kl, f"slice {name!r}") for name, kl in value.items() if name != "mean"}
+            mean = value["mean"] if "mean" in value else sum(slices.values()) / len(slices)
+        else:
+            mean, slices = value, {}
+        mean = _number(mean, "mean")
+        return Movement(mean, {str(name): _number(kl, f"slice {name!r}") for name, kl in slices.items()})
+
+
+def _number(value: Any, what: str) -> float:
+    """Read one KL: a real number or a tensor of one element, not negative."""
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(
+            f"KL closure returned {type(value).__name__} {value!r:.60} for {what}; return a number, a 0-dim "
+            "tensor, a mapping slice -> number, or a Movement"
+        )
+    shape = tuple(getattr(value, "shape", ()))
+    if math.prod(shape) != 1:
+        raise ValueError(
+            f"KL closure returned shape {shape} for {what}; reduce it to one number (per prompt, then over prompts)"
+        )
+    try:
+        kl = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"KL closure returned {value!r:.60} for {what}: {error}") from error
+    if kl < 0:
+        raise ValueError(
+            f"KL closure returned {kl} for {what}; a KL is never negative. For rounding noise return "
+            "max(kl, 0); a sampled log-ratio is not a KL: use the full distributions, or the k3 estimator"
+        )
+    return kl

@@ -1,0 +1,383 @@
+"""STEPOptimizer: every optimizer step is a transaction on the policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from step_optim.audit import KLClosure, as_kl
+from step_optim.budget import Bound, Budget
+from step_optim.controllers.base import Action, Controller, Outcome, Point
+from step_optim.controllers.interpolate import Interpolate
+from step_optim.movement import Movement
+from step_optim.snapshot import OptimizerState, Weights
+from step_optim.telemetry import StepRecord, Summary, open_log
+from step_optim.transaction import Transaction
+from step_optim.wrapper import OptimizerWrapper, hooked
+
+
+class STEPOptimizer(OptimizerWrapper):
+    """A post-optimizer trust region around any torch optimizer.
+
+    The inner optimizer proposes, an audit measures what the proposal did to
+    the policy on a control set, and the proposal, a smaller version of it, or
+    nothing is committed. Nothing in between is ever left behind. With an
+    infinite budget a wrapped run is bit-identical to the bare one.
+
+    Args:
+        optimizer: any torch optimizer; it stays reachable as ``.optimizer``.
+        kl: the KL closure: `TokenKL`, `PolicyKL`, or any function without
+            arguments that returns the movement of the current weights from
+            the weights before the step. It may come later, through `bind`.
+        budget: a `Budget`, or a number for ``Budget(mean=number)``.
+        controller: `Interpolate` (default), `Gate`, `Project`, or your own `Controller`.
+        log: a path for JSON lines, a tracker with ``log(dict, step=...)``, or
+            a callable(dict, step).
+        on_error: what an exception in the audit does, once the weights are
+            restored: ``"raise"`` it, or ``"reject"`` the step and record it.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: a budget for unknown slices; parameters that the KL
+            closure's model does not have; `Project` over a closure without
+            logits; ``differentiable=True`` inside.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> start = weight.detach().clone()
+    >>> optimizer = STEPOptimizer(
+    ...     torch.optim.SGD([weight], lr=1.0),
+    ...     kl=lambda: ((weight - start) ** 2).sum(),
+    ...     budget=0.25,
+    ... )
+    >>> weight.grad = torch.tensor([-1.0, 0.0])
+    >>> optimizer.step()
+    >>> optimizer.last.action, round(optimizer.last.alpha, 2)
+    (<Action.SHRINK: 'shrink'>, 0.5)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        kl: KLClosure | Callable[[], Any] | None = None,
+        *,
+        budget: Budget | Bound,
+        controller: Controller | None = None,
+        log: str | Path | Callable[..., Any] | Any = None,
+        on_error: str = "raise",
+    ) -> None:
+        _check_inner(optimizer)
+        if on_error not in ("raise", "reject"):
+            raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'reject'")
+        if controller is not None and not isinstance(controller, Controller):
+            raise TypeError(
+                f"controller={controller!r} is no Controller; use Gate(), Interpolate(), Project() or a subclass"
+            )
+        super().__init__(optimizer)
+        self.budget = Budget.of(budget)
+        self.controller = Interpolate() if controller is None else controller
+        self._on_error = on_error
+        self._log = log
+        self._sink = open_log(log, self._header)
+        self._kl: KLClosure | None = None
+        self._kl_state: Mapping[str, Any] = {}
+        self._start()
+        self._step = self._rejected_in_a_row = 0
+        self._summary = Summary()
+        self._notes: dict[str, Any] = {}
+        self.last: StepRecord | None = None
+        """The record of the latest step; None before the first."""
+        if kl is not None:
+            self.bind(kl)
+
+    def _start(self) -> None:
+        """Make what is not part of a checkpoint."""
+        self._weights, self._state = Weights(self._inner), OptimizerState(self._inner)
+        self._open: Transaction | None = None
+        self._anchored: Any = None
+        self._drift: Movement | None = None
+
+    def bind(self, kl: KLClosure | Callable[[], Any]) -> None:
+        """Set the KL closure: later than the optimizer under PEFT, DDP and FSDP, or again after a refresh.
+
+        Raises:
+            ValueError: it does not fit the budget, the controller or the parameters.
+        """
+        self._kl = self._fitting(kl)
+        self._kl.load_state_dict(self._kl_state)
+        self._kl_state = {}
+        self.refresh()
+
+    def set_budget(self, budget: Budget | Bound) -> None:
+        """Replace the budget, from the next step on."""
+        new = Budget.of(budget)
+        if self._kl is not None:
+            _check_budget(new, self._kl)
+        self.budget = new
+
+    def refresh(self) -> None:
+        """Take the reference anew at the next step.
+
+        Needed after an edit that cannot be noticed: of a frozen weight through
+        `.data`, or of the observations that a `PolicyKL` function closes over.
+        """
+        self._anchored = None
+
+    def note(self, *, reward: float | None = None, success: bool | None = None, **values: Any) -> None:
+        """Add figures of the training loop to the record of the next step."""
+        given = {"reward": None if reward is None else float(reward), "success": success, **values}
+        self._notes |= {name: value for name, value in given.items() if value is not None}
+
+    @hooked
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        kl: KLClosure | Callable[[], Any] | None = None,
+        **inner: Any,
+    ) -> Any:
+        """Propose, audit, decide: the paper's Algorithm 1.
+
+        Args:
+            closure: torch's loss closure; it goes to the inner optimizer
+                untouched. A `KLClosure` in its place is taken as ``kl``.
+            kl: the KL closure of this step only.
+            **inner: further arguments of the inner step.
+
+        Returns:
+            What the inner step returned: the loss closure's loss, or None.
+
+        Raises:
+            RuntimeError: there is no KL closure.
+            Exception: whatever was raised in between, with all weights and state as before.
+        """
+        if isinstance(closure, KLClosure):
+            closure, kl = None, closure
+        self._run_hooks("_optimizer_step_pre_hooks", (closure,), inner)
+        if self._open is not None:  # inside a window this is one more part of its candidate
+            loss = self._open.propose(closure, inner)
+        else:
+            with self._transaction(kl) as transaction:
+                loss = transaction.propose(closure, inner)
+        self._run_hooks("_optimizer_step_post_hooks", (closure,), inner)
+        return loss
+
+    @contextmanager
+    def window(self, *, kl: KLClosure | Callable[[], Any] | None = None) -> Iterator[None]:
+        """Make all inner steps in the body one candidate: a PPO update of several minibatch steps, audited once.
+
+        An exception in the body restores the weights and the state from before the window.
+        """
+        if self._open is not None:
+            raise RuntimeError("window() inside a window; one candidate at a time")
+        with self._transaction(kl) as transaction:
+            transaction.rewind = False  # the body's dropout and data have drawn from the same random streams
+            yield
+
+    @contextmanager
+    def _transaction(self, kl: KLClosure | Callable[[], Any] | None) -> Iterator[Transaction]:
+        transaction = self._begin(kl)  # theta_t, and its policy as the reference
+        proposed = False
+        try:
+            yield transaction  # theta~ = OptStep(theta_t, gradient)
+            proposed = True
+            record = self._decide(transaction)  # theta_t+1
+        except BaseException as error:
+            transaction.restore()  # theta_t, whatever happened
+            self._finish(transaction, _failed(transaction, error))
+            if not (proposed and self._on_error == "reject" and isinstance(error, Exception)):
+                raise
+        else:
+            self._finish(transaction, record)
+        finally:
+            self._open = None
+
+    def _begin(self, kl: KLClosure | Callable[[], Any] | None) -> Transaction:
+        """Capture theta_t, and take its policy as the reference unless it is that already."""
+        closure = self._kl if kl is None else self._fitting(kl)
+        if closure is None:
+            raise RuntimeError(
+                "STEPOptimizer has no KL closure: nothing would be measured. Pass kl= to the constructor or to step(), "
+                "or call bind(kl) once the model is wrapped"
+            )
+        transaction = Transaction(self._inner, self._weights, self._state, closure, self.budget, self._step)
+        untouched = transaction.capture()
+        if not untouched or self._anchored is None or self._anchored != (closure, closure.fingerprint()):
+            with transaction.clock("audit"):
+                closure.anchor()
+            self._drift = None
+        self._open = transaction
+        return transaction
+
+    def _decide(self, transaction: Transaction) -> StepRecord:
+        """Commit a feasible candidate; otherwise do what the controller says."""
+        if not transaction.moved():
+            return self._record(transaction, Outcome(Action.UNCHANGED), None, None)
+        candidate = transaction.candidate()  # K_global and K_s on the control set
+        if candidate.feasible:
+            outcome = Outcome(Action.COMMIT, candidate)
+        elif not math.isfinite(transaction.update_norm):
+            outcome = Outcome(Action.REJECT)  # no part of it is finite either
+        else:
+            with transaction.clock("search"):
+                outcome = self.controller.decide(transaction.trial(candidate, self._rejected_in_a_row))
+        accepted = transaction.settle(outcome, self.controller.on_reject)
+        if accepted is not None:
+            with transaction.clock("audit"):
+                transaction.kl.anchor(accepted.audit)  # the audit that licensed it is the next reference
+            self._drift = accepted.drift
+        return self._record(transaction, outcome, candidate, accepted)
+
+    def _record(
+        self, transaction: Transaction, outcome: Outcome, candidate: Point | None, accepted: Point | None
+    ) -> StepRecord:
+        if self._drift is None and transaction.kl.measures_drift:
+            with transaction.clock("audit"):
+                self._drift = transaction.kl.drift()
+        still = Movement(0.0, dict.fromkeys(transaction.kl.slices or (), 0.0))
+        proposed = still if candidate is None else candidate.movement
+        triggered = candidate is not None and not candidate.feasible
+        return transaction.record(
+            action=outcome.action,
+            candidate=proposed,
+            accepted=proposed.still() if accepted is None else accepted.movement,
+            triggered=triggered,
+            bound=None if candidate is None else candidate.verdict.binding,
+            alpha=None if candidate is None else 0.0 if accepted is None else accepted.alpha,
+            alpha_realised=None if candidate is None else transaction.realised_alpha(accepted),
+            stalled=outcome.stalled,
+            projection=outcome.projection,
+            reference_drift=self._drift,
+            error=None if proposed.is_finite else _not_finite(transaction, proposed),
+        )
+
+    def _finish(self, transaction: Transaction, record: StepRecord) -> None:
+        """Remember what was committed, count the step, write the record."""
+        with transaction.clock("snapshot"):
+            self._weights.capture()
+            self._anchored = (transaction.kl, transaction.kl.fingerprint())
+        self._open = None
+        self._rejected_in_a_row = self._rejected_in_a_row + 1 if record.action is Action.REJECT else 0
+        self._step += 1
+        notes, self._notes = self._notes, {}
+        record = replace(
+            record,
+            seconds=dict(transaction.seconds),
+            reward=notes.pop("reward", None),
+            success=notes.pop("success", record.success),
+            notes=notes,
+        )
+        self.last = record
+        self._summary.add(record)
+        self._sink(record)
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the latest step was rejected (accelerate's name for it)."""
+        return self.last is not None and self.last.action is Action.REJECT
+
+    def summary(self) -> dict[str, Any]:
+        """Trigger rate, rejection rate, mean alpha, overhead, drift ... since the start; see `Summary.figures`."""
+        return self._summary.figures()
+
+    def _fitting(self, kl: KLClosure | Callable[[], Any]) -> KLClosure:
+        """Refuse a KL closure that does not fit the budget, the controller or the parameters."""
+        closure = as_kl(kl)
+        _check_budget(self.budget, closure)
+        if self.controller.needs_logits and not closure.has_logits:
+            raise ValueError(
+                f"controller={self.controller!r} works on logits, and kl={closure!r} has none; use TokenKL, a PolicyKL "
+                "over logits, or Interpolate()"
+            )
+        closure.check_parameters([p for group in self.param_groups for p in group["params"]])
+        return closure
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "step": self._step,
+            "rejected_in_a_row": self._rejected_in_a_row,
+            "summary": self._summary.state_dict(),
+            "controller": self.controller.state_dict(),
+            "kl": dict(self._kl_state) if self._kl is None else self._kl.state_dict(),
+        }
+
+    def _load_own_state(self, state: Mapping[str, Any] | None) -> None:
+        self.refresh()
+        if state is None:  # the checkpoint of a bare optimizer
+            return
+        self._step, self._rejected_in_a_row = int(state["step"]), int(state["rejected_in_a_row"])
+        self._summary.load_state_dict(state["summary"])
+        self.controller.load_state_dict(state["controller"])
+        self._kl_state = state["kl"]
+        if self._kl is not None:
+            self._kl.load_state_dict(self._kl_state)
+            self._kl_state = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have no KL closure (it holds a model): `bind` one to them. A log is kept if it is a path."""
+        state = super().__getstate__() | {"_kl_state": self._own_state()["kl"], "_kl": None, "_notes": {}}
+        for name in ("_sink", "_weights", "_state", "_open", "_anchored"):
+            del state[name]
+        if not isinstance(self._log, (str, Path)):
+            state["_log"] = None
+        return state
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Make anew what is not copied."""
+        super().__setstate__(state)
+        self._sink = open_log(self._log, self._header)
+        self._start()
+
+    def _header(self) -> dict[str, Any]:
+        """First line of a log."""
+        return {
+            "optimizer": type(self._inner).__name__,
+            "budget": repr(self.budget),
+            "controller": repr(self.controller),
+            "kl": repr(self._kl),
+            "torch": torch.__version__,
+        }
+
+    def __repr__(self) -> str:
+        return f"STEPOptimizer({type(self._inner).__name__}, {self.budget}, {self.controller!r})"
+
+
+def _check_inner(optimizer: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer={optimizer!r:.60} is no torch optimizer; pass torch.optim.AdamW(...), say")
+    if isinstance(optimizer, STEPOptimizer):
+        raise TypeError("optimizer is a STEPOptimizer already; pass the optimizer inside it, optimizer.optimizer")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            "differentiable=True: a rollback in place would break the graph through the step; use differentiable=False"
+        )
+
+
+def _check_budget(budget: Budget, kl: KLClosure) -> None:
+    budget.check_slices(kl.slices)
+    if budget.reference is not None and budget.reference != math.inf and not kl.measures_drift:
+        raise ValueError(f"budget.reference needs a KL closure that measures drift (TokenKL, PolicyKL), not {kl!r}")
+
+
+def _failed(transaction: Transaction, error: BaseException) -> StepRecord:
+    nothing = Movement(math.nan, dict.fromkeys(transaction.kl.slices or (), math.nan))
+    return transaction.record(
+        action=Action.REJECT,
+        candidate=nothing,
+        accepted=nothing.still(),
+        error=f"{type(error).__name__}: {error}",
+        success=False,
+    )
+
+
+def _not_finite(transaction: Transaction, candidate: Movement) -> str:
+    if not math.isfinite(transaction.update_norm):
+        return f"the update is not finite (norm {transaction.update_norm})"
+    return f"the candidate's KL is not finite: mean {candidate.mean}, worst {candidate.worst}"

@@ -1,0 +1,148 @@
+"""PolicyKL: movement of any policy that is a function of the weights: PPO on Gymnasium, bandits, classifiers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, kl_divergence
+
+from step_optim import kl as statistic
+from step_optim.audit import LogitKL
+from step_optim.control import checked_slices
+from step_optim.isolation import isolated
+from step_optim.kl import Rows
+from step_optim.movement import Movement
+
+
+class PolicyKL(LogitKL):
+    """KL between the action distributions of the current weights and those before the step.
+
+    Each of the N control observations counts as one prompt with one row. The
+    function is called once here, to learn what it returns.
+
+    Args:
+        fn: takes nothing; returns logits [N, A], or a
+            `torch.distributions.Distribution` with batch shape [N, ...], at the
+            current weights on N fixed observations.
+        slices: observation indices by slice name.
+        model: the module behind ``fn``. Needed only if ``fn`` calls its
+            methods rather than ``model(...)`` and it has dropout or BatchNorm.
+
+    ``fn`` must be a function of the weights alone. After changing the
+    observations it closes over, call ``optimizer.refresh()``.
+
+    >>> policy = nn.Linear(3, 2)
+    >>> kl = PolicyKL(lambda: policy(torch.eye(3)), slices={"left": [0], "right": [1, 2]})
+    >>> kl.anchor(); kl().mean
+    0.0
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[], Tensor | Distribution],
+        slices: Mapping[str, Sequence[int]] | None = None,
+        *,
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(fn):
+            raise TypeError(f"fn={fn!r:.60} is not callable; pass a function that returns logits or a Distribution")
+        self.fn, self._model = fn, model
+        with isolated(self.modules()):
+            policy = self._evaluate()
+        self.has_logits = isinstance(policy, Rows)
+        self._prompts = _count(policy)
+        self._slices = checked_slices(slices or {}, self._prompts)
+        device = policy.x.device if isinstance(policy, Rows) else next(iter(_tensors(policy).values())).device
+        self._prompt_of_row = torch.arange(self._prompts, device=device)
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Return the model, if it is known."""
+        return () if self._model is None else (self._model,)
+
+    def _evaluate(self) -> Rows | Distribution:
+        out = self.fn()
+        if isinstance(out, Categorical) and out.logits.dim() == 2:
+            out = out.logits
+        if isinstance(out, Tensor):
+            if out.dim() != 2 or 0 in out.shape:
+                raise ValueError(f"fn returned logits of shape {tuple(out.shape)}; give [observations, actions]")
+            return Rows(out)
+        if not isinstance(out, Distribution):
+            raise TypeError(
+                f"fn returned {type(out).__name__}; give logits [N, A] or a torch.distributions.Distribution"
+            )
+        if not out.batch_shape or out.batch_shape[0] == 0:
+            raise ValueError(
+                f"fn returned a distribution of batch shape {tuple(out.batch_shape)}; its first dimension must be the "
+                "control observations"
+            )
+        return out
+
+    def _policy(self) -> Any:
+        policy = self._evaluate()
+        if _count(policy) != self._prompts:
+            raise ValueError(f"fn returned {_count(policy)} observations, {self._prompts} at first; keep them fixed")
+        # A distribution may hold a parameter itself (a state-independent std), which later steps move.
+        return Rows(policy.x.clone()) if isinstance(policy, Rows) else copy.deepcopy(policy)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Rows]]:
+        policy = self._evaluate()
+        assert isinstance(policy, Rows)
+        yield self._prompt_of_row, policy
+
+    def _movement(self, candidate: Any, previous: Any) -> Movement:
+        if isinstance(candidate, Rows):
+            return super()._movement(candidate, previous)
+        kl = kl_divergence(candidate, previous)
+        # Batch dimensions behind the first are factors of one policy: their KLs add up.
+        rows = kl.double().reshape(self._prompts, -1).sum(1).clamp_min(0)
+        return statistic.movement(rows, self._slices)
+
+    def state_dict(self) -> dict[str, Any]:
+        """pi_ref, as the tensors of its distribution."""
+        if self._origin is None or isinstance(self._origin, Rows):
+            return super().state_dict()
+        return {"tensors": {path: tensor.detach().clone() for path, tensor in _tensors(self._origin).items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over pi_ref."""
+        if "x" in state:
+            self._origin = Rows(state["x"].to(self._prompt_of_row.device))
+        elif "tensors" in state:
+            with isolated(self.modules()):
+                origin = self._policy()
+            _fill(origin, state["tensors"])
+            self._origin = origin
+
+    def __repr__(self) -> str:
+        kind = "logits" if self.has_logits else "distribution"
+        return f"PolicyKL({self._prompts} observations, {kind}, slices={list(self._slices)})"
+
+
+def _count(policy: Rows | Distribution) -> int:
+    return policy.x.shape[0] if isinstance(policy, Rows) else policy.batch_shape[0]
+
+
+def _tensors(distribution: Distribution, path: str = "") -> dict[str, Tensor]:
+    """Tensors of a distribution and of those it is made of, by attribute path."""
+    found = {}
+    for name, value in vars(distribution).items():
+        if isinstance(value, Tensor):
+            found[path + name] = value
+        elif isinstance(value, Distribution):
+            found |= _tensors(value, f"{path}{name}.")
+    return found
+
+
+def _fill(distribution: Distribution, tensors: Mapping[str, Tensor]) -> None:
+    for path, tensor in tensors.items():
+        *parents, name = path.split(".")
+        owner: Any = distribution
+        for parent in parents:
+            owner = getattr(owner, parent)
+        setattr(owner, name, tensor)

@@ -1,0 +1,349 @@
+"""What happened at every step: the record, its JSON lines, and the summary of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from step_optim.budget import Limits
+from step_optim.controllers.base import Action
+from step_optim.movement import Movement
+
+SCHEMA = 1
+"""Version of the log format; it stands in the first line of every segment."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One audit of a point that a controller tried."""
+
+    alpha: float | None
+    """Where on the line to the candidate; None for weights off it."""
+    movement: Movement
+    """K_global and K_s there [nats per token]."""
+    feasible: bool
+    """Whether every budget held there."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Everything about one step. KL figures are in nats per token, times in seconds."""
+
+    step: int
+    """Step index t, counted from 0; rejected steps count."""
+    action: Action
+    """What became of the step: commit, reject, shrink, project or unchanged."""
+    candidate: Movement
+    """Movement of what the inner optimizer proposed; NaN if the update itself was not finite."""
+    accepted: Movement
+    """Movement of what was committed: zero after a rejection."""
+    budget: Limits
+    """The budgets in force."""
+    triggered: bool = False
+    """Whether the candidate was infeasible, so that the controller acted."""
+    bound: str | None = None
+    """The constraint with the largest KL / budget at the candidate: mean, slice:<name> or reference."""
+    alpha: float | None = None
+    """Part of the update that was committed, as asked for: 1 after a commit, 0 after a rejection, None off the line."""
+    alpha_realised: float | None = None
+    """The part that rounding made of it; differs in low precision."""
+    trials: tuple[TrialRecord, ...] = ()
+    """Audits beyond the candidate's, in order."""
+    stalled: bool = False
+    """Whether a gate's patience was used up."""
+    projection: Mapping[str, float] = field(default_factory=dict)
+    """Of `Project`: residual (mean ‖l - l_candidate‖²), residual_target, residual_interpolation, steps."""
+    reference_drift: Movement | None = None
+    """Movement of the committed policy from pi_ref; None if the KL closure does not measure it."""
+    update_norm: float = 0.0
+    """L2 norm of candidate - previous weights."""
+    lr: tuple[float, ...] = ()
+    """Learning rate of each parameter group at this step."""
+    reward: float | None = None
+    """From `note(reward=...)`."""
+    success: bool = True
+    """False if the step ended in an error; or from `note(success=...)`."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Time by phase: inner, snapshot, audit (candidate and drift), search (trials)."""
+    error: str | None = None
+    """What went wrong, if something did."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else from `note(...)`."""
+
+    @property
+    def audits(self) -> int:
+        """How often movement was measured."""
+        return len(self.trials) + (self.action is not Action.UNCHANGED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; NaN and infinities become the texts "NaN", "Infinity" and "-Infinity"."""
+        plain: dict[str, Any] = _jsonable(asdict(self))
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> StepRecord:
+        """Read what `to_dict` returned; fields of newer versions are ignored."""
+        values = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
+        values["action"] = Action(values["action"])
+        values["candidate"], values["accepted"] = (
+            _movement(values["candidate"]),
+            _movement(values["accepted"]),
+        )
+        limits = values["budget"]
+        values["budget"] = Limits(float(limits["mean"]), _floats(limits["slices"]), float(limits["reference"]))
+        values["trials"] = tuple(
+            TrialRecord(_float(trial["alpha"]), _movement(trial["movement"]), trial["feasible"])
+            for trial in values.get("trials", ())
+        )
+        drift = values.get("reference_drift")
+        values["reference_drift"] = None if drift is None else _movement(drift)
+        for name in ("alpha", "alpha_realised", "update_norm", "reward"):
+            values[name] = _float(values.get(name))
+        values["lr"] = tuple(float(lr) for lr in values.get("lr", ()))
+        values["projection"], values["seconds"] = _floats(values["projection"]), _floats(values["seconds"])
+        return cls(**values)
+
+    def flat(self) -> dict[str, float | str]:
+        """Return scalars under slash-separated names, as experiment trackers like them."""
+        return dict(_flatten(self.to_dict() | {"trials": len(self.trials)}, "step_optim"))
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Action):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _movement(plain: Mapping[str, Any]) -> Movement:
+    return Movement(float(plain["mean"]), _floats(plain["slices"]))
+
+
+def _flatten(value: Any, name: str) -> Iterator[tuple[str, float | str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(item, f"{name}/{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _flatten(item, f"{name}/{i}")
+    elif value is not None:
+        yield name, float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+class JSONLWriter:
+    """Appends one JSON object a line and flushes it, so that a killed run loses at most the step in flight.
+
+    A new writer on an existing log starts a new segment (a resumed run); a
+    torn last line is cut off first. Any other existing file is refused.
+    """
+
+    def __init__(self, path: str | Path, header: Callable[[], Mapping[str, Any]]) -> None:
+        self._file: TextIO | None = None
+        self.path = Path(path)
+        self._header = header
+        if self.path.exists() and self.path.stat().st_size:
+            with self.path.open("rb") as existing:
+                if not existing.read(16).startswith(b'{"step_optim"'):
+                    raise ValueError(f"log={str(path)!r} exists and is no step_optim log; choose another path")
+
+    def __call__(self, record: StepRecord) -> None:
+        """Write one record."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._write({"step_optim": SCHEMA, **self._header()})
+        self._write(record.to_dict())
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(_jsonable(value), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; the next record opens it again, as a new segment."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __del__(self) -> None:
+        """Leave no open file behind."""
+        self.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+
+
+Sink = Callable[[StepRecord], None]
+
+
+def open_log(log: Any, header: Callable[[], Mapping[str, Any]]) -> Sink:
+    """Read the argument ``log=``: None, a path, an object with ``log(dict, step=...)``, or a callable(dict, step).
+
+    Raises:
+        TypeError: none of these.
+    """
+    if log is None:
+        return lambda record: None
+    if isinstance(log, (str, Path)):
+        return JSONLWriter(log, header)
+    if callable(getattr(log, "log", None)):
+        return lambda record: log.log(record.flat(), step=record.step)
+    if callable(log):
+        return lambda record: log(record.to_dict(), record.step)
+    raise TypeError(f"log={log!r} is neither a path, nor a callable(dict, step), nor a tracker with log(dict, step=)")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A log as it was read."""
+
+    header: Mapping[str, Any]
+    """Of the latest segment: schema, budget, controller, versions."""
+    records: tuple[StepRecord, ...]
+    """In step order, each step once."""
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read a log.
+
+    A resumed run repeats the steps after its checkpoint: the later segment
+    replaces them. A torn last line is left out.
+
+    Raises:
+        ValueError: a line that cannot be read, other than a torn last one; or a newer schema.
+    """
+    header: dict[str, Any] = {}
+    records: dict[int, StepRecord] = {}
+    *lines, torn = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    starting = False
+    for number, line in enumerate(lines if _parses(torn) is None else [*lines, torn], 1):
+        plain = _parses(line)
+        if plain is None:
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}; only the last line may be torn")
+        if "step_optim" in plain:
+            if plain["step_optim"] > SCHEMA:
+                raise ValueError(f"{path} has schema {plain['step_optim']}, this version reads up to {SCHEMA}; upgrade")
+            header, starting = plain, True
+            continue
+        record = StepRecord.from_dict(plain)
+        if starting:
+            records = {step: old for step, old in records.items() if step < record.step}
+            starting = False
+        records[record.step] = record
+    return Trace(header, tuple(records[step] for step in sorted(records)))
+
+
+def _parses(line: str) -> dict[str, Any] | None:
+    try:
+        plain = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return plain if isinstance(plain, dict) else None
+
+
+def read_log(path: str | Path) -> list[StepRecord]:
+    """Read the records of a log; see `read_trace`."""
+    return list(read_trace(path).records)
+
+
+class Summary:
+    """Running totals of a run; they survive a checkpoint.
+
+    >>> Summary().figures()["steps"]
+    0
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+
+    def add(self, record: StepRecord) -> None:
+        """Count one step."""
+        add, seconds = self._add, record.seconds
+        add("steps", 1)
+        add(str(record.action), 1)
+        add("triggered", record.triggered)
+        add("errors", record.error is not None)
+        add("audits", record.audits)
+        if record.alpha is not None and record.triggered:
+            add("alpha_sum", record.alpha)
+            add("alpha_count", 1)
+        if record.candidate.is_finite:
+            add("candidate_sum", record.candidate.mean)
+            add("candidate_count", 1)
+        add("accepted_sum", record.accepted.mean)
+        for name in ("inner", "snapshot", "audit", "search"):
+            add(f"{name}_seconds", seconds.get(name, 0.0))
+        self._sums["accepted_max"] = max(self._sums.get("accepted_max", 0.0), record.accepted.mean)
+        self._sums["worst_slice_max"] = max(self._sums.get("worst_slice_max", 0.0), record.accepted.worst[1])
+        if record.reference_drift is not None:
+            self._sums["drift"] = record.reference_drift.mean
+
+    def _add(self, name: str, value: float) -> None:
+        self._sums[name] = self._sums.get(name, 0) + float(value)
+
+    def figures(self) -> dict[str, Any]:
+        """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds."""
+        total = self._sums.get
+        steps = total("steps", 0)
+        own = sum(total(f"{name}_seconds", 0.0) for name in ("snapshot", "audit", "search"))
+        return {
+            "steps": int(steps),
+            **{f"{action.value}s": int(total(action.value, 0)) for action in Action if action is not Action.UNCHANGED},
+            "unchanged": int(total("unchanged", 0)),
+            "errors": int(total("errors", 0)),
+            "trigger_rate": _per(total("triggered", 0), steps),
+            "rejection_rate": _per(total("reject", 0), steps),
+            "mean_alpha": _per(total("alpha_sum", 0), total("alpha_count", 0)),
+            "audits_per_step": _per(total("audits", 0), steps),
+            "mean_candidate_kl": _per(total("candidate_sum", 0), total("candidate_count", 0)),
+            "mean_accepted_kl": _per(total("accepted_sum", 0), steps),
+            "max_accepted_kl": total("accepted_max", 0.0),
+            "max_accepted_slice_kl": total("worst_slice_max", 0.0),
+            "reference_drift": total("drift", None),
+            "inner_seconds": total("inner_seconds", 0.0),
+            "overhead_seconds": own,
+            "overhead_per_inner_second": _per(own, total("inner_seconds", 0.0)),
+        }
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers."""
+        return dict(self._sums)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over what `state_dict` returned."""
+        self._sums = dict(state)
+
+
+def _per(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def summarise(records: Iterable[StepRecord]) -> dict[str, Any]:
+    """Return the figures of `STEPOptimizer.summary()` for a log that was read back."""
+    summary = Summary()
+    for record in records:
+        summary.add(record)
+    return summary.figures()

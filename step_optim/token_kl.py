@@ -1,0 +1,268 @@
+"""TokenKL: movement of a causal language model on a control set."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from step_optim.audit import LogitKL
+from step_optim.control import ControlSet
+from step_optim.isolation import isolated
+from step_optim.kl import Head, Rows
+
+HEAD_TOLERANCE = 1e-3
+"""Largest relative difference between a model's logits and a plain linear head's at which they count as one."""
+
+LARGE_LOGIT = 1e3
+"""Size to which logits are blown up for that comparison: soft-capping is invisible on small ones."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some prompts of the control set, padded on the right to one length."""
+
+    ids: Tensor
+    """[B, T] token ids; the padding is never looked at."""
+
+    mask: Tensor
+    """[B, T] 1 where there is a token."""
+
+    positions: Tensor
+    """[r] places in the flattened [B T] whose logits predict a response token."""
+
+    rows: Tensor
+    """[r] which response rows of the control set those are."""
+
+
+class TokenKL(LogitKL):
+    """KL per response token of a causal language model, over the full vocabulary (the paper's section 3.2).
+
+    It owns its reference: the audit that licensed a commit becomes the
+    reference of the next step, so that a committed step costs one forward over
+    the control set. The head runs on response positions only. With a plain
+    linear head only hidden states are kept ([R, D]), and the vocabulary is
+    streamed in blocks; with any other head the response rows' logits are kept
+    ([R, V]). `readout` says which.
+
+    Args:
+        model: a causal language model: ``model(input_ids)`` returns logits
+            [B, T, V] or an object with ``.logits``. PEFT, DDP and compiled
+            models are fine.
+        control: the control set, on the model's device.
+        micro_batch: prompts evaluated at once. The layout is frozen at
+            construction: the same batches in the same order make zero movement
+            read exactly 0.
+        check_parameters: refuse an optimizer with parameters that the model
+            does not have. False for a value head that the policy does not read.
+
+    Raises:
+        TypeError: ``control`` is no ControlSet.
+        ValueError: model and control set on different devices; token ids
+            outside the vocabulary.
+    """
+
+    def __init__(
+        self, model: nn.Module, control: ControlSet, *, micro_batch: int = 4, check_parameters: bool = True
+    ) -> None:
+        super().__init__()
+        if not isinstance(control, ControlSet):
+            raise TypeError(f"control={control!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch={micro_batch} must be at least 1 prompt")
+        _check_device(model, control)
+        vocab_size = _vocab_size(model)
+        if vocab_size is not None:
+            control.check_vocabulary(vocab_size)
+        self.model, self.control = model, control
+        self._refuse_strangers = check_parameters
+        self._prompts, self._slices = (
+            len(control),
+            {name: tuple(members) for name, members in control.slices.items()},
+        )
+        lengths = torch.tensor([len(response) for response in control.responses])
+        self._prompt_of_row = torch.repeat_interleave(torch.arange(len(control)), lengths).to(control.device)
+        self._batch_list = list(_layout(control, micro_batch))
+        self._arguments = _accepted_arguments(model)
+        self.readout = self._find_readout()
+        """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full" (no head found)."""
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Return the model."""
+        return (self.model,)
+
+    def check_parameters(self, parameters: Sequence[Tensor]) -> None:
+        """Refuse parameters that the model does not have: their movement could not be seen."""
+        known = {id(p) for p in self.model.parameters()}
+        strangers = [tuple(p.shape) for p in parameters if id(p) not in known]
+        if strangers and self._refuse_strangers:
+            raise ValueError(
+                f"{len(strangers)} of the optimizer's {len(parameters)} parameters are not parameters of the model in "
+                f"TokenKL (shapes {strangers[:3]}{'...' if len(strangers) > 3 else ''}); pass the model that they "
+                "belong to, or TokenKL(..., check_parameters=False) if the policy does not read them (a value head)"
+            )
+
+    def _batches(self) -> Iterator[tuple[Tensor, Rows]]:
+        head = self._head() if self.readout == "hidden" else None
+        for batch in self._batch_list:
+            yield batch.rows, Rows(self._read(batch, self.readout), head)
+
+    def _head(self) -> Head:
+        """The head as it is now; a copy if training will move it, the live one if it is frozen."""
+        module = _output_head(self.model)
+        assert isinstance(module, nn.Linear)
+        head = Head(module.weight, module.bias)
+        return head.copy() if any(p.requires_grad for p in module.parameters()) else head
+
+    def _read(self, batch: Batch, readout: str, scale: float = 1.0) -> Tensor:
+        """[r, D] hidden states or [r, V] logits of one batch's response rows."""
+        if readout == "full":
+            return rearrange(self._forward(batch), "b t v -> (b t) v")[batch.positions]
+        with _head_on_rows(_output_head(self.model), batch, hidden_only=readout == "hidden", scale=scale) as tap:
+            logits = self._forward(batch)
+        return tap.hidden if readout == "hidden" else logits[0]
+
+    def _forward(self, batch: Batch) -> Tensor:
+        extra = {"attention_mask": batch.mask, "use_cache": False}
+        out = self.model(batch.ids, **{name: extra[name] for name in self._arguments})
+        logits: Tensor = out if isinstance(out, Tensor) else out.logits
+        return logits
+
+    def _find_readout(self) -> str:
+        """Compare the short ways with the model's own logits on one batch, and take the shortest that agrees."""
+        head, batch = _output_head(self.model), self._batch_list[0]
+        with isolated([self.model]):
+            truth = self._read(batch, "full")
+            if head is None or not _agree(self._try_rows(batch), truth):
+                return "full"
+            if type(head) is not nn.Linear or head.weight.shape[0] != truth.shape[-1]:
+                return "rows"
+            plain = Head(head.weight.float(), None if head.bias is None else head.bias.float())
+            hidden = self._read(batch, "hidden").float()
+            # Soft-capping and scaling show themselves on large logits only.
+            scale = max(1.0, LARGE_LOGIT / max(float(truth.abs().max()), 1e-6))
+            large = self._read(batch, "rows", scale=scale)
+            return "hidden" if _agree(plain(hidden), truth) and _agree(plain(hidden * scale), large) else "rows"
+
+    def _try_rows(self, batch: Batch) -> Tensor | None:
+        try:
+            return self._read(batch, "rows")
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return None  # a model that does more with its head's output than pass it on
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over pi_ref."""
+        if not state:
+            return
+        x = state["x"].to(self.control.device)
+        if x.shape[0] != self.control.response_tokens:
+            raise ValueError(
+                f"the checkpoint's pi_ref has {x.shape[0]} response rows, this control set {self.control.response_tokens}; "
+                "resume with the control set of the run that saved it"
+            )
+        if "weight" not in state:
+            self._origin = Rows(x)
+            return
+        weight, bias = state["weight"], state["bias"]
+        live = self._head()
+        same = live.weight.shape == weight.shape and torch.equal(live.weight.cpu(), weight.cpu())
+        self._origin = Rows(x, live if same else Head(weight.to(x.device), None if bias is None else bias.to(x.device)))
+
+    def __repr__(self) -> str:
+        return (
+            f"TokenKL({type(self.model).__name__}, {len(self.control)} prompts, {self.control.response_tokens} response "
+            f"tokens, slices={list(self._slices)}, readout={self.readout!r})"
+        )
+
+
+class _Tap:
+    """What the head was given."""
+
+    hidden: Tensor
+
+
+@contextmanager
+def _head_on_rows(head: nn.Module, batch: Batch, *, hidden_only: bool, scale: float) -> Iterator[_Tap]:
+    """Let the model's head see the response rows only: [B, T, D] becomes [1, r, D].
+
+    The model's own code then applies whatever it applies to its logits.
+    ``hidden_only`` leaves it a single row to chew on.
+    """
+    tap = _Tap()
+
+    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tap.hidden = rearrange(inputs[0], "b t d -> (b t) d")[batch.positions] * scale
+        return (tap.hidden[None, : 1 if hidden_only else None], *inputs[1:])
+
+    hook: Any = head.register_forward_pre_hook(select)
+    try:
+        yield tap
+    finally:
+        hook.remove()
+
+
+def _layout(control: ControlSet, micro_batch: int) -> Iterator[Batch]:
+    """Sort the prompts by length, so that batches need little padding, and freeze the result."""
+    lengths = [len(p) + len(r) for p, r in zip(control.prompts, control.responses, strict=True)]
+    order = sorted(range(len(control)), key=lambda i: -lengths[i])
+    first_row = [0]
+    for response in control.responses:
+        first_row.append(first_row[-1] + len(response))
+    for start in range(0, len(order), micro_batch):
+        members = order[start : start + micro_batch]
+        width = lengths[members[0]]
+        ids = torch.zeros(len(members), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        positions, rows = [], []
+        for place, i in enumerate(members):
+            text = torch.cat([control.prompts[i], control.responses[i]]).cpu()
+            ids[place, : len(text)], mask[place, : len(text)] = text, 1
+            # The logits at position t predict token t + 1.
+            positions += range(place * width + len(control.prompts[i]) - 1, place * width + len(text) - 1)
+            rows += range(first_row[i], first_row[i + 1])
+        yield Batch(*(part.to(control.device) for part in (ids, mask, torch.tensor(positions), torch.tensor(rows))))
+
+
+def _agree(logits: Tensor | None, truth: Tensor) -> bool:
+    if logits is None or logits.shape != truth.shape:
+        return False
+    truth = truth.float()
+    tolerance = max(HEAD_TOLERANCE, 4 * torch.finfo(logits.dtype).eps) * float(truth.abs().max())
+    return float((logits.float() - truth).abs().max()) <= tolerance
+
+
+def _output_head(model: nn.Module) -> Any:
+    find: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    if find is None and isinstance(getattr(model, "module", None), nn.Module):
+        return _output_head(model.module)  # DDP
+    return None if find is None else find()
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    find = getattr(model, "get_input_embeddings", None)
+    if find is None and isinstance(getattr(model, "module", None), nn.Module):
+        return _vocab_size(model.module)
+    embeddings = None if find is None else find()
+    size = getattr(embeddings, "num_embeddings", None)
+    return size if isinstance(size, int) else None
+
+
+def _check_device(model: nn.Module, control: ControlSet) -> None:
+    device = next((p.device for p in model.parameters()), control.device)
+    if device != control.device:
+        raise ValueError(
+            f"the control set is on {control.device}, the model on {device}; use control.to({str(device)!r})"
+        )
+
+
+def _accepted_arguments(model: nn.Module) -> list[str]:
+    """Which of the optional arguments of Hugging Face models this one takes."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return [name for name in ("attention_mask", "use_cache") if takes_any or name in parameters]

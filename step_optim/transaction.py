@@ -1,0 +1,195 @@
+"""One step in progress: theta_t is safe, anything can be tried, and it ends at one audited point."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from step_optim.audit import Audit, FunctionKL, KLClosure
+from step_optim.budget import Budget, Limits, Verdict
+from step_optim.controllers.base import Action, Outcome, Point, Trial
+from step_optim.isolation import RNGState
+from step_optim.movement import Movement
+from step_optim.snapshot import OptimizerState, Weights
+from step_optim.telemetry import StepRecord, TrialRecord
+
+
+class Transaction:
+    """Captures theta_t, measures points, and leaves one of them, or theta_t, behind.
+
+    Args:
+        weights, state: captures that live as long as the optimizer, so that
+            their buffers are allocated once.
+        kl: measures movement.
+        budget: resolved at ``step``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weights: Weights,
+        state: OptimizerState,
+        kl: KLClosure,
+        budget: Budget,
+        step: int,
+    ) -> None:
+        self.optimizer, self.weights, self.state, self.kl = optimizer, weights, state, kl
+        self.budget, self.step = budget, step
+        self.limits: Limits = budget.at(step, kl.slices or ())
+        self.seconds = {"inner": 0.0, "snapshot": 0.0, "audit": 0.0, "search": 0.0}
+        self.trials: list[TrialRecord] = []
+        self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
+        self.lr = tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group)
+        self.update_norm = 0.0
+        self.rewind = True
+        self._here: Point | None = None
+
+    def capture(self) -> bool:
+        """Take theta_t, the optimizer's state and the random streams. True if the weights are those last committed."""
+        with self.clock("snapshot"):
+            self._rng = RNGState.capture()
+            self.state.capture()
+            return self.weights.capture()
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Add the time that the body takes to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+    def propose(self, closure: Any, inner: dict[str, Any]) -> Any:
+        """Run the inner step: theta~ = OptStep(theta_t, gradient). Its loss closure runs with autograd on."""
+        self.rewind = self.rewind and closure is None
+        with self.clock("inner"), self.state.watch_groups():
+            return self.optimizer.step(**inner) if closure is None else self.optimizer.step(closure, **inner)
+
+    def moved(self) -> bool:
+        """Whether any bit of the weights differs from theta_t."""
+        with self.clock("snapshot"):
+            moved, self.update_norm = self.weights.update()
+            return moved
+
+    def candidate(self) -> Point:
+        """Audit the weights that the inner step proposed. An update that is not finite is not worth a forward."""
+        if not math.isfinite(self.update_norm):
+            movement = Movement(math.nan, dict.fromkeys(self.kl.slices or (), math.nan))
+            return self._measure(Point(Audit(movement), Verdict({}, finite=False), alpha=1.0))
+        if isinstance(self.kl, FunctionKL):
+            self.weights.keep_candidate()
+        with self.clock("audit"):
+            audit = self._audit(1.0)
+            if self.kl.slices is None:  # a plain function says what its slices are by measuring them
+                self.budget.check_slices(audit.movement.slices)
+                self.limits = self.budget.at(self.step, audit.movement.slices)
+            return self._point(audit, alpha=1.0)
+
+    def _audit(self, alpha: float | None) -> Audit:
+        with self.state.watch_groups():
+            audit = self.kl.audit()
+        if isinstance(self.kl, FunctionKL) and alpha is not None:
+            self.weights.go(alpha)  # whatever the function did, what is kept are the weights that it was given
+        return audit
+
+    def _point(self, audit: Audit, **where: Any) -> Point:
+        drift = self.kl.drift(audit) if self.limits.reference < math.inf else None
+        return self._measure(Point(audit, self.limits.judge(audit.movement, drift), drift=drift, **where))
+
+    def _measure(self, point: Point) -> Point:
+        self._here = point
+        self._measured.add(point)
+        self.trials.append(TrialRecord(point.alpha, point.movement, point.feasible))
+        return point
+
+    def trial(self, candidate: Point, rejected_in_a_row: int) -> Trial:
+        """What a controller is given."""
+        self.weights.keep_candidate()
+        self._candidate = candidate
+        return Trial(
+            candidate,
+            self.limits,
+            rejected_in_a_row,
+            self.kl,
+            self.weights,
+            self._at,
+            self._at_weights,
+            self._distill,
+        )
+
+    def _at(self, alpha: float) -> Point:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha={alpha} must lie between 0 (previous weights) and 1 (candidate)")
+        self.weights.go(alpha)
+        return self._point(self._audit(alpha), alpha=float(alpha))
+
+    def _at_weights(self, values: Sequence[Tensor]) -> Point:
+        values = [value.detach().clone() for value in values]
+        self.weights.write(values)
+        return self._point(self._audit(None), weights=values)
+
+    def _distill(self, values: Sequence[Tensor], strength: Tensor) -> tuple[Point, float, list[Tensor]]:
+        values = [value.detach().clone() for value in values]
+        self.weights.write(values)
+        kl: Any = self.kl
+        audit, loss, gradients = kl.distill(self._candidate.audit, strength, self.weights.parameters)
+        return self._point(audit, weights=values), loss, gradients
+
+    def settle(self, outcome: Outcome, on_reject: str) -> Point | None:
+        """Leave the outcome's point in the weights, or theta_t; the accepted point, or None."""
+        point = outcome.point
+        if outcome.action is Action.REJECT:
+            self.restore(keep_state=on_reject == "keep_state")
+            return None
+        if point is None or point not in self._measured or not point.feasible:
+            raise RuntimeError(
+                f"the controller accepted {point}, which is not a feasible point that this trial measured"
+            )
+        if point is not self._here:
+            if point.alpha is not None:
+                self.weights.go(point.alpha)
+            else:
+                assert point.weights is not None
+                self.weights.write(point.weights)
+        return point
+
+    def record(self, **decided: Any) -> StepRecord:
+        """Put what was decided together with what was measured on the way."""
+        return StepRecord(
+            step=self.step,
+            budget=self.limits,
+            trials=tuple(self.trials[1:]),
+            update_norm=self.update_norm,
+            lr=self.lr,
+            **decided,
+        )
+
+    def realised_alpha(self, point: Point | None) -> float | None:
+        """Which part of the update stands, after rounding."""
+        if point is None:
+            return 0.0
+        return 1.0 if point.alpha == 1 else self.weights.realised_alpha()
+
+    def restore(self, *, keep_state: bool = False) -> None:
+        """Put everything back, bit for bit; a second Ctrl-C in the middle starts it again."""
+        while True:
+            try:
+                self.weights.restore()
+                if keep_state:
+                    self.state.restore_gradients()
+                else:
+                    self.state.restore()
+                # A loss closure may have drawn the data from these streams: rewound, it would draw the same again.
+                if self.rewind:
+                    self._rng.restore()
+                return
+            except KeyboardInterrupt:
+                continue

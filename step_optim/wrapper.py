@@ -1,0 +1,145 @@
+"""An optimizer that behaves as the one inside it: the torch contract, without any policy of its own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class OptimizerWrapper(Optimizer):
+    """Forwards everything to an inner optimizer.
+
+    It subclasses `Optimizer` because schedulers and Trainers ask isinstance,
+    and it does not call ``Optimizer.__init__``: that would make a second copy
+    of the parameter groups, which goes stale with the first load_state_dict.
+    """
+
+    # GradScaler would hand grad_scale and found_inf to the wrapper, where no kernel reads them.
+    _step_supports_amp_scaling = False
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._inner = optimizer
+        self._fresh_hooks()
+
+    def _fresh_hooks(self) -> None:
+        for name in _HOOKS:
+            setattr(self, name, OrderedDict())
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The inner optimizer."""
+        return self._inner
+
+    # FSDP2 and DeepSpeed assign into these; load_state_dict rebinds them. So they are never copied.
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state."""
+        return self._inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._inner.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's parameter groups."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
+        return self._inner.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self._inner.defaults = value
+
+    def __getattr__(self, name: str) -> Any:
+        """Read what only the inner optimizer has (`d`, `is_paged`, ...)."""
+        inner = self.__dict__.get("_inner")
+        if inner is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inner, name)
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Reset the gradients of the inner optimizer's parameters."""
+        self._inner.zero_grad(*args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the inner optimizer."""
+        self._inner.add_param_group(param_group)
+
+    def train(self, mode: bool = True) -> None:
+        """Forward to the inner optimizer, if it has modes (schedule-free ones do)."""
+        switch = getattr(self._inner, "train" if mode else "eval", None)
+        if switch is not None:
+            switch()
+
+    def eval(self) -> None:
+        """Forward to the inner optimizer, if it has modes."""
+        self.train(False)
+
+    def _run_hooks(self, name: str, *args: Any) -> list[Any]:
+        """Run the wrapper's own instance hooks; global hooks are the inner optimizer's to fire, once."""
+        return [hook(self, *args) for hook in list(getattr(self, name).values())]
+
+    def _own_state(self) -> dict[str, Any]:
+        """What the wrapper adds to the checkpoint: plain values and tensors."""
+        return {}
+
+    def _load_own_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take over the wrapper's part of a checkpoint; None if it has none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's own state dict, with one more key, ``"step_optim"``."""
+        self._run_hooks("_optimizer_state_dict_pre_hooks")
+        state = {**self._inner.state_dict(), "step_optim": self._own_state()}
+        for hook in list(self._optimizer_state_dict_post_hooks.values()):
+            replaced = hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the wrapper's checkpoint, or that of a bare inner optimizer."""
+        state = dict(state_dict)
+        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            replaced = hook(self, state)
+            state = state if replaced is None else dict(replaced)
+        own = state.pop("step_optim", None)
+        self._inner.load_state_dict(state)
+        self._load_own_state(own)
+        self._run_hooks("_optimizer_load_state_dict_post_hooks")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but hooks and a scheduler's patch of ``step``, which torch drops too."""
+        return {name: value for name, value in vars(self).items() if name not in (*_HOOKS, "step")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take over attributes; torch's own version would patch a second step around ours."""
+        self.__dict__.update(state)
+        self._fresh_hooks()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._inner!r})"
+
+
+def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a ``step`` so that torch does not wrap it: the inner step fires the global hooks already."""
+    step.hooked = True  # type: ignore[attr-defined]
+    return step
