@@ -274,11 +274,4 @@ class LogitKL(ReferenceKL):
         with torch.no_grad():
             previous = self._reference[rows].logits()
             weight = strength[self._prompt_of_row[rows], None].to(previous.dtype)
-            return previous + weight * (candidate[rows].logits() - previous)
-
-    def state_dict(self) -> dict[str, Any]:
-        """pi_ref, so that drift goes on being measured from the start of training."""
-        if self._origin is None:
-            return {}
-        head = self._origin.head
-        return {"x": self._origin.x} | ({} if head is None else {"weight": head.weight.detach(), "bias": head.bias})
+            return torch.lerp(previous, candidate[rows].logits(), weight)

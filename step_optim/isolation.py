@@ -42,7 +42,7 @@ class RNGState:
     def capture(cls) -> RNGState:
         """Read all streams. Devices that were never used are not woken up."""
         devices = {}
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             devices["cuda"] = torch.cuda.get_rng_state_all()
         numpy = sys.modules.get("numpy")
         return cls(

@@ -137,7 +137,7 @@ def row_kl(previous: Rows, candidate: Rows, strength: Tensor | None = None) -> T
     total_a = (weight * (grown * (a + shift * b) + shift * torch.expm1(shift))).sum(0)
     kl = total_a / (1 + total_b) - torch.log1p(total_b)
     again = ~(kl.isfinite() & (largest.amax(0) < LARGEST_LOG_RATIO) & (shift.abs().amax(0) < LARGEST_LOG_RATIO))
-    for rows in again.nonzero().flatten().split(ROWS_AGAIN):
+    for rows in again.nonzero().flatten().split(ROWS_AGAIN):  # type: ignore[no-untyped-call]
         kl[rows] = _row_kl_float64(previous[rows], candidate[rows], None if strength is None else strength[rows])
     return kl.clamp_min(0)
 
@@ -160,7 +160,7 @@ def _block_sums(z: Tensor, d: Tensor) -> tuple[Tensor, ...]:
 
 def _dot(p: Tensor, x: Tensor) -> Tensor:
     """Row by row, [R] float64."""
-    return torch.linalg.vecdot(p, x).double()
+    return torch.sum(p * x, dim=1).double()
 
 
 def _recentre(a: Tensor, b: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,7 @@ class Movement:
 
 def _number(value: Any, what: str) -> float:
     """Read one KL: a real number or a tensor of one element, not negative."""
+    value = value.detach() if hasattr(value, "detach") else value
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(
             f"KL closure returned {type(value).__name__} {value!r:.60} for {what}; return a number, a 0-dim "

@@ -129,6 +129,17 @@ class STEPOptimizer(OptimizerWrapper):
         """
         self._anchored = None
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; its movement counts from the next step on."""
+        self._refuse_inside_window("add_param_group()")
+        super().add_param_group(param_group)
+        if self._kl is not None:
+            self._kl.check_parameters(param_group["params"])
+
+    def _refuse_inside_window(self, what: str) -> None:
+        if self._open is not None:
+            raise RuntimeError(f"{what} inside a window could not be rolled back with it; call it before or after")
+
     def note(self, *, reward: float | None = None, success: bool | None = None, **values: Any) -> None:
         """Add figures of the training loop to the record of the next step."""
         given = {"reward": None if reward is None else float(reward), "success": success, **values}
@@ -174,8 +185,7 @@ class STEPOptimizer(OptimizerWrapper):
 
         An exception in the body restores the weights and the state from before the window.
         """
-        if self._open is not None:
-            raise RuntimeError("window() inside a window; one candidate at a time")
+        self._refuse_inside_window("window()")
         with self._transaction(kl) as transaction:
             transaction.rewind = False  # the body's dropout and data have drawn from the same random streams
             yield
@@ -191,6 +201,7 @@ class STEPOptimizer(OptimizerWrapper):
         except BaseException as error:
             transaction.restore()  # theta_t, whatever happened
             self._finish(transaction, _failed(transaction, error))
+            self.refresh()  # the audit may have become the reference before this went wrong
             if not (proposed and self._on_error == "reject" and isinstance(error, Exception)):
                 raise
         else:
@@ -308,6 +319,11 @@ class STEPOptimizer(OptimizerWrapper):
             "kl": dict(self._kl_state) if self._kl is None else self._kl.state_dict(),
         }
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the checkpoint of a `STEPOptimizer`, or that of a bare inner optimizer."""
+        self._refuse_inside_window("load_state_dict()")
+        super().load_state_dict(state_dict)
+
     def _load_own_state(self, state: Mapping[str, Any] | None) -> None:
         self.refresh()
         if state is None:  # the checkpoint of a bare optimizer
@@ -321,7 +337,7 @@ class STEPOptimizer(OptimizerWrapper):
             self._kl_state = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have no KL closure (it holds a model): `bind` one to them. A log is kept if it is a path."""
+        """Leave out the KL closure, which holds a model (`bind` one to a copy), and a log that is not a path."""
         state = super().__getstate__() | {"_kl_state": self._own_state()["kl"], "_kl": None, "_notes": {}}
         for name in ("_sink", "_weights", "_state", "_open", "_anchored"):
             del state[name]

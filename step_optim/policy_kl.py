@@ -105,8 +105,10 @@ class PolicyKL(LogitKL):
 
     def state_dict(self) -> dict[str, Any]:
         """pi_ref, as the tensors of its distribution."""
-        if self._origin is None or isinstance(self._origin, Rows):
-            return super().state_dict()
+        if self._origin is None:
+            return {}
+        if isinstance(self._origin, Rows):
+            return {"x": self._origin.x}
         return {"tensors": {path: tensor.detach().clone() for path, tensor in _tensors(self._origin).items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

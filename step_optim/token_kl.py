@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +91,7 @@ class TokenKL(LogitKL):
         self._batch_list = list(_layout(control, micro_batch))
         self._arguments = _accepted_arguments(model)
         self.readout = self._find_readout()
-        """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full" (no head found)."""
+        """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
 
     def modules(self) -> Iterable[nn.Module]:
         """Return the model."""
@@ -156,6 +156,18 @@ class TokenKL(LogitKL):
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None  # a model that does more with its head's output than pass it on
 
+    def state_dict(self) -> dict[str, Any]:
+        """pi_ref, so that drift goes on being measured from the start of training.
+
+        Hidden states [R, D], with a copy of the head [V, D] if training moves it; or logits [R, V].
+        """
+        if self._origin is None:
+            return {}
+        head = self._origin.head
+        if head is None or head.weight is _output_head(self.model).weight:
+            return {"x": self._origin.x}
+        return {"x": self._origin.x, "weight": head.weight, "bias": head.bias}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over pi_ref."""
         if not state:
@@ -163,16 +175,14 @@ class TokenKL(LogitKL):
         x = state["x"].to(self.control.device)
         if x.shape[0] != self.control.response_tokens:
             raise ValueError(
-                f"the checkpoint's pi_ref has {x.shape[0]} response rows, this control set {self.control.response_tokens}; "
-                "resume with the control set of the run that saved it"
+                f"the checkpoint's pi_ref has {x.shape[0]} response rows, this control set has "
+                f"{self.control.response_tokens}; resume with the control set of the run that saved it"
             )
-        if "weight" not in state:
-            self._origin = Rows(x)
-            return
-        weight, bias = state["weight"], state["bias"]
-        live = self._head()
-        same = live.weight.shape == weight.shape and torch.equal(live.weight.cpu(), weight.cpu())
-        self._origin = Rows(x, live if same else Head(weight.to(x.device), None if bias is None else bias.to(x.device)))
+        if "weight" in state:
+            weight, bias = state["weight"].to(x.device), state["bias"]
+            self._origin = Rows(x, Head(weight, None if bias is None else bias.to(x.device)))
+        else:
+            self._origin = Rows(x, self._head() if self.readout == "hidden" else None)
 
     def __repr__(self) -> str:
         return (
@@ -219,7 +229,8 @@ def _layout(control: ControlSet, micro_batch: int) -> Iterator[Batch]:
         width = lengths[members[0]]
         ids = torch.zeros(len(members), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        positions, rows = [], []
+        positions: list[int] = []
+        rows: list[int] = []
         for place, i in enumerate(members):
             text = torch.cat([control.prompts[i], control.responses[i]]).cpu()
             ids[place, : len(text)], mask[place, : len(text)] = text, 1
@@ -237,19 +248,20 @@ def _agree(logits: Tensor | None, truth: Tensor) -> bool:
     return float((logits.float() - truth).abs().max()) <= tolerance
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and the like, which do not pass on its accessors."""
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) and not hasattr(model, "get_output_embeddings") else model
+
+
 def _output_head(model: nn.Module) -> Any:
-    find: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    if find is None and isinstance(getattr(model, "module", None), nn.Module):
-        return _output_head(model.module)  # DDP
+    find = getattr(_unwrapped(model), "get_output_embeddings", None)
     return None if find is None else find()
 
 
 def _vocab_size(model: nn.Module) -> int | None:
-    find = getattr(model, "get_input_embeddings", None)
-    if find is None and isinstance(getattr(model, "module", None), nn.Module):
-        return _vocab_size(model.module)
-    embeddings = None if find is None else find()
-    size = getattr(embeddings, "num_embeddings", None)
+    find = getattr(_unwrapped(model), "get_input_embeddings", None)
+    size = getattr(None if find is None else find(), "num_embeddings", None)
     return size if isinstance(size, int) else None
 
 

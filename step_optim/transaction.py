@@ -25,10 +25,12 @@ class Transaction:
     """Captures theta_t, measures points, and leaves one of them, or theta_t, behind.
 
     Args:
-        weights, state: captures that live as long as the optimizer, so that
-            their buffers are allocated once.
+        optimizer: the inner optimizer.
+        weights: lives as long as the optimizer, so that its buffers are allocated once.
+        state: likewise.
         kl: measures movement.
         budget: resolved at ``step``.
+        step: the step index.
     """
 
     def __init__(
@@ -87,25 +89,23 @@ class Transaction:
         if isinstance(self.kl, FunctionKL):
             self.weights.keep_candidate()
         with self.clock("audit"):
-            audit = self._audit(1.0)
+            audit = self._audit()
             if self.kl.slices is None:  # a plain function says what its slices are by measuring them
                 self.budget.check_slices(audit.movement.slices)
                 self.limits = self.budget.at(self.step, audit.movement.slices)
             return self._point(audit, alpha=1.0)
 
-    def _audit(self, alpha: float | None) -> Audit:
+    def _audit(self) -> Audit:
         with self.state.watch_groups():
-            audit = self.kl.audit()
-        if isinstance(self.kl, FunctionKL) and alpha is not None:
-            self.weights.go(alpha)  # whatever the function did, what is kept are the weights that it was given
-        return audit
+            return self.kl.audit()
 
     def _point(self, audit: Audit, **where: Any) -> Point:
         drift = self.kl.drift(audit) if self.limits.reference < math.inf else None
         return self._measure(Point(audit, self.limits.judge(audit.movement, drift), drift=drift, **where))
 
     def _measure(self, point: Point) -> Point:
-        self._here = point
+        # A plain function may have written weights: what is committed are the weights that it was given.
+        self._here = None if isinstance(self.kl, FunctionKL) else point
         self._measured.add(point)
         self.trials.append(TrialRecord(point.alpha, point.movement, point.feasible))
         return point
@@ -129,12 +129,12 @@ class Transaction:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha} must lie between 0 (previous weights) and 1 (candidate)")
         self.weights.go(alpha)
-        return self._point(self._audit(alpha), alpha=float(alpha))
+        return self._point(self._audit(), alpha=float(alpha))
 
     def _at_weights(self, values: Sequence[Tensor]) -> Point:
         values = [value.detach().clone() for value in values]
         self.weights.write(values)
-        return self._point(self._audit(None), weights=values)
+        return self._point(self._audit(), weights=values)
 
     def _distill(self, values: Sequence[Tensor], strength: Tensor) -> tuple[Point, float, list[Tensor]]:
         values = [value.detach().clone() for value in values]
@@ -187,7 +187,7 @@ class Transaction:
                     self.state.restore_gradients()
                 else:
                     self.state.restore()
-                # A loss closure may have drawn the data from these streams: rewound, it would draw the same again.
+                # A loss closure may draw its data from these streams: rewound, it would draw the same again.
                 if self.rewind:
                     self._rng.restore()
                 return

@@ -38,8 +38,8 @@ class Gate(Controller):
             return trial.reject()
         if self.on_stall == "raise":
             raise GateStalled(
-                f"{trial.rejected_in_a_row} steps in a row were over budget (now {trial.candidate.movement}); raise the "
-                "budget, lower the learning rate, or use Interpolate()"
+                f"{trial.rejected_in_a_row} steps in a row were over budget (now {trial.candidate.movement}); raise "
+                "the budget, lower the learning rate, or use Interpolate()"
             )
         found = Interpolate().search_alpha(trial)
         return trial.reject(stalled=True) if found is None else trial.accept(found, stalled=True)
