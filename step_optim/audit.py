@@ -38,6 +38,9 @@ class KLClosure(ABC):
     has_logits = False
     """Whether `Project` can work with this closure: it derives from `LogitKL`."""
 
+    used: Sequence[nn.Module] = ()
+    """Modules that the latest measurement called. Their buffers are part of the policy, and roll back with it."""
+
     @property
     def slices(self) -> tuple[str, ...] | None:
         """Names of the slices; None if they are not known before a measurement."""
@@ -98,7 +101,7 @@ class FunctionKL(KLClosure):
 
     def audit(self) -> Audit:
         """Call the function, isolated, and read what it returned."""
-        with isolated():
+        with isolated() as self.used:
             return Audit(Movement.of(self.fn()))
 
     def __repr__(self) -> str:
@@ -128,7 +131,6 @@ class ReferenceKL(KLClosure):
     def __init__(self) -> None:
         self._reference: Any = None
         self._origin: Any = None
-        self._used: list[nn.Module] = []
 
     @abstractmethod
     def _policy(self) -> Any:
@@ -142,14 +144,14 @@ class ReferenceKL(KLClosure):
         """Evaluate the current weights and compare them with the reference."""
         if self._reference is None:
             raise RuntimeError(f"{type(self).__name__} has no reference yet; call anchor() before the weights move")
-        with isolated(self.modules()) as self._used:
+        with isolated(self.modules()) as self.used:
             policy = self._policy()
             return Audit(self._movement(policy, self._reference), policy)
 
     def anchor(self, audit: Audit | None = None) -> None:
         """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
         if audit is None:
-            with isolated(self.modules()) as self._used:
+            with isolated(self.modules()) as self.used:
                 self._reference = self._policy()
         else:
             self._reference = audit.policy
@@ -169,7 +171,7 @@ class ReferenceKL(KLClosure):
         """
         return [
             (id(tensor), tensor.data_ptr(), tensor._version)
-            for module in self._used
+            for module in self.used
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None and not tensor.is_inference()
         ]

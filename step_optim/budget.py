@@ -125,6 +125,12 @@ class Budget:
         """Read ``budget=0.03`` as ``Budget(mean=0.03)``."""
         return value if isinstance(value, Budget) else cls(mean=value)
 
+    @property
+    def limits_anything(self) -> bool:
+        """Whether any part is finite, or a schedule; if not, the optimizer only measures."""
+        slices = list(self.slices.values()) if isinstance(self.slices, Mapping) else [self.slices]
+        return any(bound is not None and bound != math.inf for bound in (self.mean, self.reference, *slices))
+
     def check_slices(self, names: Iterable[str] | None) -> None:
         """Refuse a budget for slices that the KL closure does not have.
 

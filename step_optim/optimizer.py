@@ -218,11 +218,12 @@ class STEPOptimizer(OptimizerWrapper):
                 "or call bind(kl) once the model is wrapped"
             )
         transaction = Transaction(self._inner, self._weights, self._state, closure, self.budget, self._step)
-        untouched = transaction.capture()
+        untouched = transaction.capture_weights()
         if not untouched or self._anchored is None or self._anchored != (closure, closure.fingerprint()):
             with transaction.clock("audit"):
                 closure.anchor()
             self._drift = None
+        transaction.capture_state()
         self._open = transaction
         return transaction
 

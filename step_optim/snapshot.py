@@ -119,8 +119,8 @@ class Weights:
 
     @property
     def live(self) -> list[Tensor]:
-        """The weights as they are now."""
-        return [copy.alias for copy in self._store.copies]
+        """The weights as they are now, wherever an optimizer has put their `.data`."""
+        return [copy.tensor.detach() for copy in self._store.copies]
 
     @property
     def previous(self) -> list[Tensor]:
@@ -217,14 +217,15 @@ class OptimizerState:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._tensors, self._gradients = TensorStore(), TensorStore()
+        self._tensors, self._gradients, self._buffers = TensorStore(), TensorStore(), TensorStore()
         self._undo: list[Callable[[], Any]] = []
         self._grad_of: list[tuple[Tensor, Tensor | None]] = []
         self._groups = GroupJournal(optimizer)
 
     @torch.no_grad()
-    def capture(self) -> None:
-        """Remember all of it."""
+    def capture(self, buffers: Iterable[Tensor] = ()) -> None:
+        """Remember all of it, and some module buffers, which a forward in a loss closure or a window may move."""
+        self._buffers.capture(t for buffer in buffers for t in plain_tensors(buffer))
         walk = _Walk(self._optimizer)
         self._undo = walk.undo
         self._tensors.capture(walk.tensors)
@@ -243,6 +244,7 @@ class OptimizerState:
             for undo in self._undo:
                 undo()
             self._tensors.restore()
+            self._buffers.restore()
             self._groups.revert()
             self.restore_gradients()
 

@@ -186,8 +186,8 @@ class TokenKL(LogitKL):
 
     def __repr__(self) -> str:
         return (
-            f"TokenKL({type(self.model).__name__}, {len(self.control)} prompts, {self.control.response_tokens} response "
-            f"tokens, slices={list(self._slices)}, readout={self.readout!r})"
+            f"TokenKL({type(self.model).__name__}, {len(self.control)} prompts, {self.control.response_tokens} "
+            f"response tokens, slices={list(self._slices)}, readout={self.readout!r})"
         )
 
 

@@ -53,12 +53,16 @@ class Transaction:
         self.rewind = True
         self._here: Point | None = None
 
-    def capture(self) -> bool:
-        """Take theta_t, the optimizer's state and the random streams. True if the weights are those last committed."""
+    def capture_weights(self) -> bool:
+        """Take theta_t. True if these are the weights that were last committed."""
+        with self.clock("snapshot"):
+            return self.weights.capture()
+
+    def capture_state(self) -> None:
+        """Take all else: the optimizer's state, gradients, random streams, the buffers of the policy's modules."""
         with self.clock("snapshot"):
             self._rng = RNGState.capture()
-            self.state.capture()
-            return self.weights.capture()
+            self.state.capture(b for module in self.kl.used for b in module._buffers.values() if b is not None)
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -82,8 +86,13 @@ class Transaction:
             return moved
 
     def candidate(self) -> Point:
-        """Audit the weights that the inner step proposed. An update that is not finite is not worth a forward."""
-        if not math.isfinite(self.update_norm):
+        """Audit the weights that the inner step proposed.
+
+        An update that is not finite is infeasible without a forward: the
+        control set may not touch its bad rows. An optimizer that only measures
+        leaves even that to the bare run.
+        """
+        if not math.isfinite(self.update_norm) and self.budget.limits_anything:
             movement = Movement(math.nan, dict.fromkeys(self.kl.slices or (), math.nan))
             return self._measure(Point(Audit(movement), Verdict({}, finite=False), alpha=1.0))
         if isinstance(self.kl, FunctionKL):

@@ -1,0 +1,384 @@
+"""Budgets hold: whatever is committed was audited feasible on exactly those bits, or nothing moved."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from step_optim import (
+    Action,
+    Budget,
+    Controller,
+    Gate,
+    GateStalled,
+    Interpolate,
+    Movement,
+    Project,
+    STEPOptimizer,
+    Trial,
+    kl_closure,
+)
+from tests.strategies import Policy, Problem, bits, budgets, controllers, policy_problem, problems, token_problem, wrap
+
+
+def weights(problem: Problem) -> list[object]:
+    return [bits(p) for p in problem.model.parameters()]
+
+
+@given(problem=problems(), budget=budgets(), controller=controllers())
+def test_what_is_committed_was_audited_feasible_on_those_bits(problem, budget, controller):
+    """Re-auditing the committed weights against the previous ones gives exactly the recorded figures."""
+    optimizer = wrap(problem, budget, controller)
+    problem.model.train()
+    for step in range(4):
+        problem.backward(step)
+        before, reference = weights(problem), problem.kl
+        reference.anchor()  # the previous policy, independently of what the optimizer keeps
+        previous = reference._reference
+        optimizer.step()
+        record = optimizer.last
+        if record.action is Action.REJECT:
+            assert weights(problem) == before
+            assert record.accepted.mean == 0
+            continue
+        reference._reference = previous
+        again = reference()
+        assert again == record.accepted
+        limits = budget.at(step, problem.kl.slices)
+        assert limits.judge(again).feasible
+        optimizer.refresh()
+
+
+@given(problem=problems(), controller=controllers())
+def test_a_zero_budget_lets_no_movement_through(problem, controller):
+    """With eps = 0 the policy on the control set stays exactly where it was."""
+    optimizer = wrap(problem, Budget(mean=0.0), controller)
+    for step in range(2):
+        problem.backward(step)
+        optimizer.step()
+        assert optimizer.last.accepted.mean == 0.0
+
+
+@pytest.mark.parametrize(
+    ("controller", "action"),
+    [(Gate(), Action.REJECT), (Interpolate(), Action.SHRINK), (Project(), Action.PROJECT)],
+)
+def test_every_outcome_really_happens(controller, action):
+    """A loose budget commits; a tight one rejects, shrinks or projects, by controller."""
+    problem = token_problem(3)
+    optimizer = wrap(problem, Budget(mean=math.inf), controller)
+    problem.backward(0)
+    optimizer.step()
+    assert optimizer.last.action is Action.COMMIT
+    optimizer.set_budget(Budget(slices={"a": optimizer.last.accepted.slices["a"] / 20}))
+    problem.backward(1)
+    optimizer.step()
+    assert optimizer.last.action is action
+    assert optimizer.last.triggered
+    assert optimizer.last.bound == "slice:a"
+
+
+def test_a_committed_step_costs_one_control_forward():
+    """The audit that licensed a commit is the next reference: n commits cost n + 1 evaluations."""
+    problem = policy_problem(1)
+    calls = []
+    evaluate = problem.kl.fn
+    problem.kl.fn = lambda: calls.append(1) or evaluate()
+    # Gradients come from elsewhere: a training forward would move the BatchNorm statistics that the policy reads.
+    problem.model.eval()
+    optimizer = wrap(problem, Budget(mean=math.inf))
+    for step in range(5):
+        optimizer.zero_grad()
+        problem.loss(step).backward()
+        optimizer.step()
+    assert len(calls) == 5 + 1
+
+
+def test_a_rejected_step_keeps_its_reference():
+    """After a rejection the weights are the reference's still, and nothing is evaluated again."""
+    problem = policy_problem(1)
+    problem.model.eval()
+    optimizer = wrap(problem, Budget(mean=0.0), Gate())
+    calls = []
+    evaluate = problem.kl.fn
+    problem.kl.fn = lambda: calls.append(1) or evaluate()
+    for step in range(3):
+        optimizer.zero_grad()
+        problem.loss(step).backward()
+        optimizer.step()
+    assert optimizer.summary()["rejects"] == 3
+    assert len(calls) == 3 + 1
+
+
+@pytest.mark.parametrize("edit", ["in place", "through .data", "buffer", "load_state_dict"])
+def test_a_stale_reference_is_taken_anew(edit):
+    """If something else moved the policy since the last commit, movement is measured from there, not from before."""
+    problem = policy_problem(2)
+    problem.model.eval()
+    optimizer = wrap(problem, Budget(mean=math.inf))
+    optimizer.zero_grad()
+    problem.loss(0).backward()
+    optimizer.step()
+    with torch.no_grad():
+        if edit == "in place":
+            problem.model.head.weight += 1.0
+        elif edit == "through .data":
+            problem.model.head.weight.data.copy_(torch.randn(4, 8) * 3)
+        elif edit == "buffer":
+            problem.model.norm.running_mean += 2.0
+        else:
+            problem.model.load_state_dict(Policy().state_dict())
+    problem.kl.anchor()
+    previous = problem.kl._reference
+    optimizer.zero_grad()
+    problem.loss(1).backward()
+    optimizer.step()
+    problem.kl._reference = previous
+    assert problem.kl() == optimizer.last.accepted
+
+
+def test_a_step_that_moves_nothing_is_committed_without_an_audit():
+    """Zero gradients and lr 0 materialise the optimizer's state (checkpointing does this) and measure nothing."""
+    problem = policy_problem(0, lr=0.0)
+    problem.kl.anchor()
+    optimizer = wrap(problem, Budget(mean=0.0), Gate())
+    for p in problem.model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.last.action is Action.UNCHANGED
+    assert optimizer.last.audits == 0
+    assert len(optimizer.state) > 0
+
+
+def test_a_window_makes_several_inner_steps_one_candidate():
+    """Inside window() nothing is audited; at its end the whole way is one candidate, measured once."""
+    problem = token_problem(4)
+    optimizer = wrap(problem, Budget(mean=1e-6))
+    before = [p.detach().clone() for p in problem.model.parameters()]
+    with optimizer.window():
+        for step in range(3):
+            problem.backward(step)
+            optimizer.step()
+    assert optimizer.last.step == 0
+    assert optimizer.last.action is Action.SHRINK
+    assert optimizer.last.accepted.mean <= 1e-6
+    assert any(not torch.equal(p, b) for p, b in zip(problem.model.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError, match="window"), optimizer.window(), optimizer.window():
+        pass
+
+
+def test_a_rejected_window_keeps_the_schedulers_lr():
+    """What a scheduler wrote between the inner steps stays; what the optimizer wrote is rolled back."""
+    problem = policy_problem(4, inner="NAdam")
+    optimizer = wrap(problem, Budget(mean=0.0), Gate())
+    buffers_before = [bits(b) for b in problem.model.buffers()]
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    state_before = bits(dict(problem.optimizer.state))
+    with optimizer.window():
+        for step in range(3):
+            problem.backward(step)
+            optimizer.step()
+            scheduler.step()
+    assert optimizer.last.action is Action.REJECT
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * 0.5**3)
+    assert bits(dict(problem.optimizer.state)) == state_before
+    assert [bits(b) for b in problem.model.buffers()] == buffers_before  # the policy's too
+
+
+class Half(Controller):
+    """Half of the step, or nothing."""
+
+    def decide(self, trial: Trial):
+        half = trial.at(0.5)
+        return trial.accept(half) if half.feasible else trial.reject()
+
+
+class Cheat(Controller):
+    """Accepts the infeasible candidate."""
+
+    def decide(self, trial: Trial):
+        return trial.accept(trial.candidate)
+
+
+def test_a_controller_of_ones_own():
+    """A small class is enough for a new controller; its half step is exactly half way."""
+    weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = STEPOptimizer(
+        torch.optim.SGD([weight], lr=1.0), kl=lambda: weight.abs().max(), budget=0.6, controller=Half()
+    )
+    weight.grad = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64)
+    optimizer.step()
+    assert weight.tolist() == [0.5, 0.0, 0.0]
+    assert optimizer.last.alpha == 0.5
+
+
+def test_a_controller_cannot_commit_what_is_not_feasible():
+    """The transaction, not the controller, has the last word, and theta_t is back."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = STEPOptimizer(
+        torch.optim.SGD([weight], lr=1.0), kl=lambda: weight.abs().max(), budget=0.6, controller=Cheat()
+    )
+    weight.grad = -torch.ones(3)
+    with pytest.raises(RuntimeError, match="not a feasible point"):
+        optimizer.step()
+    assert weight.tolist() == [0.0, 0.0, 0.0]
+
+
+def line(budget: float, controller: Controller | None = None, **options) -> tuple[STEPOptimizer, torch.nn.Parameter]:
+    """A weight that SGD moves by 1 a step, with KL = its distance from where the step began."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    start = torch.zeros(1)
+    weight.register_hook(lambda grad: grad)
+    optimizer = STEPOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        kl=lambda: (weight - start).abs(),
+        budget=budget,
+        controller=controller,
+        **options,
+    )
+    optimizer.register_step_pre_hook(lambda *_: start.copy_(weight.detach()))
+    weight.grad = torch.tensor([-1.0])
+    return optimizer, weight
+
+
+def test_a_gate_with_patience_falls_back_to_the_budget():
+    """After n rejections in a row the gate shrinks the step and says that it stalled."""
+    optimizer, weight = line(0.25, Gate(patience=2))
+    actions = []
+    for _ in range(6):
+        optimizer.step()
+        actions.append((str(optimizer.last.action), optimizer.last.stalled))
+    assert actions == [("reject", False), ("reject", False), ("shrink", True)] * 2
+    assert weight.item() == pytest.approx(0.5, rel=0.03)
+
+
+def test_a_stalled_gate_can_raise():
+    """on_stall="raise" ends a livelock loudly, with the weights restored."""
+    optimizer, weight = line(0.25, Gate(patience=1, on_stall="raise"))
+    optimizer.step()
+    with pytest.raises(GateStalled, match="budget"):
+        optimizer.step()
+    assert weight.item() == 0.0
+
+
+def test_keep_state_keeps_the_moments_of_a_rejected_step():
+    """on_reject="keep_state" restores the weights alone; "restore" restores the moments too."""
+    for option, momentum in (("keep_state", -1.0), ("restore", None)):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = STEPOptimizer(
+            torch.optim.SGD([weight], lr=1.0, momentum=0.9),
+            kl=lambda weight=weight: weight.abs(),
+            budget=0.1,
+            controller=Gate(on_reject=option),
+        )
+        weight.grad = torch.tensor([-1.0])
+        optimizer.step()
+        assert weight.item() == 0.0
+        buffer = optimizer.state[weight].get("momentum_buffer")
+        assert (None if buffer is None else float(buffer)) == momentum
+
+
+def test_budgets_may_be_schedules_and_may_cap_the_drift():
+    """A callable budget is asked with the step index; reference= bounds the movement from the start of training."""
+    problem = policy_problem(5)
+    problem.model.eval()
+    budget = Budget(mean=lambda step: [1e-3, 1e-4, 1e-5][min(step, 2)], reference=2e-3)
+    optimizer = wrap(problem, budget)
+    for step in range(12):
+        optimizer.zero_grad()
+        problem.loss(0).backward()
+        optimizer.step()
+        assert optimizer.last.budget.mean == [1e-3, 1e-4, 1e-5][min(step, 2)]
+        assert optimizer.last.reference_drift.mean <= 2e-3
+    optimizer.set_budget(Budget(reference=2e-3))
+    for _ in range(20):
+        optimizer.zero_grad()
+        problem.loss(0).backward()
+        optimizer.step()
+        assert optimizer.last.reference_drift.mean <= 2e-3
+    assert any(r == "reference" for r in [optimizer.last.bound])
+
+
+def test_where_the_kl_closure_can_be_given():
+    """In the constructor, by bind(), for one step by keyword, or literally as step(closure) if it is marked."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = STEPOptimizer(torch.optim.SGD([weight], lr=1.0), budget=0.5)
+    weight.grad = torch.tensor([-1.0])
+    with pytest.raises(RuntimeError, match="bind"):
+        optimizer.step()
+    assert weight.item() == 0.0
+    optimizer.step(kl=lambda: weight.abs())
+    assert optimizer.last.alpha == pytest.approx(0.5, rel=0.01)
+
+    @kl_closure
+    def marked():
+        return Movement(0.0, {"a": 0.0})
+
+    optimizer.step(marked)
+    assert optimizer.last.action is Action.COMMIT
+    assert optimizer.last.accepted.slices == {"a": 0.0}
+    losses = []
+    optimizer.bind(lambda: 0.0)
+
+    def loss():
+        losses.append(1)
+        return torch.tensor(7.0)
+
+    assert float(optimizer.step(loss)) == 7.0
+    assert losses == [1]
+
+
+@given(kl=st.floats(0.0, 2.0), budget=st.floats(0.0, 2.0))
+def test_plain_functions_decide_by_kl_at_most_budget(kl, budget):
+    """A gate commits exactly when K <= eps."""
+    optimizer, weight = line(budget, Gate())
+    optimizer.step(kl=lambda: kl)
+    assert (optimizer.last.action is Action.COMMIT) == (kl <= budget)
+    assert weight.item() == (1.0 if kl <= budget else 0.0)
+
+
+def test_notes_reach_the_record_of_the_next_step():
+    """note() is written once, with the step it belongs to."""
+    optimizer, _ = line(5.0)
+    optimizer.note(reward=1.5, epoch=3)
+    optimizer.step()
+    assert optimizer.last.reward == 1.5
+    assert optimizer.last.notes == {"epoch": 3}
+    optimizer.step()
+    assert optimizer.last.reward is None
+
+
+def test_two_parameters_on_one_storage_are_shrunk_once():
+    """Tied memory is interpolated once: alpha 0.5 stays 0.5."""
+    memory = torch.zeros(2)
+    a, b = torch.nn.Parameter(memory), torch.nn.Parameter(memory)
+    a.grad = torch.tensor([-1.0, 0.0])
+    b.grad = torch.zeros(2)
+    optimizer = STEPOptimizer(
+        torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0), kl=lambda: a.abs().max(), budget=0.5
+    )
+    optimizer.step()
+    assert a[0].item() == pytest.approx(0.5, rel=0.01)
+    assert optimizer.last.alpha == pytest.approx(a[0].item())
+    assert a.data_ptr() == b.data_ptr()
+
+
+def test_low_precision_logs_the_alpha_that_rounding_left():
+    """bf16 weights cannot take every alpha: the realised one is measured on what was committed."""
+    weight = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    start = weight.detach().clone()
+    optimizer = STEPOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        kl=lambda: float((weight.float() - start.float()).square().sum()),
+        budget=1e-3,
+    )
+    weight.grad = torch.full((64,), -0.02, dtype=torch.bfloat16)
+    optimizer.step()
+    moved = (weight.float() - start.float()).mean().item()
+    candidate = float((torch.ones(1, dtype=torch.bfloat16) + torch.tensor(0.02, dtype=torch.bfloat16)).float()) - 1
+    assert optimizer.last.alpha_realised == pytest.approx(moved / candidate)
+    assert optimizer.last.accepted.mean <= 1e-3
