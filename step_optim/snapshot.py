@@ -389,9 +389,13 @@ def _refill(container: Any, members: Any) -> None:
         for key in [key for key in container if key not in members]:
             del container[key]
         container.update(members)
+    elif isinstance(container, set):
+        # Only what differs: a set that was emptied and refilled would iterate in another order.
+        container.difference_update(container.difference(members))
+        container.update(members)
     else:
         container.clear()
-        (container.extend if isinstance(container, deque) else container.update)(members)
+        container.extend(members)
 
 
 def _has_own_state(item: Any) -> bool:
