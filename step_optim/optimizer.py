@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from step_optim.audit import KLClosure, as_kl
 from step_optim.budget import Bound, Budget
-from step_optim.controllers.base import Action, Controller, Outcome, Point
+from step_optim.controllers.base import Action, Controller, Outcome
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.movement import Movement
-from step_optim.snapshot import OptimizerState, Weights
+from step_optim.snapshot import Weights
+from step_optim.state import OptimizerState
 from step_optim.telemetry import StepRecord, Summary, open_log
 from step_optim.transaction import Transaction
 from step_optim.wrapper import OptimizerWrapper, hooked
@@ -72,7 +73,7 @@ class STEPOptimizer(OptimizerWrapper):
         log: str | Path | Callable[..., Any] | Any = None,
         on_error: str = "raise",
     ) -> None:
-        _check_inner(optimizer)
+        _refuse(optimizer)
         if on_error not in ("raise", "reject"):
             raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'reject'")
         if controller is not None and not isinstance(controller, Controller):
@@ -133,8 +134,12 @@ class STEPOptimizer(OptimizerWrapper):
         """Add a parameter group; its movement counts from the next step on."""
         self._refuse_inside_window("add_param_group()")
         super().add_param_group(param_group)
-        if self._kl is not None:
-            self._kl.check_parameters(param_group["params"])
+        try:
+            if self._kl is not None:
+                self._kl.check_parameters(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _refuse_inside_window(self, what: str) -> None:
         if self._open is not None:
@@ -200,8 +205,7 @@ class STEPOptimizer(OptimizerWrapper):
             record = self._decide(transaction)  # theta_t+1
         except BaseException as error:
             transaction.restore()  # theta_t, whatever happened
-            self._finish(transaction, _failed(transaction, error))
-            self.refresh()  # the audit may have become the reference before this went wrong
+            self._rejected(transaction, error)
             if not (proposed and self._on_error == "reject" and isinstance(error, Exception)):
                 raise
         else:
@@ -230,7 +234,7 @@ class STEPOptimizer(OptimizerWrapper):
     def _decide(self, transaction: Transaction) -> StepRecord:
         """Commit a feasible candidate; otherwise do what the controller says."""
         if not transaction.moved():
-            return self._record(transaction, Outcome(Action.UNCHANGED), None, None)
+            return transaction.record(Outcome(Action.UNCHANGED), None, None, self._drift_of(transaction))
         candidate = transaction.candidate()  # K_global and K_s on the control set
         if candidate.feasible:
             outcome = Outcome(Action.COMMIT, candidate)
@@ -244,30 +248,20 @@ class STEPOptimizer(OptimizerWrapper):
             with transaction.clock("audit"):
                 transaction.kl.anchor(accepted.audit)  # the audit that licensed it is the next reference
             self._drift = accepted.drift
-        return self._record(transaction, outcome, candidate, accepted)
+        return transaction.record(outcome, candidate, accepted, self._drift_of(transaction))
 
-    def _record(
-        self, transaction: Transaction, outcome: Outcome, candidate: Point | None, accepted: Point | None
-    ) -> StepRecord:
+    def _drift_of(self, transaction: Transaction) -> Movement | None:
+        """Movement of the committed policy from pi_ref; measured again only if the policy changed."""
         if self._drift is None and transaction.kl.measures_drift:
             with transaction.clock("audit"):
                 self._drift = transaction.kl.drift()
-        still = Movement(0.0, dict.fromkeys(transaction.kl.slices or (), 0.0))
-        proposed = still if candidate is None else candidate.movement
-        triggered = candidate is not None and not candidate.feasible
-        return transaction.record(
-            action=outcome.action,
-            candidate=proposed,
-            accepted=proposed.still() if accepted is None else accepted.movement,
-            triggered=triggered,
-            bound=None if candidate is None else candidate.verdict.binding,
-            alpha=None if candidate is None else 0.0 if accepted is None else accepted.alpha,
-            alpha_realised=None if candidate is None else transaction.realised_alpha(accepted),
-            stalled=outcome.stalled,
-            projection=outcome.projection,
-            reference_drift=self._drift,
-            error=None if proposed.is_finite else _not_finite(transaction, proposed),
-        )
+        return self._drift
+
+    def _rejected(self, transaction: Transaction, error: BaseException) -> None:
+        try:
+            self._finish(transaction, transaction.failed(error))
+        finally:
+            self.refresh()  # the audit may have become the reference before this went wrong
 
     def _finish(self, transaction: Transaction, record: StepRecord) -> None:
         """Remember what was committed, count the step, write the record."""
@@ -366,7 +360,7 @@ class STEPOptimizer(OptimizerWrapper):
         return f"STEPOptimizer({type(self._inner).__name__}, {self.budget}, {self.controller!r})"
 
 
-def _check_inner(optimizer: Any) -> None:
+def _refuse(optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer={optimizer!r:.60} is no torch optimizer; pass torch.optim.AdamW(...), say")
     if isinstance(optimizer, STEPOptimizer):
@@ -381,20 +375,3 @@ def _check_budget(budget: Budget, kl: KLClosure) -> None:
     budget.check_slices(kl.slices)
     if budget.reference is not None and budget.reference != math.inf and not kl.measures_drift:
         raise ValueError(f"budget.reference needs a KL closure that measures drift (TokenKL, PolicyKL), not {kl!r}")
-
-
-def _failed(transaction: Transaction, error: BaseException) -> StepRecord:
-    nothing = Movement(math.nan, dict.fromkeys(transaction.kl.slices or (), math.nan))
-    return transaction.record(
-        action=Action.REJECT,
-        candidate=nothing,
-        accepted=nothing.still(),
-        error=f"{type(error).__name__}: {error}",
-        success=False,
-    )
-
-
-def _not_finite(transaction: Transaction, candidate: Movement) -> str:
-    if not math.isfinite(transaction.update_norm):
-        return f"the update is not finite (norm {transaction.update_norm})"
-    return f"the candidate's KL is not finite: mean {candidate.mean}, worst {candidate.worst}"

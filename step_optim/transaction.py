@@ -17,7 +17,8 @@ from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
 from step_optim.isolation import RNGState
 from step_optim.movement import Movement
-from step_optim.snapshot import OptimizerState, Weights
+from step_optim.snapshot import Weights
+from step_optim.state import OptimizerState
 from step_optim.telemetry import StepRecord, TrialRecord
 
 
@@ -93,8 +94,7 @@ class Transaction:
         leaves even that to the bare run.
         """
         if not math.isfinite(self.update_norm) and self.budget.limits_anything:
-            movement = Movement(math.nan, dict.fromkeys(self.kl.slices or (), math.nan))
-            return self._measure(Point(Audit(movement), Verdict({}, finite=False), alpha=1.0))
+            return self._measure(Point(Audit(self._everywhere(math.nan)), Verdict({}, finite=False), alpha=1.0))
         if isinstance(self.kl, FunctionKL):
             self.weights.keep_candidate()
         with self.clock("audit"):
@@ -170,18 +170,55 @@ class Transaction:
                 self.weights.write(point.weights)
         return point
 
-    def record(self, **decided: Any) -> StepRecord:
+    def record(
+        self, outcome: Outcome, candidate: Point | None, accepted: Point | None, drift: Movement | None
+    ) -> StepRecord:
         """Put what was decided together with what was measured on the way."""
+        proposed = self._everywhere(0.0) if candidate is None else candidate.movement
         return StepRecord(
-            step=self.step,
-            budget=self.limits,
-            trials=tuple(self.trials[1:]),
-            update_norm=self.update_norm,
-            lr=self.lr,
-            **decided,
+            **self._measurements(),
+            action=outcome.action,
+            candidate=proposed,
+            accepted=proposed.still() if accepted is None else accepted.movement,
+            triggered=candidate is not None and not candidate.feasible,
+            bound=None if candidate is None else candidate.verdict.binding,
+            alpha=None if candidate is None else 0.0 if accepted is None else accepted.alpha,
+            alpha_realised=None if candidate is None else self._realised_alpha(accepted),
+            stalled=outcome.stalled,
+            projection=outcome.projection,
+            reference_drift=drift,
+            error=None if proposed.is_finite else self._not_finite(proposed),
         )
 
-    def realised_alpha(self, point: Point | None) -> float | None:
+    def failed(self, error: BaseException) -> StepRecord:
+        """Return the record of a step that ended in an error."""
+        return StepRecord(
+            **self._measurements(),
+            action=Action.REJECT,
+            candidate=self._everywhere(math.nan),
+            accepted=self._everywhere(0.0),
+            error=f"{type(error).__name__}: {error}",
+            success=False,
+        )
+
+    def _measurements(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "budget": self.limits,
+            "trials": tuple(self.trials[1:]),
+            "update_norm": self.update_norm,
+            "lr": self.lr,
+        }
+
+    def _everywhere(self, kl: float) -> Movement:
+        return Movement(kl, dict.fromkeys(self.kl.slices or (), kl))
+
+    def _not_finite(self, candidate: Movement) -> str:
+        if not math.isfinite(self.update_norm):
+            return f"the update is not finite (norm {self.update_norm})"
+        return f"the candidate's KL is not finite: mean {candidate.mean}, worst {candidate.worst}"
+
+    def _realised_alpha(self, point: Point | None) -> float:
         """Which part of the update stands, after rounding."""
         if point is None:
             return 0.0

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from step_optim import (
     Budget,
-    ControlSet,
     Controller,
+    ControlSet,
     Gate,
     Interpolate,
     KLClosure,

@@ -279,7 +279,7 @@ def test_a_schedule_that_goes_wrong_is_refused_before_the_inner_step():
     optimizer = wrap(problem, Budget(mean=lambda step: math.nan))
     problem.backward(0)
     before = picture(problem.model, optimizer)
-    with pytest.raises(ValueError, match="budget.mean"):
+    with pytest.raises(ValueError, match=r"budget\.mean"):
         optimizer.step()
     assert picture(problem.model, optimizer) == before
 

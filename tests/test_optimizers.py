@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from step_optim import Action, Budget, Gate, Interpolate, STEPOptimizer
+from step_optim import Action, Gate, Interpolate, STEPOptimizer
 from tests.strategies import bits, picture
 
 TORCH = sorted(

@@ -16,7 +16,7 @@ from tests.strategies import INNER, Problem, picture, policy_problem, problems, 
 
 @given(problem=problems(), before=st.integers(0, 3))
 def test_a_rejected_step_leaves_no_trace(problem, before):
-    """Parameters, state, identities, groups, attributes, grads, modes, buffers and RNG are those before, bit for bit."""
+    """Parameters, state, identities, groups, attributes, grads, modes, buffers, RNG are those before, bit for bit."""
     optimizer = wrap(problem, Budget(mean=math.inf), Gate())
     for step in range(before):
         problem.backward(step)
