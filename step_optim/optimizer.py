@@ -175,6 +175,8 @@ class STEPOptimizer(OptimizerWrapper):
         """
         if isinstance(closure, KLClosure):
             closure, kl = None, closure
+        if kl is not None and self._open is not None:
+            raise RuntimeError("step(kl=...) inside a window: the window is audited as one; pass window(kl=...)")
         self._run_hooks("_optimizer_step_pre_hooks", (closure,), inner)
         if self._open is not None:  # inside a window this is one more part of its candidate
             loss = self._open.propose(closure, inner)

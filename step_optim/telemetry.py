@@ -147,6 +147,9 @@ def _flatten(value: Any, name: str) -> Iterator[tuple[str, float | str]]:
         yield name, float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
+_FIRST = b'{"step_optim"'
+
+
 class JSONLWriter:
     """Appends one JSON object a line and flushes it, so that a killed run loses at most the step in flight.
 
@@ -158,15 +161,16 @@ class JSONLWriter:
         self._file: TextIO | None = None
         self.path = Path(path)
         self._header = header
-        if self.path.exists() and self.path.stat().st_size:
-            with self.path.open("rb") as existing:
-                if not existing.read(16).startswith(b'{"step_optim"'):
-                    raise ValueError(f"log={str(path)!r} exists and is no step_optim log; choose another path")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as existing:  # a path that cannot be written is refused now, not after a step
+            existing.seek(0)
+            start = existing.read(len(_FIRST))
+        if not _FIRST.startswith(start):  # empty, torn in the very first write, or the header of a log
+            raise ValueError(f"log={str(path)!r} exists and is no step_optim log; choose another path")
 
     def __call__(self, record: StepRecord) -> None:
         """Write one record."""
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(self.path)
             self._file = self.path.open("a", encoding="utf-8")
             self._write({"step_optim": SCHEMA, **self._header()})
@@ -189,9 +193,8 @@ class JSONLWriter:
 
 
 def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
+    with path.open("a+b") as file:
+        file.seek(0)
         data = file.read()
         file.truncate(data.rfind(b"\n") + 1)
 

@@ -136,7 +136,7 @@ class TokenKL(LogitKL):
 
     def _find_readout(self) -> str:
         """Compare the short ways with the model's own logits on one batch, and take the shortest that agrees."""
-        head, batch = _output_head(self.model), self._batch_list[0]
+        head, batch = _output_head(self.model), self._batch_list[-1]  # the shortest prompts
         with isolated([self.model]):
             truth = self._read(batch, "full")
             if head is None or not _agree(self._try_rows(batch), truth):
