@@ -61,6 +61,9 @@ class KLClosure(ABC):
         """Movement of an audited policy (default: the reference) from pi_ref; None if this closure has no pi_ref."""
         return None
 
+    def forget_origin(self) -> None:
+        """Let the next reference be pi_ref."""
+
     def fingerprint(self) -> Any:
         """Changes when weights that the measurement reads were written; what it cannot see needs `refresh`."""
         return None
@@ -162,6 +165,10 @@ class ReferenceKL(KLClosure):
         """Movement of an audited policy, or of the reference, from pi_ref."""
         with torch.no_grad():
             return self._movement(self._reference if audit is None else audit.policy, self._origin)
+
+    def forget_origin(self) -> None:
+        """Let the next reference be pi_ref."""
+        self._origin = None
 
     def fingerprint(self) -> Any:
         """Identity, place and version of every parameter and buffer of the modules that were used.

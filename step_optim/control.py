@@ -53,7 +53,7 @@ class ControlSet:
             prompts: C lists of ids; each needs a token, since the first
                 response token is predicted from the last prompt token.
             responses: C lists of ids, at least one token each.
-            slices: prompt indices by slice name.
+            slices: prompt indices, or a boolean mask [C], by slice name.
             vocab_size: to refuse ids outside the vocabulary now; `TokenKL`
                 checks them against its model anyway.
             device: where the tensors live; the model's device.
@@ -268,10 +268,20 @@ def checked_slices(slices: Slices, count: int) -> dict[str, tuple[int, ...]]:
             raise ValueError("a slice cannot be named 'mean': that is the global movement; choose another name")
         if not isinstance(name, str):
             raise TypeError(f"slice names are texts, not {name!r}")
-        indices = tuple(_checked_index(int(i), count, f"slice {name!r}") for i in members)
+        indices = tuple(_checked_index(int(i), count, f"slice {name!r}") for i in _members(members, count, name))
         if not indices:
             raise ValueError(f"slice {name!r} is empty; give it a prompt or leave it out")
         if len(set(indices)) != len(indices):
             raise ValueError(f"slice {name!r} names a prompt twice: {list(indices)}")
         checked[name] = indices
     return checked
+
+
+def _members(members: Sequence[int] | Tensor, count: int, name: str) -> list[int]:
+    """Prompt indices, also from a boolean mask."""
+    values = members.tolist() if hasattr(members, "tolist") else list(members)
+    if not any(isinstance(value, bool) for value in values):
+        return values
+    if len(values) != count or not all(isinstance(value, bool) for value in values):
+        raise ValueError(f"slice {name!r} is a mask of {len(values)} for {count} prompts; give one flag for each")
+    return [i for i, chosen in enumerate(values) if chosen]

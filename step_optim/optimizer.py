@@ -122,13 +122,19 @@ class STEPOptimizer(OptimizerWrapper):
             _check_budget(new, self._kl)
         self.budget = new
 
-    def refresh(self) -> None:
+    def refresh(self, *, restart_drift: bool = False) -> None:
         """Take the reference anew at the next step.
 
         Needed after an edit that cannot be noticed: of a frozen weight through
         `.data`, or of the observations that a `PolicyKL` function closes over.
+
+        Args:
+            restart_drift: also make the policy at the next step pi_ref. Needed
+                after new observations, on which the old pi_ref is not known.
         """
         self._anchored = None
+        if restart_drift and self._kl is not None:
+            self._kl.forget_origin()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its movement counts from the next step on."""
@@ -190,7 +196,8 @@ class STEPOptimizer(OptimizerWrapper):
     def window(self, *, kl: KLClosure | Callable[[], Any] | None = None) -> Iterator[None]:
         """Make all inner steps in the body one candidate: a PPO update of several minibatch steps, audited once.
 
-        An exception in the body restores the weights and the state from before the window.
+        `last` is the record of the whole window once it is closed. An exception
+        in the body restores the weights and the state from before the window.
         """
         self._refuse_inside_window("window()")
         with self._transaction(kl) as transaction:

@@ -28,12 +28,12 @@ class PolicyKL(LogitKL):
         fn: takes nothing; returns logits [N, A], or a
             `torch.distributions.Distribution` with batch shape [N, ...], at the
             current weights on N fixed observations.
-        slices: observation indices by slice name.
+        slices: observation indices, or a boolean mask [N], by slice name.
         model: the module behind ``fn``. Needed only if ``fn`` calls its
             methods rather than ``model(...)`` and it has dropout or BatchNorm.
 
     ``fn`` must be a function of the weights alone. After changing the
-    observations it closes over, call ``optimizer.refresh()``.
+    observations it closes over, call ``optimizer.refresh(restart_drift=True)``.
 
     >>> policy = nn.Linear(3, 2)
     >>> kl = PolicyKL(lambda: policy(torch.eye(3)), slices={"left": [0], "right": [1, 2]})

@@ -211,6 +211,8 @@ def open_log(log: Any, header: Callable[[], Mapping[str, Any]]) -> Sink:
     if log is None:
         return lambda record: None
     if isinstance(log, (str, Path)):
+        if not str(log) or Path(log).is_dir():
+            raise ValueError(f"log={str(log)!r} is no file; give a path like 'runs/step.jsonl', or None for no log")
         return JSONLWriter(log, header)
     if callable(getattr(log, "log", None)):
         return lambda record: log.log(record.flat(), step=record.step)

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 MODEL_TRIALS = 4
-"""Model-guided trials before plain bisection takes over; on real steps the model needs 2 to 3."""
+"""Model-guided trials before bisection steps in whenever one did not halve the bracket; real steps need 2 to 3."""
+
+BOLDEST = 0.1
+"""Smallest part of the bracket's upper end that a measured slope may jump to while nothing feasible is known."""
 
 
 class Ratios(Protocol):
@@ -46,14 +49,17 @@ class Bracket:
     def __init__(self, at_one: Found) -> None:
         self.found = [at_one]
         self.low, self.high = 0.0, 1.0
+        self.halved = False
 
     def add(self, found: Found) -> None:
         """Narrow the interval."""
         self.found.append(found)
+        width = self.high - self.low
         if found.feasible:
             self.low = max(self.low, found.alpha)
         else:
             self.high = min(self.high, found.alpha)
+        self.halved = self.high - self.low <= 0.5 * width
 
     def closed(self, tol: float) -> bool:
         """Whether the best feasible alpha is within ``tol`` of any alpha that could still be feasible."""
@@ -108,7 +114,7 @@ def _found(alpha: float, point: Ratios) -> Found:
 
 
 def _next(search: str, bracket: Bracket, tol: float, trial: int) -> float:
-    if search == "model" and trial < MODEL_TRIALS:
+    if search == "model" and (trial < MODEL_TRIALS or bracket.halved):
         return _model_alpha(bracket, tol)
     if search == "backtrack" and bracket.low == 0:
         return 0.5 * bracket.high
@@ -146,25 +152,28 @@ def _model_alpha(bracket: Bracket, tol: float) -> float:
     nearly flat in alpha: interpolate it through the nearest points and solve
     sqrt(K_j / eps_j) = 1 - tol/2; the smallest solution is the answer.
     """
-    names = [name for name, root in bracket.found[0].roots.items() if root > 0]
+    names = {name for found in bracket.found for name, root in found.roots.items() if root > 0}
     aims = [_solve(_curve(bracket, name), bracket, 1 - tol / 2) for name in names]
     alpha = min((aim for aim in aims if aim is not None), default=bracket.middle)
-    # A model that aims outside of what is still possible has nothing to say.
-    return alpha if bracket.low < alpha < bracket.high else bracket.middle
+    if bracket.low == 0 and len(bracket.found) > 1:
+        alpha = max(alpha, BOLDEST * bracket.high)  # a slope that was measured far away
+    # An aim at an end of the bracket would tell nothing new; one a tolerance inside of it closes the bracket.
+    low, high = (1 + 0.9 * tol) * bracket.low, (1 - 0.5 * tol) * bracket.high
+    return min(max(alpha, low), high) if low < high else bracket.middle
 
 
 def _curve(bracket: Bracket, name: str) -> Callable[[float], float] | None:
     """Log sqrt(K / eps) as a function of alpha, from the three informative points nearest to the bracket."""
     known = [
-        (found.alpha, math.log(root) - math.log(found.alpha))
+        (math.log(found.alpha), math.log(root) - math.log(found.alpha))
         for found in bracket.found
         if math.isfinite(root := found.roots.get(name, math.nan)) and root > 0
     ]
     if not known:
         return None
-    known.sort(key=lambda point: abs(math.log(point[0]) - math.log(max(bracket.middle, 1e-12))))
+    known.sort(key=lambda point: abs(point[0] - math.log(bracket.middle)))
     points = known[:3]
-    return lambda alpha: math.log(alpha) + _lagrange(points, alpha)
+    return lambda alpha: math.log(alpha) + _lagrange(points, math.log(alpha))
 
 
 def _lagrange(points: list[tuple[float, float]], x: float) -> float:
