@@ -35,7 +35,8 @@ from step_optim.controllers import (
 from step_optim.movement import Movement
 from step_optim.optimizer import STEPOptimizer
 from step_optim.policy_kl import PolicyKL
-from step_optim.telemetry import StepRecord, read_log, summarise
+from step_optim.summary import summarise
+from step_optim.telemetry import StepRecord, read_log
 from step_optim.token_kl import TokenKL
 
 __version__ = "0.1.0"

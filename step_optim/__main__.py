@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from step_optim.integrity import check
-from step_optim.telemetry import read_log, summarise
+from step_optim.summary import summarise
+from step_optim.telemetry import StepRecord, read_log
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,13 +36,13 @@ def _labelled(argument: str) -> tuple[str, str]:
     return (label, path) if equals and not Path(argument).exists() else (argument, argument)
 
 
-def _integrity(runs: dict[str, list]) -> int:  # type: ignore[type-arg]
+def _integrity(runs: dict[str, list[StepRecord]]) -> int:
     report = check(runs)
     print(report)
     return 0 if report.ok else 1
 
 
-def _summary(runs: dict[str, list]) -> int:  # type: ignore[type-arg]
+def _summary(runs: dict[str, list[StepRecord]]) -> int:
     for label, records in runs.items():
         print(label)
         for name, value in summarise(records).items():

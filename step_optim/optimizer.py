@@ -19,7 +19,8 @@ from step_optim.controllers.interpolate import Interpolate
 from step_optim.movement import Movement
 from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
-from step_optim.telemetry import StepRecord, Summary, open_log
+from step_optim.summary import Summary
+from step_optim.telemetry import StepRecord, open_log
 from step_optim.transaction import Transaction
 from step_optim.wrapper import OptimizerWrapper, hooked
 

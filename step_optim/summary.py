@@ -1,0 +1,89 @@
+"""The figures of a run: rates, means and totals over its records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from step_optim.controllers.base import Action
+from step_optim.telemetry import StepRecord
+
+
+class Summary:
+    """Running totals of a run; they survive a checkpoint.
+
+    >>> Summary().figures()["steps"]
+    0
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+
+    def add(self, record: StepRecord) -> None:
+        """Count one step."""
+        add, seconds = self._add, record.seconds
+        add("steps", 1)
+        add(str(record.action), 1)
+        add("triggered", record.triggered)
+        add("errors", record.error is not None)
+        add("audits", record.audits)
+        if record.alpha is not None and record.triggered:
+            add("alpha_sum", record.alpha)
+            add("alpha_count", 1)
+        if record.candidate.is_finite:
+            add("candidate_sum", record.candidate.mean)
+            add("candidate_count", 1)
+        add("accepted_sum", record.accepted.mean)
+        for name in ("inner", "snapshot", "audit", "search"):
+            add(f"{name}_seconds", seconds.get(name, 0.0))
+        self._sums["accepted_max"] = max(self._sums.get("accepted_max", 0.0), record.accepted.mean)
+        self._sums["worst_slice_max"] = max(self._sums.get("worst_slice_max", 0.0), record.accepted.worst[1])
+        if record.reference_drift is not None:
+            self._sums["drift"] = record.reference_drift.mean
+
+    def _add(self, name: str, value: float) -> None:
+        self._sums[name] = self._sums.get(name, 0) + float(value)
+
+    def figures(self) -> dict[str, Any]:
+        """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds."""
+        total = self._sums.get
+        steps = total("steps", 0)
+        own = sum(total(f"{name}_seconds", 0.0) for name in ("snapshot", "audit", "search"))
+        return {
+            "steps": int(steps),
+            **{f"{action.value}s": int(total(action.value, 0)) for action in Action if action is not Action.UNCHANGED},
+            "unchanged": int(total("unchanged", 0)),
+            "errors": int(total("errors", 0)),
+            "trigger_rate": _per(total("triggered", 0), steps),
+            "rejection_rate": _per(total("reject", 0), steps),
+            "mean_alpha": _per(total("alpha_sum", 0), total("alpha_count", 0)),
+            "audits_per_step": _per(total("audits", 0), steps),
+            "mean_candidate_kl": _per(total("candidate_sum", 0), total("candidate_count", 0)),
+            "mean_accepted_kl": _per(total("accepted_sum", 0), steps),
+            "max_accepted_kl": total("accepted_max", 0.0),
+            "max_accepted_slice_kl": total("worst_slice_max", 0.0),
+            "reference_drift": total("drift", None),
+            "inner_seconds": total("inner_seconds", 0.0),
+            "overhead_seconds": own,
+            "overhead_per_inner_second": _per(own, total("inner_seconds", 0.0)),
+        }
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers."""
+        return dict(self._sums)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over what `state_dict` returned."""
+        self._sums = dict(state)
+
+
+def _per(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def summarise(records: Iterable[StepRecord]) -> dict[str, Any]:
+    """Return the figures of `STEPOptimizer.summary()` for a log that was read back."""
+    summary = Summary()
+    for record in records:
+        summary.add(record)
+    return summary.figures()
