@@ -83,3 +83,11 @@ def _signature(record: StepRecord) -> str:
             record.reward,
         )
     )
+
+
+if __name__ == "__main__":
+    import sys
+
+    from step_optim.__main__ import main
+
+    sys.exit(main(["integrity", *sys.argv[1:]]))

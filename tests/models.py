@@ -53,7 +53,7 @@ def _common(vocab: int, hidden: int, layers: int) -> dict[str, Any]:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 64,
-        "pad_token_id": 0,
+        "pad_token_id": None,  # a padding token's embedding would be zero, and so would be its logits
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
@@ -100,7 +100,6 @@ def tiny_gpt2(
         attn_pdrop=dropout,
         bos_token_id=1,
         eos_token_id=2,
-        pad_token_id=0,
     )
     return _build(config, seed, dtype)
 
