@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from step_optim import kl as statistic
-from step_optim.isolation import isolated
-from step_optim.kl import Rows
+from step_optim.isolation import BITS, isolated
+from step_optim.kl import Head, Rows
 from step_optim.movement import Movement
 
 F = TypeVar("F", bound=Callable[[], Any])
@@ -37,6 +37,9 @@ class KLClosure(ABC):
 
     has_logits = False
     """Whether `Project` can work with this closure: it derives from `LogitKL`."""
+
+    isolates = False
+    """Whether `audit` runs itself isolated; if not, the transaction does that."""
 
     used: Sequence[nn.Module] = ()
     """Modules that the latest measurement called. Their buffers are part of the policy, and roll back with it."""
@@ -64,8 +67,12 @@ class KLClosure(ABC):
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
 
-    def fingerprint(self) -> Any:
-        """Changes when weights that the measurement reads were written; what it cannot see needs `refresh`."""
+    def fingerprint(self, own: Collection[int] = ()) -> Any:
+        """Changes when weights that the measurement reads were written; what it cannot see needs `refresh`.
+
+        Args:
+            own: ids of the parameters that the caller watches itself.
+        """
         return None
 
     @property
@@ -96,6 +103,8 @@ class FunctionKL(KLClosure):
             the weights before the step, as `Movement.of` reads it. It owns its
             reference: take it before `step()`.
     """
+
+    isolates = True
 
     def __init__(self, fn: Callable[[], Any]) -> None:
         if not callable(fn):
@@ -130,6 +139,8 @@ class ReferenceKL(KLClosure):
     Subclasses evaluate (`_policy`) and compare (`_movement`); what a policy is
     stays theirs. pi_ref is the first reference that was ever taken.
     """
+
+    isolates = True
 
     def __init__(self) -> None:
         self._reference: Any = None
@@ -170,14 +181,21 @@ class ReferenceKL(KLClosure):
         """Let the next reference be pi_ref."""
         self._origin = None
 
-    def fingerprint(self) -> Any:
-        """Identity, place and version of every parameter and buffer of the modules that were used.
+    def fingerprint(self, own: Collection[int] = ()) -> Any:
+        """Identity, place, version and requires_grad of every parameter and buffer of the modules that were used.
 
-        Writes through `.data` do not count up the version; `STEPOptimizer`
-        compares its own parameters bit for bit besides.
+        A write through `.data`, and the kernels of some optimizers, do not
+        count up the version: of trained parameters the bits are summed up
+        besides, but for the caller's own, which it compares itself.
         """
         return [
-            (id(tensor), tensor.data_ptr(), tensor._version)
+            (
+                id(tensor),
+                tensor.data_ptr(),
+                tensor._version,
+                tensor.requires_grad,
+                _checksum(tensor) if tensor.requires_grad and id(tensor) not in own else None,
+            )
             for module in self.used
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None and not tensor.is_inference()
@@ -206,18 +224,21 @@ class LogitKL(ReferenceKL):
         return tuple(self._slices)
 
     @abstractmethod
-    def _batches(self) -> Iterable[tuple[Tensor, Rows]]:
-        """Evaluate the current weights batch by batch: (which rows, their `Rows`), in a fixed layout."""
+    def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Evaluate the current weights batch by batch, in a fixed layout: (which rows, their features [r, D])."""
+
+    def _head(self, *, live: bool) -> Head | None:
+        """The head over the features; with ``live`` the one that gradients go to, else one that stays as it is."""
+        return None
 
     def _policy(self) -> Rows:
         return self._gather(list(self._batches()))
 
-    @staticmethod
-    def _gather(parts: list[tuple[Tensor, Rows]]) -> Rows:
+    def _gather(self, parts: list[tuple[Tensor, Tensor]]) -> Rows:
         """Put the rows of all batches back in their order."""
-        x = torch.cat([part.x for _, part in parts])
+        x = torch.cat([part for _, part in parts])
         order = torch.cat([rows for rows, _ in parts])
-        return Rows(torch.empty_like(x).index_copy_(0, order, x), parts[0][1].head)
+        return Rows(torch.empty_like(x).index_copy_(0, order, x), self._head(live=False))
 
     def _per_prompt(self, rows: Tensor) -> Tensor:
         return statistic.prompt_means(rows, self._prompt_of_row, self._prompts)
@@ -266,14 +287,17 @@ class LogitKL(ReferenceKL):
         gradients = {id(p): torch.zeros_like(p) for p in parameters}
         total, parts = 0.0, []
         with isolated(self.modules(), grad=True):
-            for rows, part in self._batches():
+            for rows, x in self._batches():
                 target = self._mixture(candidate.policy, strength, rows)
-                loss = ((part.logits() - target).square().sum(1) * weight[rows]).sum()
+                logits = Rows(x, self._head(live=True)).logits()
+                open_ = target.isfinite()  # not masked, for both policies
+                off = torch.where(open_, logits, 0.0) - torch.where(open_, target, 0.0)
+                loss = (off.square().sum(1) * weight[rows]).sum()
                 for p, g in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
                     if g is not None:
                         gradients[id(p)] += g
                 total += float(loss.detach())
-                parts.append((rows, Rows(part.x.detach(), part.head)))
+                parts.append((rows, x.detach()))
         with torch.no_grad():
             policy = self._gather(parts)
             return Audit(self._movement(policy, self._reference), policy), total, list(gradients.values())
@@ -283,4 +307,11 @@ class LogitKL(ReferenceKL):
         with torch.no_grad():
             previous = self._reference[rows].logits()
             weight = strength[self._prompt_of_row[rows], None].to(previous.dtype)
-            return torch.lerp(previous, candidate[rows].logits(), weight)
+            there = candidate[rows].logits()
+            return torch.where(there == previous, previous, torch.lerp(previous, there, weight))
+
+
+def _checksum(tensor: Tensor) -> int:
+    """The sum of a tensor's bits, read as integers."""
+    plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return int(plain.view(BITS[plain.element_size()]).sum(dtype=torch.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,14 @@ class ControlSet:
     def response_tokens(self) -> int:
         """R, response tokens over all prompts."""
         return sum(len(response) for response in self.responses)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all token ids, to recognise the control set in a checkpoint."""
+        ids = [
+            [prompt.tolist(), response.tolist()] for prompt, response in zip(self.prompts, self.responses, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def to(self, device: torch.device | str) -> ControlSet:
         """Return the same control set on another device."""

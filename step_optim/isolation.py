@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -24,7 +24,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.is_complex():
         a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
     if a.is_floating_point():
-        bits = _BITS[a.element_size()]
+        bits = BITS[a.element_size()]
         a, b = a.view(bits), b.view(bits)
     return torch.equal(a, b)
 
@@ -67,6 +67,7 @@ class _Modes:
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
+        self._hook: Any = None
         self._seen: dict[int, tuple[nn.Module, bool, dict[str, tuple[Tensor, Tensor]]]] = {}
 
     def quiet(self, module: nn.Module, _inputs: Any = None) -> None:
@@ -78,8 +79,15 @@ class _Modes:
         self.modules.append(module)
         module.training = False
 
+    def watch(self) -> None:
+        """Quiet every further module as it is called."""
+        self._hook = register_module_forward_pre_hook(self.quiet)
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Put every flag and every buffer back, object and bits."""
+        if self._hook is not None:
+            self._hook.remove()
         for module, training, buffers in self._seen.values():
             module.training = training
             for name, (buffer, saved) in buffers.items():
@@ -110,26 +118,41 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
     """
     rng = RNGState.capture()
     modes = _Modes()
-    for root in modules:
-        for module in root.modules():
-            modes.quiet(module)
-    hook = register_module_forward_pre_hook(modes.quiet)
     try:
-        # The autocast cache would hand the second forward in one region the old weights' casts.
+        for root in modules:
+            for module in root.modules():
+                modes.quiet(module)
+        modes.watch()
         with torch.set_grad_enabled(grad), _no_autocast():
             yield modes.modules
     finally:
-        hook.remove()
-        with torch.no_grad():
+
+        def undo() -> None:
             modes.restore()
-        rng.restore()
+            rng.restore()
+
+        uninterrupted(undo)
+
+
+def uninterrupted(undo: Callable[[], None]) -> None:
+    """Run an idempotent undo to its end; a Ctrl-C meanwhile starts it again, and is raised when it is done."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            undo()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 @contextmanager
 def _no_autocast() -> Iterator[None]:
-    with torch.autocast("cpu", enabled=False):
-        if torch.cuda.is_available():
-            with torch.autocast("cuda", enabled=False):
-                yield
-        else:
+    """No autocast, and none of the casts that a surrounding region has cached: they are of other weights."""
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
+    finally:
+        torch.clear_autocast_cache()

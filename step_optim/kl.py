@@ -93,7 +93,8 @@ def blocks(previous: Rows, candidate: Rows) -> Iterator[tuple[Tensor, Tensor]]:
         stop = min(start + VOCAB_BLOCK, previous.vocab)
         z = previous._read(start, stop)
         if previous.head is None or candidate.head is None:
-            yield z, candidate._read(start, stop) - z
+            there = candidate._read(start, stop)
+            yield z, torch.where(there == z, 0.0, there - z)  # equal infinities, masked actions, do not differ
             continue
         old = previous.head.columns(start, stop)
         x_p, x_c = previous.x.to(old.weight.dtype), candidate.x.to(old.weight.dtype)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from step_optim.audit import KLClosure, as_kl
 from step_optim.budget import Bound, Budget
 from step_optim.controllers.base import Action, Controller, Outcome
+from step_optim.controllers.gate import GateStalled
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.movement import Movement
 from step_optim.snapshot import Weights
@@ -104,6 +106,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._open: Transaction | None = None
         self._anchored: Any = None
         self._drift: Movement | None = None
+        self._modules: Sequence[nn.Module] = ()  # whose buffers are part of the policy
 
     def bind(self, kl: KLClosure | Callable[[], Any]) -> None:
         """Set the KL closure: later than the optimizer under PEFT, DDP and FSDP, or again after a refresh.
@@ -111,10 +114,11 @@ class STEPOptimizer(OptimizerWrapper):
         Raises:
             ValueError: it does not fit the budget, the controller or the parameters.
         """
+        self._refuse_inside_window("bind()")
         self._kl = self._fitting(kl)
         self._kl.load_state_dict(self._kl_state)
         self._kl_state = {}
-        self.refresh()
+        self._anchored = None
 
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
@@ -133,6 +137,7 @@ class STEPOptimizer(OptimizerWrapper):
             restart_drift: also make the policy at the next step pi_ref. Needed
                 after new observations, on which the old pi_ref is not known.
         """
+        self._refuse_inside_window("refresh()")
         self._anchored = None
         if restart_drift and self._kl is not None:
             self._kl.forget_origin()
@@ -153,9 +158,15 @@ class STEPOptimizer(OptimizerWrapper):
             raise RuntimeError(f"{what} inside a window could not be rolled back with it; call it before or after")
 
     def note(self, *, reward: float | None = None, success: bool | None = None, **values: Any) -> None:
-        """Add figures of the training loop to the record of the next step."""
-        given = {"reward": None if reward is None else float(reward), "success": success, **values}
-        self._notes |= {name: value for name, value in given.items() if value is not None}
+        """Add figures of the training loop to the record of the next step.
+
+        Args:
+            reward: of this step's rollout.
+            success: whether the step counts as one that completed.
+            **values: numbers (tensors and arrays of one element, too), texts or flags.
+        """
+        given = {"reward": reward, "success": success, **values}
+        self._notes |= {name: _plain(name, value) for name, value in given.items() if value is not None}
 
     @hooked
     def step(
@@ -178,19 +189,20 @@ class STEPOptimizer(OptimizerWrapper):
 
         Raises:
             RuntimeError: there is no KL closure.
-            Exception: whatever was raised in between, with all weights and state as before.
+            Exception: whatever was raised in between, with all weights and state as before. Only an error of the log
+                comes after the decision: the step is then complete, as `last` has it.
         """
         if isinstance(closure, KLClosure):
             closure, kl = None, closure
         if kl is not None and self._open is not None:
             raise RuntimeError("step(kl=...) inside a window: the window is audited as one; pass window(kl=...)")
-        self._run_hooks("_optimizer_step_pre_hooks", (closure,), inner)
+        closure, inner = self._run_step_pre_hooks(closure, inner)
         if self._open is not None:  # inside a window this is one more part of its candidate
             loss = self._open.propose(closure, inner)
         else:
             with self._transaction(kl) as transaction:
                 loss = transaction.propose(closure, inner)
-        self._run_hooks("_optimizer_step_post_hooks", (closure,), inner)
+        self._run_hooks("_optimizer_step_post_hooks", self._step_arguments(closure), inner)
         return loss
 
     @contextmanager
@@ -210,18 +222,20 @@ class STEPOptimizer(OptimizerWrapper):
         transaction = self._begin(kl)  # theta_t, and its policy as the reference
         proposed = False
         try:
+            self._open = transaction
             yield transaction  # theta~ = OptStep(theta_t, gradient)
             proposed = True
             record = self._decide(transaction)  # theta_t+1
         except BaseException as error:
+            self._open = None
             transaction.restore()  # theta_t, whatever happened
-            self._rejected(transaction, error)
-            if not (proposed and self._on_error == "reject" and isinstance(error, Exception)):
+            rejected = proposed and self._on_error == "reject" and isinstance(error, Exception)
+            self._fail(transaction, error, quietly=not rejected)
+            if not rejected or isinstance(error, GateStalled):
                 raise
         else:
-            self._finish(transaction, record)
-        finally:
             self._open = None
+            self._finish(transaction, record)
 
     def _begin(self, kl: KLClosure | Callable[[], Any] | None) -> Transaction:
         """Capture theta_t, and take its policy as the reference unless it is that already."""
@@ -232,19 +246,22 @@ class STEPOptimizer(OptimizerWrapper):
                 "or call bind(kl) once the model is wrapped"
             )
         transaction = Transaction(self._inner, self._weights, self._state, closure, self.budget, self._step)
-        untouched = transaction.capture_weights()
-        if not untouched or self._anchored is None or self._anchored != (closure, closure.fingerprint()):
+        anchored, self._anchored = self._anchored, None  # until it is certain again
+        if not transaction.capture_weights() or anchored is None or anchored != self._fingerprint(closure):
             with transaction.clock("audit"):
                 closure.anchor()
             self._drift = None
-        transaction.capture_state()
-        self._open = transaction
+        self._modules = closure.used or self._modules
+        transaction.capture_state(self._modules)
         return transaction
+
+    def _fingerprint(self, kl: KLClosure) -> Any:
+        return kl, kl.fingerprint({id(p) for group in self.param_groups for p in group["params"]})
 
     def _decide(self, transaction: Transaction) -> StepRecord:
         """Commit a feasible candidate; otherwise do what the controller says."""
         if not transaction.moved():
-            return transaction.record(Outcome(Action.UNCHANGED), None, None, self._drift_of(transaction))
+            return transaction.record(Outcome(Action.UNCHANGED), None, self._drift_of(transaction))
         candidate = transaction.candidate()  # K_global and K_s on the control set
         if candidate.feasible:
             outcome = Outcome(Action.COMMIT, candidate)
@@ -253,12 +270,12 @@ class STEPOptimizer(OptimizerWrapper):
         else:
             with transaction.clock("search"):
                 outcome = self.controller.decide(transaction.trial(candidate, self._rejected_in_a_row))
-        accepted = transaction.settle(outcome, self.controller.on_reject)
-        if accepted is not None:
+        outcome = transaction.settle(outcome, self.controller.on_reject)
+        if outcome.point is not None:
             with transaction.clock("audit"):
-                transaction.kl.anchor(accepted.audit)  # the audit that licensed it is the next reference
-            self._drift = accepted.drift
-        return transaction.record(outcome, candidate, accepted, self._drift_of(transaction))
+                transaction.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference
+            self._drift = outcome.point.drift
+        return transaction.record(outcome, candidate, self._drift_of(transaction))
 
     def _drift_of(self, transaction: Transaction) -> Movement | None:
         """Movement of the committed policy from pi_ref; measured again only if the policy changed."""
@@ -267,28 +284,36 @@ class STEPOptimizer(OptimizerWrapper):
                 self._drift = transaction.kl.drift()
         return self._drift
 
-    def _rejected(self, transaction: Transaction, error: BaseException) -> None:
-        try:
-            self._finish(transaction, transaction.failed(error))
-        finally:
-            self.refresh()  # the audit may have become the reference before this went wrong
-
     def _finish(self, transaction: Transaction, record: StepRecord) -> None:
         """Remember what was committed, count the step, write the record."""
         with transaction.clock("snapshot"):
             self._weights.capture()
-            self._anchored = (transaction.kl, transaction.kl.fingerprint())
-        self._open = None
-        self._rejected_in_a_row = self._rejected_in_a_row + 1 if record.action is Action.REJECT else 0
-        self._step += 1
+            self._state.release()
+            self._anchored = self._fingerprint(transaction.kl)
+        self._modules = transaction.kl.used or self._modules
+        if record.triggered:
+            self._rejected_in_a_row = self._rejected_in_a_row + 1 if record.action is Action.REJECT else 0
+        elif record.action is Action.COMMIT:
+            self._rejected_in_a_row = 0
+        self._write(transaction, record)
+
+    def _fail(self, transaction: Transaction, error: BaseException, *, quietly: bool) -> None:
+        """Record a step that ended in an error. The reference is taken anew: the audit may have replaced it."""
+        self._state.release()
+        # An error of the log must not take the place of the error that is being raised.
+        with suppress(Exception) if quietly else nullcontext():
+            self._write(transaction, transaction.failed(error))
+
+    def _write(self, transaction: Transaction, record: StepRecord) -> None:
         notes, self._notes = self._notes, {}
         record = replace(
             record,
             seconds=dict(transaction.seconds),
             reward=notes.pop("reward", None),
-            success=notes.pop("success", record.success),
+            success=notes.pop("success", True) and record.success,
             notes=notes,
         )
+        self._step += 1
         self.last = record
         self._summary.add(record)
         self._sink(record)
@@ -330,21 +355,23 @@ class STEPOptimizer(OptimizerWrapper):
         super().load_state_dict(state_dict)
 
     def _load_own_state(self, state: Mapping[str, Any] | None) -> None:
-        self.refresh()
+        self._anchored = None
         if state is None:  # the checkpoint of a bare optimizer
             return
+        if state["version"] != 1:
+            raise ValueError(f"the checkpoint is of version {state['version']}, this step_optim reads 1; upgrade it")
+        if self._kl is not None:
+            self._kl.load_state_dict(state["kl"])  # refuses another control set before anything has changed
+        else:
+            self._kl_state = state["kl"]
         self._step, self._rejected_in_a_row = int(state["step"]), int(state["rejected_in_a_row"])
         self._summary.load_state_dict(state["summary"])
         self.controller.load_state_dict(state["controller"])
-        self._kl_state = state["kl"]
-        if self._kl is not None:
-            self._kl.load_state_dict(self._kl_state)
-            self._kl_state = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the KL closure, which holds a model (`bind` one to a copy), and a log that is not a path."""
         state = super().__getstate__() | {"_kl_state": self._own_state()["kl"], "_kl": None, "_notes": {}}
-        for name in ("_sink", "_weights", "_state", "_open", "_anchored"):
+        for name in ("_sink", "_weights", "_state", "_open", "_anchored", "_modules"):
             del state[name]
         if not isinstance(self._log, (str, Path)):
             state["_log"] = None
@@ -379,6 +406,15 @@ def _refuse(optimizer: Any) -> None:
         raise ValueError(
             "differentiable=True: a rollback in place would break the graph through the step; use differentiable=False"
         )
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value that every log can hold."""
+    if hasattr(value, "item"):
+        value = (value.detach() if hasattr(value, "detach") else value).item()
+    if not isinstance(value, (bool, int, float, str)):
+        raise TypeError(f"note({name}={value!r:.60}) is no number, text or flag; reduce it first")
+    return value
 
 
 def _check_budget(budget: Budget, kl: KLClosure) -> None:

@@ -90,10 +90,10 @@ class PolicyKL(LogitKL):
         # A distribution may hold a parameter itself (a state-independent std), which later steps move.
         return Rows(policy.x.clone()) if isinstance(policy, Rows) else copy.deepcopy(policy)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Rows]]:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         policy = self._evaluate()
         assert isinstance(policy, Rows)
-        yield self._prompt_of_row, policy
+        yield self._prompt_of_row, policy.x
 
     def _movement(self, candidate: Any, previous: Any) -> Movement:
         if isinstance(candidate, Rows):
@@ -113,13 +113,22 @@ class PolicyKL(LogitKL):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over pi_ref."""
-        if "x" in state:
-            self._origin = Rows(state["x"].to(self._prompt_of_row.device))
-        elif "tensors" in state:
-            with isolated(self.modules()):
-                origin = self._policy()
-            _fill(origin, state["tensors"])
-            self._origin = origin
+        if not state:
+            return
+        with isolated(self.modules()):
+            now = self._policy()
+        kept = {"x": now.x} if isinstance(now, Rows) else _tensors(now)
+        saved = {"x": state["x"]} if "x" in state else state["tensors"]
+        if {name: t.shape for name, t in saved.items()} != {name: kept[name].shape for name in saved if name in kept}:
+            raise ValueError(
+                f"the checkpoint's pi_ref does not have the shape of this policy over {self._prompts} observations; "
+                "resume with the observations of the run that saved it"
+            )
+        if isinstance(now, Rows):
+            self._origin = Rows(saved["x"].to(now.x.device))
+        else:
+            _fill(now, saved)
+            self._origin = now
 
     def __repr__(self) -> str:
         kind = "logits" if self.has_logits else "distribution"
@@ -147,4 +156,4 @@ def _fill(distribution: Distribution, tensors: Mapping[str, Tensor]) -> None:
         owner: Any = distribution
         for parent in parents:
             owner = getattr(owner, parent)
-        setattr(owner, name, tensor)
+        setattr(owner, name, tensor.to(getattr(owner, name).device))

@@ -153,6 +153,8 @@ class Weights:
             moved = True
             wide = torch.complex128 if live.is_complex() else torch.float64
             difference = (live.to(wide) - previous) if live.element_size() == 2 else live - previous
+            if not difference.isfinite().all():  # an infinity that was there before has not moved
+                difference = difference.masked_fill(live == previous, 0)
             square += float(torch.linalg.vector_norm(difference.flatten(), dtype=wide)) ** 2
         return moved, math.sqrt(square)
 

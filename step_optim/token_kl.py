@@ -82,6 +82,7 @@ class TokenKL(LogitKL):
             control.check_vocabulary(vocab_size)
         self.model, self.control = model, control
         self._refuse_strangers = check_parameters
+        self._live_head: Head | None = None
         self._prompts, self._slices = (
             len(control),
             {name: tuple(members) for name, members in control.slices.items()},
@@ -108,17 +109,22 @@ class TokenKL(LogitKL):
                 "belong to, or TokenKL(..., check_parameters=False) if the policy does not read them (a value head)"
             )
 
-    def _batches(self) -> Iterator[tuple[Tensor, Rows]]:
-        head = self._head() if self.readout == "hidden" else None
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._batch_list:
-            yield batch.rows, Rows(self._read(batch, self.readout), head)
+            yield batch.rows, self._read(batch, self.readout)
 
-    def _head(self) -> Head:
-        """The head as it is now; a copy if training will move it, the live one if it is frozen."""
+    def _head(self, *, live: bool) -> Head | None:
+        """The live head if it is frozen, the same object every time; a copy if training will move it."""
+        if self.readout != "hidden":
+            return None
         module = _output_head(self.model)
-        assert isinstance(module, nn.Linear)
-        head = Head(module.weight, module.bias)
-        return head.copy() if any(p.requires_grad for p in module.parameters()) else head
+        if self._live_head is None or self._live_head.weight is not module.weight:
+            self._live_head = Head(module.weight, module.bias)
+        if live or not any(p.requires_grad for p in module.parameters()):
+            return self._live_head
+        if self._origin is not None and self._origin.head is self._live_head:  # it was frozen until now
+            self._origin = Rows(self._origin.x, self._live_head.copy())
+        return self._live_head.copy()
 
     def _read(self, batch: Batch, readout: str, scale: float = 1.0) -> Tensor:
         """[r, D] hidden states or [r, V] logits of one batch's response rows."""
@@ -163,26 +169,27 @@ class TokenKL(LogitKL):
         """
         if self._origin is None:
             return {}
+        state = {"control": self.control.digest, "x": self._origin.x}
         head = self._origin.head
-        if head is None or head.weight is _output_head(self.model).weight:
-            return {"x": self._origin.x}
-        return {"x": self._origin.x, "weight": head.weight, "bias": head.bias}
+        if head is None or head is self._live_head:
+            return state
+        return state | {"weight": head.weight, "bias": head.bias}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over pi_ref."""
         if not state:
             return
-        x = state["x"].to(self.control.device)
-        if x.shape[0] != self.control.response_tokens:
+        if state["control"] != self.control.digest:
             raise ValueError(
-                f"the checkpoint's pi_ref has {x.shape[0]} response rows, this control set has "
-                f"{self.control.response_tokens}; resume with the control set of the run that saved it"
+                "the checkpoint's pi_ref was measured on another control set; resume with the one of the run that "
+                "saved it (control.save, ControlSet.load)"
             )
+        x = state["x"].to(self.control.device)
         if "weight" in state:
             weight, bias = state["weight"].to(x.device), state["bias"]
             self._origin = Rows(x, Head(weight, None if bias is None else bias.to(x.device)))
         else:
-            self._origin = Rows(x, self._head() if self.readout == "hidden" else None)
+            self._origin = Rows(x, self._head(live=True))
 
     def __repr__(self) -> str:
         return (

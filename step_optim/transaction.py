@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from step_optim.audit import Audit, FunctionKL, KLClosure
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
-from step_optim.isolation import RNGState
+from step_optim.isolation import RNGState, isolated, uninterrupted
 from step_optim.movement import Movement
 from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
@@ -49,7 +50,7 @@ class Transaction:
         self.seconds = {"inner": 0.0, "snapshot": 0.0, "audit": 0.0, "search": 0.0}
         self.trials: list[TrialRecord] = []
         self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
-        self.lr = tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group)
+        self.lr = tuple(float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None)
         self.update_norm = 0.0
         self.rewind = True
         self._here: Point | None = None
@@ -59,11 +60,11 @@ class Transaction:
         with self.clock("snapshot"):
             return self.weights.capture()
 
-    def capture_state(self) -> None:
+    def capture_state(self, modules: Iterable[nn.Module]) -> None:
         """Take all else: the optimizer's state, gradients, random streams, the buffers of the policy's modules."""
         with self.clock("snapshot"):
             self._rng = RNGState.capture()
-            self.state.capture(b for module in self.kl.used for b in module._buffers.values() if b is not None)
+            self.state.capture(b for module in modules for b in module._buffers.values() if b is not None)
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -105,7 +106,7 @@ class Transaction:
             return self._point(audit, alpha=1.0)
 
     def _audit(self) -> Audit:
-        with self.state.watch_groups():
+        with self.state.watch_groups(), nullcontext() if self.kl.isolates else isolated(self.kl.modules()):
             return self.kl.audit()
 
     def _point(self, audit: Audit, **where: Any) -> Point:
@@ -152,28 +153,34 @@ class Transaction:
         audit, loss, gradients = kl.distill(self._candidate.audit, strength, self.weights.parameters)
         return self._point(audit, weights=values), loss, gradients
 
-    def settle(self, outcome: Outcome, on_reject: str) -> Point | None:
-        """Leave the outcome's point in the weights, or theta_t; the accepted point, or None."""
-        point = outcome.point
-        if outcome.action is Action.REJECT:
-            self.restore(keep_state=on_reject == "keep_state")
-            return None
+    def settle(self, outcome: Outcome, on_reject: str) -> Outcome:
+        """Leave the outcome's point in the weights, or theta_t; what rounding made theta_t is a rejection."""
+        if not isinstance(outcome, Outcome):
+            raise TypeError(f"decide() returned {outcome!r}; return trial.accept(point) or trial.reject()")
+        if outcome.action is not Action.REJECT:
+            self._go(outcome.point)
+            if outcome.action is Action.COMMIT or self.weights.update()[0]:
+                return outcome
+        # Moments that have seen a gradient which is not finite would reject every later step.
+        self.restore(keep_state=on_reject == "keep_state" and self.trials[0].movement.is_finite)
+        return replace(outcome, action=Action.REJECT, point=None)
+
+    def _go(self, point: Point | None) -> None:
         if point is None or point not in self._measured or not point.feasible:
             raise RuntimeError(
                 f"the controller accepted {point}, which is not a feasible point that this trial measured"
             )
-        if point is not self._here:
-            if point.alpha is not None:
-                self.weights.go(point.alpha)
-            else:
-                assert point.weights is not None
-                self.weights.write(point.weights)
-        return point
+        if point is self._here:
+            return
+        if point.alpha is not None:
+            self.weights.go(point.alpha)
+        else:
+            assert point.weights is not None
+            self.weights.write(point.weights)
 
-    def record(
-        self, outcome: Outcome, candidate: Point | None, accepted: Point | None, drift: Movement | None
-    ) -> StepRecord:
+    def record(self, outcome: Outcome, candidate: Point | None, drift: Movement | None) -> StepRecord:
         """Put what was decided together with what was measured on the way."""
+        accepted = outcome.point
         proposed = self._everywhere(0.0) if candidate is None else candidate.movement
         return StepRecord(
             **self._measurements(),
@@ -225,17 +232,13 @@ class Transaction:
         return 1.0 if point.alpha == 1 else self.weights.realised_alpha()
 
     def restore(self, *, keep_state: bool = False) -> None:
-        """Put everything back, bit for bit; a second Ctrl-C in the middle starts it again."""
-        while True:
-            try:
-                self.weights.restore()
-                if keep_state:
-                    self.state.restore_gradients()
-                else:
-                    self.state.restore()
-                # A loss closure may draw its data from these streams: rewound, it would draw the same again.
-                if self.rewind:
-                    self._rng.restore()
-                return
-            except KeyboardInterrupt:
-                continue
+        """Put everything back, bit for bit."""
+
+        def undo() -> None:
+            self.weights.restore()
+            self.state.restore(keep_state=keep_state)
+            # A loss closure may draw its data from these streams: rewound, it would draw the same again.
+            if self.rewind:
+                self._rng.restore()
+
+        uninterrupted(undo)

@@ -99,6 +99,21 @@ class OptimizerWrapper(Optimizer):
         """Run the wrapper's own instance hooks; global hooks are the inner optimizer's to fire, once."""
         return [hook(self, *args) for hook in list(getattr(self, name).values())]
 
+    def _step_arguments(self, closure: Any) -> tuple[Any, ...]:
+        """The positional arguments of step(), as torch hands them to hooks."""
+        return (self,) if closure is None else (self, closure)
+
+    def _run_step_pre_hooks(self, closure: Any, inner: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Run the hooks before a step; one may replace the arguments by returning (args, kwargs)."""
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            replaced = hook(self, self._step_arguments(closure), inner)
+            if replaced is not None:
+                if not isinstance(replaced, tuple) or len(replaced) != 2:
+                    raise RuntimeError(f"a step pre-hook returned {replaced!r:.60}; return None or (args, kwargs)")
+                (_, *rest), inner = replaced
+                closure = rest[0] if rest else None
+        return closure, inner
+
     def _own_state(self) -> dict[str, Any]:
         """What the wrapper adds to the checkpoint: plain values and tensors."""
         return {}
@@ -121,9 +136,8 @@ class OptimizerWrapper(Optimizer):
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             replaced = hook(self, state)
             state = state if replaced is None else dict(replaced)
-        own = state.pop("step_optim", None)
+        self._load_own_state(state.pop("step_optim", None))  # what it refuses, it refuses before anything is loaded
         self._inner.load_state_dict(state)
-        self._load_own_state(own)
         self._run_hooks("_optimizer_load_state_dict_post_hooks")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def line(budget: float, controller: Controller | None = None, **options) -> tupl
         controller=controller,
         **options,
     )
-    optimizer.register_step_pre_hook(lambda *_: start.copy_(weight.detach()))
+    optimizer.register_step_pre_hook(lambda *_: (start.copy_(weight.detach()), None)[1])
     weight.grad = torch.tensor([-1.0])
     return optimizer, weight
 

@@ -36,6 +36,10 @@ class Interpolate(Controller):
     """The model search may stop on the slope of the measured curve. True makes it wait until an infeasible alpha
     within ``tol`` was seen, which costs about one more audit."""
 
+    min_alpha: float = 1e-4
+    """The smallest alpha worth committing: below it the step is rejected, for it would spend the optimizer's moments
+    on nothing."""
+
     on_reject: str = "restore"
     """``"restore"`` or ``"keep_state"``, if no alpha is feasible."""
 
@@ -47,6 +51,8 @@ class Interpolate(Controller):
             raise ValueError(f"tol={self.tol} must lie between 0 and 1 (0.01: within 1 % of the largest alpha)")
         if self.max_trials < 1:
             raise ValueError(f"max_trials={self.max_trials} must be at least 1 audit")
+        if not 0 <= self.min_alpha < 1:
+            raise ValueError(f"min_alpha={self.min_alpha} must lie between 0 and 1")
         checked_on_reject(self.on_reject)
 
     def decide(self, trial: Trial) -> Outcome:
@@ -63,5 +69,6 @@ class Interpolate(Controller):
             tol=self.tol,
             max_trials=self.max_trials,
             strict=self.strict,
+            min_alpha=self.min_alpha,
         )
         return None if found is None else found[1]

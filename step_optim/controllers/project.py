@@ -64,6 +64,8 @@ class Project(Controller):
         """Interpolate, distil, keep the best feasible point."""
         kl: LogitKL = trial.kl
         start = self._line.search_alpha(trial)
+        if not trial.candidate.movement.is_finite:  # there are no logits to aim at
+            return trial.reject() if start is None else trial.accept(start)
         strength = mixture_strength(kl, trial.candidate.audit, trial.limits)
         contest = _Contest(kl, trial.candidate.audit, start)
         steps, last = self._distil(trial, strength, 0.0 if start is None else start.alpha or 0.0, contest)
@@ -160,7 +162,7 @@ class _Contest:
         """Compare a point with the best so far, and hand it back."""
         if point is not None and point.feasible:
             objective = self._kl.distance(point.audit, self._candidate)
-            if objective < self.objective:
+            if self.best is None or objective < self.objective:
                 self.best, self.objective = point, objective
         return point
 

@@ -79,6 +79,7 @@ def largest_feasible(
     tol: float,
     max_trials: int,
     strict: bool = False,
+    min_alpha: float = 0.0,
 ) -> tuple[float, P] | None:
     """Find the largest alpha in (0, 1) whose audit is feasible, to a relative tolerance.
 
@@ -92,6 +93,7 @@ def largest_feasible(
         tol: relative, in alpha.
         max_trials: audits at most; the best feasible alpha found so far is the answer.
         strict: see `model_is_done`.
+        min_alpha: give up below this.
 
     Returns:
         (alpha, its point), or None if no feasible alpha was found.
@@ -101,7 +103,9 @@ def largest_feasible(
     for trial in range(max_trials):
         if bracket.closed(tol) or (search == "model" and not strict and model_is_done(bracket, tol)):
             break
-        alpha = _next(search, bracket, tol, trial)
+        alpha = max(_next(search, bracket, tol, trial), min_alpha)
+        if alpha >= bracket.high:
+            break  # even the smallest alpha was infeasible
         point = measure(alpha)
         bracket.add(_found(alpha, point))
         if point.feasible and (best is None or alpha > best[0]):
@@ -124,25 +128,30 @@ def _next(search: str, bracket: Bracket, tol: float, trial: int) -> float:
 def model_is_done(bracket: Bracket, tol: float) -> bool:
     """Whether the best feasible alpha is within ``tol`` by the slope of the measured curve.
 
-    With r = max_j sqrt(K_j / eps_j) at the best alpha, and r growing at least
-    like alpha^e, the largest feasible alpha is at most alpha r^(-1/e). e is
-    the smallest slope of log r over log alpha seen next to it, at most 1: for
-    K ~ alpha² it is 1. On a curve that is flat and then jumps this can be
+    With r = sqrt(K_j / eps_j) at the best alpha, and r growing at least like
+    alpha^e, the largest feasible alpha is at most alpha r^(-1/e). e is the
+    smallest slope of log r over log alpha that was seen from there, at most 1:
+    for K ~ alpha² it is 1. On a curve that is flat and then jumps this can be
     wrong; ``strict`` waits for an infeasible alpha within ``tol`` instead.
     """
     feasible = [found for found in bracket.found if found.feasible and found.largest > 0]
     if not feasible:
         return False
     best = max(feasible, key=lambda found: found.alpha)
-    slope = min([1.0, *(_slope(best, other) for other in bracket.found if other is not best)])
-    return slope > 0 and -math.log(best.largest) <= slope * -math.log1p(-tol)
+    others = [found for found in bracket.found if found.alpha != best.alpha]
+    return any(_is_done(name, root, best, others, tol) for name, root in best.roots.items() if root > 0)
 
 
-def _slope(a: Found, b: Found) -> float:
-    """Of log r over log alpha between two points; infinite where b tells nothing."""
-    if not (b.largest > 0 and math.isfinite(b.largest)) or a.alpha == b.alpha:
-        return math.inf
-    return (math.log(a.largest) - math.log(b.largest)) / (math.log(a.alpha) - math.log(b.alpha))
+def _is_done(name: str, root: float, best: Found, others: list[Found], tol: float) -> bool:
+    """Whether this one constraint rules out a larger alpha: others say nothing about its slope."""
+    known = [(other.alpha, other.roots.get(name, 0.0)) for other in others]
+    slopes = [
+        (math.log(root) - math.log(there)) / (math.log(best.alpha) - math.log(alpha))
+        for alpha, there in known
+        if there > 0 and math.isfinite(there)
+    ]
+    slope = min([1.0, *slopes])
+    return slope > 0 and -math.log(root) <= slope * -math.log1p(-tol)
 
 
 def _model_alpha(bracket: Bracket, tol: float) -> float:
