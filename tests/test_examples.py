@@ -1,0 +1,100 @@
+"""The examples run, on tiny budgets, as a user would run them; and the package is packaged."""
+
+from __future__ import annotations
+
+import importlib.resources
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import step_optim
+from step_optim import Action, read_log
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, directory: Path) -> str:
+    """Run an example in a directory of its own and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_quickstart_shows_a_controller_acting(tmp_path):
+    """It commits ordinary steps, shrinks the spike, and is short."""
+    source = ROOT / "examples" / "quickstart.py"
+    assert len(source.read_text().splitlines()) < 60
+    shown = run(str(source), directory=tmp_path)
+    assert "commit" in shown
+    assert "shrink" in shown
+
+
+@pytest.mark.parametrize(("controller", "action"), [("interpolate", "shrink"), ("gate", "reject")])
+def test_the_demo_runs_on_a_tiny_model(tmp_path, controller, action):
+    """Traces of both runs, a picture, a table and the sentence; the shock is controlled in one run only."""
+    shown = run(
+        str(ROOT / "examples" / "demo.py"),
+        *("--tiny", "--updates", "3", "--shock-at", "2", "--out", str(tmp_path / "out"), "--controller", controller),
+        directory=tmp_path,
+    )
+    records = {path.name: read_log(path) for path in (tmp_path / "out").glob("*.jsonl")}
+    assert sorted(map(len, records.values())) == [3, 3]
+    controlled = {name: [str(r.action) for r in run_records if r.triggered] for name, run_records in records.items()}
+    assert controlled == {"step.jsonl": [action], "without.jsonl": []}
+    picture = tmp_path / "out" / "demo.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in shown.replace("\n", "")
+
+
+def test_the_demo_says_what_to_do_without_a_model(tmp_path):
+    """A directory that holds no model ends with exit code 2 and one clear message."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "demo.py"), "--model", str(tmp_path), "--out", str(tmp_path / "o")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("controller", ["interpolate", "gate", "none"])
+def test_custom_rl_holds_its_budget(tmp_path, controller):
+    """PPO on CartPole for two updates: every accepted movement is within the budget, unless there is none."""
+    log = tmp_path / "run.jsonl"
+    run(
+        str(ROOT / "examples" / "custom_rl.py"),
+        *("--total-steps", "4096", "--budget-mean", "1e-3", "--controller", controller, "--log", str(log)),
+        directory=tmp_path,
+    )
+    records = read_log(log)
+    assert records
+    if controller == "none":
+        assert all(record.action is Action.COMMIT for record in records)
+    else:
+        assert any(record.triggered for record in records)
+        assert all(record.accepted.mean <= 1e-3 for record in records)
+
+
+def test_the_package_is_typed_and_imports_no_integration():
+    """py.typed is there; importing step_optim loads torch, but neither transformers nor bitsandbytes nor peft."""
+    assert (importlib.resources.files("step_optim") / "py.typed").is_file()
+    code = "import step_optim, sys; print([m for m in ('transformers', 'peft', 'bitsandbytes') if m in sys.modules])"
+    assert run("-c", code, directory=ROOT).strip() == "[]"
+
+
+def test_all_public_names_exist_and_are_documented():
+    """Everything in __all__ can be imported and has a docstring."""
+    for name in step_optim.__all__:
+        assert getattr(step_optim, name).__doc__, name
