@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::UserWarning
 @pytest.fixture(scope="module")
 def smollm():
     """SmolLM2-135M-Instruct and its tokenizer, from the packaged weights if there is no network."""
-    from smollm import DEFAULT_MODEL, load
+    from smollm import DEFAULT_MODEL, find, load
 
     torch.set_num_threads(2)
-    yield load(DEFAULT_MODEL)
+    yield load(find(DEFAULT_MODEL))
     torch.set_num_threads(1)
 
 

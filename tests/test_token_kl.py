@@ -435,9 +435,6 @@ def test_a_reference_does_not_move_with_the_weights(name) -> None:
     close(kl(), expected(model, here, control), rel=2e-3)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the reference of a frozen head aliases its live weight; unfreezing goes unnoticed"
-)
 def test_a_head_that_is_unfrozen_later() -> None:
     """Gradual unfreezing: the head's first trained step is measured in full."""
     control, model = ragged_control(), build("llama, frozen head")
@@ -501,12 +498,12 @@ def test_state_of_a_closure_without_a_reference_is_empty() -> None:
 
 
 def test_state_of_another_control_set_is_refused() -> None:
-    """A pi_ref with another number of rows is an error that gives both numbers."""
+    """A pi_ref that was measured on other responses is an error that says what to resume with."""
     model, control = build("llama"), ragged_control()
     kl = TokenKL(model, control)
     kl.anchor()
     other = TokenKL(model, control.select([0, 1]))
-    with pytest.raises(ValueError, match="13 response rows, this control set has 9"):
+    with pytest.raises(ValueError, match=r"pi_ref.*resume with the"):
         other.load_state_dict(kl.state_dict())
 
 
@@ -516,11 +513,11 @@ def test_saved_state_does_not_follow_training() -> None:
     kl = TokenKL(model, ragged_control())
     kl.anchor()
     state = kl.state_dict()
-    kept = {name: None if t is None else t.clone() for name, t in state.items()}
+    kept = copy.deepcopy(state)
     nudge(model, 0.5)
     kl.anchor(kl.audit())
-    for name, tensor in kept.items():
-        assert (tensor is None and state[name] is None) or torch.equal(tensor, state[name])
+    for name, value in kept.items():
+        assert torch.equal(value, state[name]) if isinstance(value, Tensor) else value == state[name]
 
 
 @ONE_EACH
