@@ -212,16 +212,17 @@ class LogitKL(ReferenceKL):
 
     has_logits = True
 
+    prompts: int
+    """C."""
+    members: dict[str, tuple[int, ...]]
+    """Prompt indices of each slice."""
     _prompt_of_row: Tensor
     """[R] prompt index of each row."""
-    _prompts: int
-    """C."""
-    _slices: dict[str, tuple[int, ...]]
 
     @property
     def slices(self) -> tuple[str, ...]:
         """Names of the slices."""
-        return tuple(self._slices)
+        return tuple(self.members)
 
     @abstractmethod
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -241,16 +242,29 @@ class LogitKL(ReferenceKL):
         return Rows(torch.empty_like(x).index_copy_(0, order, x), self._head(live=False))
 
     def _per_prompt(self, rows: Tensor) -> Tensor:
-        return statistic.prompt_means(rows, self._prompt_of_row, self._prompts)
+        return statistic.prompt_means(rows, self._prompt_of_row, self.prompts)
 
     def _movement(self, candidate: Rows, previous: Rows) -> Movement:
-        return statistic.movement(self._per_prompt(statistic.row_kl(previous, candidate)), self._slices)
+        return statistic.movement(self._per_prompt(statistic.row_kl(previous, candidate)), self.members)
 
-    def prompt_kl(self, candidate: Audit, strength: Tensor) -> Tensor:
-        """KL of each prompt, [C], at the mixture (1 - lambda) l_reference + lambda l_candidate; lambda is [C]."""
+    def prompt_kl(self, candidate: Audit, strength: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """KL of prompts at the mixture (1 - lambda) l_reference + lambda l_candidate, [P] float64 on the CPU.
+
+        Args:
+            candidate: the audit of the candidate.
+            strength: lambda of each of the prompts, [P].
+            prompts: indices [P], which may repeat; all C by default.
+        """
+        chosen = torch.arange(self.prompts) if prompts is None else prompts
+        prompt_of_row = self._prompt_of_row.cpu()
+        rows = [(prompt_of_row == prompt).nonzero().flatten() for prompt in chosen.tolist()]
+        place = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(part) for part in rows]))
+        index = torch.cat(rows).to(self._prompt_of_row.device)
         with torch.no_grad():
-            rows = statistic.row_kl(self._reference, candidate.policy, strength[self._prompt_of_row])
-            return self._per_prompt(rows)
+            found = statistic.row_kl(
+                self._reference[index], candidate.policy[index], strength[place].to(self._prompt_of_row.device)
+            )
+        return statistic.prompt_means(found.cpu(), place, len(rows))
 
     def distance(self, audit: Audit, candidate: Audit, strength: Tensor | None = None) -> float:
         """Mean ‖l_theta - l_lambda‖² of an audited policy; the objective of the paper's projection at lambda = 1.
@@ -259,7 +273,7 @@ class LogitKL(ReferenceKL):
         of squares is over the vocabulary. l_lambda is the mixture of
         `prompt_kl`, the candidate itself if no ``strength`` is given.
         """
-        row_strength = 1.0 if strength is None else strength[self._prompt_of_row, None]
+        row_strength = 1.0 if strength is None else strength.to(self._prompt_of_row.device)[self._prompt_of_row, None]
         squares: Tensor | float = 0.0
         with torch.no_grad():
             there = statistic.blocks(self._reference, candidate.policy)
@@ -281,8 +295,8 @@ class LogitKL(ReferenceKL):
         Returns:
             The audit of the current weights; the loss, mean ‖l_theta - l_lambda‖²; its gradients.
         """
-        rows_of = torch.bincount(self._prompt_of_row, minlength=self._prompts)
-        weight = 1.0 / (rows_of[self._prompt_of_row] * self._prompts)  # per prompt first, then over prompts
+        rows_of = torch.bincount(self._prompt_of_row, minlength=self.prompts)
+        weight = 1.0 / (rows_of[self._prompt_of_row] * self.prompts)  # per prompt first, then over prompts
         trained = [p for p in parameters if p.requires_grad]
         gradients = {id(p): torch.zeros_like(p) for p in parameters}
         total, parts = 0.0, []
@@ -306,7 +320,7 @@ class LogitKL(ReferenceKL):
         """Logits (1 - lambda) l_reference + lambda l_candidate of some rows, without a graph."""
         with torch.no_grad():
             previous = self._reference[rows].logits()
-            weight = strength[self._prompt_of_row[rows], None].to(previous.dtype)
+            weight = strength.to(rows.device)[self._prompt_of_row[rows], None].to(previous.dtype)
             there = candidate[rows].logits()
             return torch.where(there == previous, previous, torch.lerp(previous, there, weight))
 

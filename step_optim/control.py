@@ -163,9 +163,10 @@ class ControlSet:
         """Split into (control, held out).
 
         Args:
-            held_out: a fraction, drawn within every slice so that both parts
-                keep all slices that have two prompts or more; or prompt
-                indices; or names of slices to hold out whole.
+            held_out: a fraction, drawn within every slice (and among the
+                prompts in none), so that both parts keep all slices of two
+                prompts or more as far as overlaps allow; or prompt indices;
+                or names of slices to hold out whole.
             seed: of the draw.
         """
         out = self._held_out(held_out, seed)
@@ -185,11 +186,13 @@ class ControlSet:
         if not 0 < held_out < 1:
             raise ValueError(f"held_out={held_out} must lie between 0 and 1, or list prompts or slices")
         generator = torch.Generator().manual_seed(seed)
-        drawn: set[int] = set()
-        for members in self.slices.values() or [range(len(self))]:
-            order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-            wanted = min(max(1, round(held_out * len(order))), len(order) - 1)
-            drawn.update(order[: max(0, wanted - len(drawn & set(members)))])
+        covered = {i for members in self.slices.values() for i in members}
+        rest = [i for i in range(len(self)) if i not in covered]
+        parts = [list(members) for members in self.slices.values()] + ([rest] if rest else [])
+        for _ in range(FAIR_DRAWS):
+            drawn = _draw(parts, held_out, generator)
+            if all(0 < len(drawn.intersection(part)) < len(part) for part in parts if len(part) > 1):
+                break
         return drawn
 
     def save(self, path: str | Path) -> None:
@@ -245,6 +248,24 @@ class ControlSet:
         return ControlSet.from_ids(self.prompts, responses, self.slices, device=self.device)
 
 
+FAIR_DRAWS = 100
+"""Attempts to split overlapping slices so that both parts keep all of them; a partition needs one."""
+
+
+def _draw(parts: list[list[int]], fraction: float, generator: torch.Generator) -> set[int]:
+    """Draw a fraction of every part, never the last of any."""
+    drawn: set[int] = set()
+    for part in parts:
+        wanted = min(max(1, round(fraction * len(part))), len(part) - 1)
+        for place in torch.randperm(len(part), generator=generator).tolist():
+            i = part[place]
+            if len(drawn.intersection(part)) < wanted and all(
+                set(other) - drawn - {i} for other in parts if i in other
+            ):
+                drawn.add(i)
+    return drawn
+
+
 def _ids(ids: Sequence[int] | Tensor, what: str, device: torch.device | str | None) -> Tensor:
     tensor = torch.as_tensor(ids, device=device)
     if tensor.numel() == 0:
@@ -253,7 +274,7 @@ def _ids(ids: Sequence[int] | Tensor, what: str, device: torch.device | str | No
         raise ValueError(f"{what} must be a flat list of token ids, not {tuple(tensor.shape)} of {tensor.dtype}")
     if int(tensor.min()) < 0:
         raise ValueError(f"{what} has the negative token id {int(tensor.min())}; ids start at 0")
-    return tensor.long()
+    return tensor.to(torch.long, copy=True)
 
 
 def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:

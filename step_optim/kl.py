@@ -20,6 +20,9 @@ VOCAB_BLOCK = 2048
 LARGEST_LOG_RATIO = 80.0
 """|log-ratio| above which a row is read again in float64: float32's exp overflows at 88."""
 
+SMALL_LOG_RATIO = 0.05
+"""|log-ratio| below which expm1(u) - u is summed as a series: the next term is u**6 / 720, 3e-10 of the first."""
+
 ROWS_AGAIN = 32
 """Rows of the float64 re-reading that are held at once."""
 
@@ -127,7 +130,7 @@ def row_kl(previous: Rows, candidate: Rows, strength: Tensor | None = None) -> T
         strength: [R] lambda, to measure the geometric mixture
             (1 - lambda) l_previous + lambda l_candidate instead of the candidate.
     """
-    sums = [_block_sums(z, d if strength is None else d * strength[:, None]) for z, d in blocks(previous, candidate)]
+    sums = [_block_sums(z, _weakened(d, strength)) for z, d in blocks(previous, candidate)]
     peak, mass, centre, largest, a, b = (torch.stack(part) for part in zip(*sums, strict=True))
     weight = mass * torch.exp(peak - peak.amax(0))
     weight = weight / weight.sum(0)
@@ -143,6 +146,14 @@ def row_kl(previous: Rows, candidate: Rows, strength: Tensor | None = None) -> T
     return kl.clamp_min(0)
 
 
+def _weakened(d: Tensor, strength: Tensor | None) -> Tensor:
+    """D * lambda; 0 * inf, a token that only the candidate masks, is no difference at lambda = 0."""
+    if strength is None:
+        return d
+    weight = strength[:, None].to(d.dtype)
+    return torch.where(weight == 0, 0.0, d * weight)
+
+
 def _block_sums(z: Tensor, d: Tensor) -> tuple[Tensor, ...]:
     """Sums of one vocabulary block, [R] float64: max logit, mass, centre, largest |u|, A and B."""
     peak = z.amax(1, keepdim=True)
@@ -154,7 +165,10 @@ def _block_sums(z: Tensor, d: Tensor) -> tuple[Tensor, ...]:
     rest = _dot(p, u) / mass
     growth = torch.expm1(u)
     largest = u.abs().amax(1).double()
-    b = _dot(p, growth - u) / mass
+    if float(largest.max()) < SMALL_LOG_RATIO:  # expm1(u) - u would cancel
+        b = _dot(p, u * u * (0.5 + u * (1 / 6 + u * (1 / 24 + u / 120)))) / mass
+    else:
+        b = _dot(p, growth - u) / mass
     a = _dot(p, u.mul_(growth)) / mass
     return peak[:, 0].double(), mass, centre.double() + rest, largest, *_recentre(a, b, rest)
 
@@ -177,7 +191,7 @@ def _row_kl_float64(previous: Rows, candidate: Rows, strength: Tensor | None) ->
     """The textbook sum in float64, max-shifted; a token that the candidate never says adds nothing."""
     z_p, z_c = previous.logits().double(), candidate.logits().double()
     if strength is not None:
-        z_c = torch.where(z_c == z_p, z_p, torch.lerp(z_p, z_c, strength[:, None].double()))
+        z_c = z_p + torch.where(z_c == z_p, 0.0, _weakened(z_c - z_p, strength))
     log_p, log_c = z_p.log_softmax(-1), z_c.log_softmax(-1)
     terms = log_c.exp() * (log_c - log_p)
     return torch.where(log_c == -torch.inf, 0.0, terms).sum(-1)

@@ -55,10 +55,10 @@ class PolicyKL(LogitKL):
         with isolated(self.modules()):
             policy = self._evaluate()
         self.has_logits = isinstance(policy, Rows)
-        self._prompts = _count(policy)
-        self._slices = checked_slices(slices or {}, self._prompts)
+        self.prompts = _count(policy)
+        self.members = checked_slices(slices or {}, self.prompts)
         device = policy.x.device if isinstance(policy, Rows) else next(iter(_tensors(policy).values())).device
-        self._prompt_of_row = torch.arange(self._prompts, device=device)
+        self._prompt_of_row = torch.arange(self.prompts, device=device)
 
     def modules(self) -> Iterable[nn.Module]:
         """Return the model, if it is known."""
@@ -85,10 +85,15 @@ class PolicyKL(LogitKL):
 
     def _policy(self) -> Any:
         policy = self._evaluate()
-        if _count(policy) != self._prompts:
-            raise ValueError(f"fn returned {_count(policy)} observations, {self._prompts} at first; keep them fixed")
-        # A distribution may hold a parameter itself (a state-independent std), which later steps move.
-        return Rows(policy.x.clone()) if isinstance(policy, Rows) else copy.deepcopy(policy)
+        if _count(policy) != self.prompts:
+            raise ValueError(f"fn returned {_count(policy)} observations, {self.prompts} at first; keep them fixed")
+        if isinstance(policy, Rows):
+            return Rows(policy.x.clone())
+        # A distribution may hold a parameter itself (a state-independent std), which later steps move. And torch's
+        # closed forms lose movements below 1e-7 nats in float32.
+        kept = copy.deepcopy(policy)
+        _fill(kept, {name: t.double() if t.is_floating_point() else t for name, t in _tensors(kept).items()})
+        return kept
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         policy = self._evaluate()
@@ -100,8 +105,8 @@ class PolicyKL(LogitKL):
             return super()._movement(candidate, previous)
         kl = kl_divergence(candidate, previous)
         # Batch dimensions behind the first are factors of one policy: their KLs add up.
-        rows = kl.double().reshape(self._prompts, -1).sum(1).clamp_min(0)
-        return statistic.movement(rows, self._slices)
+        rows = kl.double().reshape(self.prompts, -1).sum(1).clamp_min(0)
+        return statistic.movement(rows, self.members)
 
     def state_dict(self) -> dict[str, Any]:
         """pi_ref, as the tensors of its distribution."""
@@ -118,21 +123,21 @@ class PolicyKL(LogitKL):
         with isolated(self.modules()):
             now = self._policy()
         kept = {"x": now.x} if isinstance(now, Rows) else _tensors(now)
-        saved = {"x": state["x"]} if "x" in state else state["tensors"]
-        if {name: t.shape for name, t in saved.items()} != {name: kept[name].shape for name in saved if name in kept}:
+        saved = {"x": state["x"]} if "x" in state else state["tensors"]  # torch caches more tensors as it computes
+        if any(name not in saved or saved[name].shape != tensor.shape for name, tensor in kept.items()):
             raise ValueError(
-                f"the checkpoint's pi_ref does not have the shape of this policy over {self._prompts} observations; "
+                f"the checkpoint's pi_ref does not have the shape of this policy over {self.prompts} observations; "
                 "resume with the observations of the run that saved it"
             )
         if isinstance(now, Rows):
             self._origin = Rows(saved["x"].to(now.x.device))
         else:
-            _fill(now, saved)
+            _fill(now, {name: saved[name] for name in kept})
             self._origin = now
 
     def __repr__(self) -> str:
         kind = "logits" if self.has_logits else "distribution"
-        return f"PolicyKL({self._prompts} observations, {kind}, slices={list(self._slices)})"
+        return f"PolicyKL({self.prompts} observations, {kind}, slices={list(self.members)})"
 
 
 def _count(policy: Rows | Distribution) -> int:

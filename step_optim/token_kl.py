@@ -83,7 +83,7 @@ class TokenKL(LogitKL):
         self.model, self.control = model, control
         self._refuse_strangers = check_parameters
         self._live_head: Head | None = None
-        self._prompts, self._slices = (
+        self.prompts, self.members = (
             len(control),
             {name: tuple(members) for name, members in control.slices.items()},
         )
@@ -126,11 +126,14 @@ class TokenKL(LogitKL):
             self._origin = Rows(self._origin.x, self._live_head.copy())
         return self._live_head.copy()
 
-    def _read(self, batch: Batch, readout: str, scale: float = 1.0) -> Tensor:
-        """[r, D] hidden states or [r, V] logits of one batch's response rows."""
+    def _read(self, batch: Batch, readout: str, probe: Tensor | None = None) -> Tensor:
+        """[r, D] hidden states or [r, V] logits of one batch's response rows.
+
+        With ``probe``: what the model makes of these hidden states in the place of its own.
+        """
         if readout == "full":
             return rearrange(self._forward(batch), "b t v -> (b t) v")[batch.positions]
-        with _head_on_rows(_output_head(self.model), batch, hidden_only=readout == "hidden", scale=scale) as tap:
+        with _head_on_rows(_output_head(self.model), batch, hidden_only=readout == "hidden", probe=probe) as tap:
             logits = self._forward(batch)
         return tap.hidden if readout == "hidden" else logits[0]
 
@@ -144,17 +147,34 @@ class TokenKL(LogitKL):
         """Compare the short ways with the model's own logits on one batch, and take the shortest that agrees."""
         head, batch = _output_head(self.model), self._batch_list[-1]  # the shortest prompts
         with isolated([self.model]):
-            truth = self._read(batch, "full")
+            truth = self._read_checked(batch)
+            if _vocab_size(self.model) is None:
+                self.control.check_vocabulary(truth.shape[-1])
             if head is None or not _agree(self._try_rows(batch), truth):
                 return "full"
             if type(head) is not nn.Linear or head.weight.shape[0] != truth.shape[-1]:
                 return "rows"
             plain = Head(head.weight.float(), None if head.bias is None else head.bias.float())
-            hidden = self._read(batch, "hidden").float()
             # Soft-capping and scaling show themselves on large logits only.
-            scale = max(1.0, LARGE_LOGIT / max(float(truth.abs().max()), 1e-6))
-            large = self._read(batch, "rows", scale=scale)
-            return "hidden" if _agree(plain(hidden), truth) and _agree(plain(hidden * scale), large) else "rows"
+            probe = torch.randn_like(self._read(batch, "hidden"))
+            probe *= LARGE_LOGIT / max(float(plain(probe.float()).abs().max()), 1e-6)
+            large = self._read(batch, "rows", probe=probe)
+            same = _agree(plain(self._read(batch, "hidden").float()), truth) and _agree(plain(probe.float()), large)
+            return "hidden" if same else "rows"
+
+    def _read_checked(self, batch: Batch) -> Tensor:
+        try:
+            return self._read(batch, "full")
+        except IndexError as error:  # a model that does not tell the size of its vocabulary
+            raise ValueError(self._unreadable()) from error
+
+    def _unreadable(self) -> str:
+        for i, (prompt, response) in enumerate(zip(self.control.prompts, self.control.responses, strict=True)):
+            try:
+                self.model(torch.cat([prompt, response])[None])
+            except IndexError:
+                return f"prompt {i} of the control set has a token id outside the vocabulary of the model"
+        return "the model cannot read the control set"
 
     def _try_rows(self, batch: Batch) -> Tensor | None:
         try:
@@ -194,7 +214,7 @@ class TokenKL(LogitKL):
     def __repr__(self) -> str:
         return (
             f"TokenKL({type(self.model).__name__}, {len(self.control)} prompts, {self.control.response_tokens} "
-            f"response tokens, slices={list(self._slices)}, readout={self.readout!r})"
+            f"response tokens, slices={list(self.members)}, readout={self.readout!r})"
         )
 
 
@@ -205,7 +225,7 @@ class _Tap:
 
 
 @contextmanager
-def _head_on_rows(head: nn.Module, batch: Batch, *, hidden_only: bool, scale: float) -> Iterator[_Tap]:
+def _head_on_rows(head: nn.Module, batch: Batch, *, hidden_only: bool, probe: Tensor | None) -> Iterator[_Tap]:
     """Let the model's head see the response rows only: [B, T, D] becomes [1, r, D].
 
     The model's own code then applies whatever it applies to its logits.
@@ -214,7 +234,8 @@ def _head_on_rows(head: nn.Module, batch: Batch, *, hidden_only: bool, scale: fl
     tap = _Tap()
 
     def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        tap.hidden = rearrange(inputs[0], "b t d -> (b t) d")[batch.positions] * scale
+        hidden = rearrange(inputs[0], "b t d -> (b t) d")[batch.positions]
+        tap.hidden = hidden if probe is None else probe.to(hidden.dtype)
         return (tap.hidden[None, : 1 if hidden_only else None], *inputs[1:])
 
     hook: Any = head.register_forward_pre_hook(select)
@@ -250,9 +271,9 @@ def _layout(control: ControlSet, micro_batch: int) -> Iterator[Batch]:
 def _agree(logits: Tensor | None, truth: Tensor) -> bool:
     if logits is None or logits.shape != truth.shape:
         return False
-    truth = truth.float()
-    tolerance = max(HEAD_TOLERANCE, 4 * torch.finfo(logits.dtype).eps) * float(truth.abs().max())
-    return float((logits.float() - truth).abs().max()) <= tolerance
+    rounding = max(torch.finfo(logits.dtype).eps, torch.finfo(truth.dtype).eps)
+    tolerance = max(HEAD_TOLERANCE, 4 * rounding) * float(truth.float().abs().max())
+    return float((logits.float() - truth.float()).abs().max()) <= tolerance
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -128,12 +128,9 @@ def test_zero_movement_is_exactly_zero_in_train_mode(name) -> None:
     assert same_bits(RNGState.capture().torch_cpu, stream.torch_cpu)
 
 
-FLOAT32_FORMS = pytest.mark.xfail(strict=True, reason="torch evaluates its closed forms in the policy's float32")
-
-
 @pytest.mark.parametrize(
     "name",
-    [*LOGITS, *(pytest.param(name, marks=FLOAT32_FORMS) for name in POLICIES if name not in LOGITS)],
+    [*LOGITS, *(name for name in POLICIES if name not in LOGITS)],
 )
 def test_small_movements_are_right(name) -> None:
     """Policies are measured with numerics worth the name: near 1e-8 in float32 the figure still is one."""

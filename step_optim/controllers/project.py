@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,11 @@ from step_optim.controllers.base import Controller, Outcome, Point, Trial, check
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.controllers.search import largest_feasible
 
-TARGET_ROUNDS = 6
-"""Corrections of lambda at most; K is nearly proportional to lambda², so that 2 or 3 are enough."""
+TARGET_ROUNDS = 24
+"""Corrections of lambda at most; where KL is nearly proportional to lambda², 2 or 3 are enough."""
+
+PARABOLA_ROUNDS = 4
+"""Corrections that assume so; bisection makes the others."""
 
 TARGET_TOLERANCE = 0.02
 """Relative distance of a target's KL from its budget at which lambda is good enough: the audit has the last word."""
@@ -170,37 +174,62 @@ class _Contest:
 def mixture_strength(kl: LogitKL, candidate: Audit, limits: Limits) -> Tensor:
     """The largest lambda of each prompt, [C], at which the mixture is within all budgets.
 
-    A prompt takes the smallest lambda of its slices; a common cap brings the
-    global mean down where that is not enough. sqrt(K) is nearly proportional
-    to lambda, which makes lambda / sqrt(K / eps) converge in a few rounds.
+    Every slice has the lambda that its own budget allows, and a prompt the
+    smallest of its slices'. Where the global mean is still too large, a common
+    cap brings it down.
     """
-    slices = {name: torch.tensor(kl._slices[name]) for name in limits.slices}
-    by_slice = dict.fromkeys(slices, 1.0)
-    cap = 1.0
-    for _ in range(TARGET_ROUNDS):
-        strength = torch.ones(kl._prompts)
-        for name, members in slices.items():
-            strength[members] = strength[members].clamp_max(by_slice[name])
-        strength = strength.clamp_max(cap)
-        moved = kl.prompt_kl(candidate, strength.to(kl._prompt_of_row.device)).cpu()
-        over = {name: _root_ratio(moved[members], limits.slices[name]) for name, members in slices.items()}
-        globally = _root_ratio(moved, limits.mean)
-        if max([globally, *over.values()]) <= 1 + TARGET_TOLERANCE and _tight(over, by_slice, globally, cap):
+    strength = torch.ones(kl.prompts)
+    if limits.slices:
+        members = [torch.tensor(kl.members[name]) for name in limits.slices]
+        largest = _largest_strengths(kl, candidate, members, list(limits.slices.values()))
+        for prompts, value in zip(members, largest, strict=True):
+            strength[prompts] = strength[prompts].clamp_max(value)
+    cap = _Root()
+    for _ in range(TARGET_ROUNDS if limits.mean < math.inf else 0):
+        if not cap.refine(kl.prompt_kl(candidate, strength.clamp_max(cap.value)), limits.mean):
             break
-        by_slice = {name: min(1.0, by_slice[name] / max(over[name], 1e-6)) for name in slices}
-        cap = min(1.0, min(cap, float(strength.max())) / max(globally, 1e-6))
-    return strength.to(kl._prompt_of_row.device)
+    return strength.clamp_max(cap.value if limits.mean < math.inf else 1.0)
 
 
-def _tight(over: dict[str, float], by_slice: dict[str, float], globally: float, cap: float) -> bool:
-    """Whether everything that was weakened is at its budget."""
-    weakened = [over[name] for name in over if by_slice[name] < 1] + ([globally] if cap < 1 else [])
-    return all(ratio >= 1 - TARGET_TOLERANCE for ratio in weakened)
+def _largest_strengths(kl: LogitKL, candidate: Audit, members: list[Tensor], limits: list[float]) -> list[float]:
+    """The lambda of each slice by itself; one pass over the rows of all slices for every round."""
+    roots = [_Root() for _ in members]
+    for _ in range(TARGET_ROUNDS):
+        strength = torch.cat(
+            [torch.full((len(prompts),), root.value) for prompts, root in zip(members, roots, strict=True)]
+        )
+        moved = kl.prompt_kl(candidate, strength, torch.cat(members))
+        parts = torch.split(moved, [len(prompts) for prompts in members])
+        again = [root.refine(part, limit) for root, part, limit in zip(roots, parts, limits, strict=True)]
+        if not any(again):
+            break
+    return [root.value for root in roots]
 
 
-def _root_ratio(kl: Tensor, limit: float) -> float:
-    mean = float(kl.mean())
-    return (mean / limit) ** 0.5 if limit > 0 else (0.0 if mean == 0 else float("inf"))
+class _Root:
+    """The largest lambda in [0, 1] with mean KL(lambda) <= limit; KL grows with lambda, nearly like lambda²."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._low, self._high = 0.0, 1.0
+        self._rounds = 0
+
+    def refine(self, kl: Tensor, limit: float) -> bool:
+        """Use one measurement, taken at `value`; whether another one, at the new `value`, would help."""
+        mean = float(kl.mean())
+        ratio = mean / limit if limit > 0 else (0.0 if mean == 0 else math.inf)
+        if abs(ratio - 1) <= TARGET_TOLERANCE or (ratio <= 1 and self.value == 1.0):
+            return False
+        if ratio > 1:
+            self._high = self.value
+        else:
+            self._low = self.value
+        self._rounds += 1
+        aim = self.value / math.sqrt(ratio) if 0 < ratio < math.inf else math.nan
+        # Certain policies are no parabola: K is nearly exponential there.
+        trusted = self._rounds <= PARABOLA_ROUNDS and self._low < aim < self._high
+        self.value = aim if trusted else 0.5 * (self._low + self._high)
+        return self._high - self._low > 1e-6
 
 
 def _wide(tensor: Tensor) -> Tensor:
