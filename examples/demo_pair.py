@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from step_optim import StepRecord
 
 CONTEXT = multiprocessing.get_context("spawn")  # a fork would share the thread pools of whatever is loaded already
+
+
+EXIT_SECONDS = 10.0
+"""How long a worker may take to leave before it is killed."""
 
 
 class WorkerFailed(RuntimeError):
@@ -102,16 +107,20 @@ def worker(args: Args, source: str, run: str) -> Iterator[Connection]:
     sender.close()  # the worker has its own end; with ours open, its death would go unnoticed
     try:
         yield receiver
+        process.join(EXIT_SECONDS)  # it has told its result and is on its way out
     finally:
         process.terminate()
-        process.join()
+        process.join(EXIT_SECONDS)
+        process.kill()
 
 
 def work(connection: Connection, args: Args, source: str, run: str) -> None:
     """Do one run, in the worker's process."""
+    # Ended from outside, it leaves in good order: an update that is under way is rolled back and recorded as such.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     warnings.simplefilter("ignore")  # of the libraries underneath: the screen belongs to the demo
     try:
-        import demo_run
+        import demo_run  # seconds of imports, which --help and the first line on the screen do not wait for
 
         connection.send(("done", demo_run.run(args, source, run, Reporter(connection, run))))
     except Exception:

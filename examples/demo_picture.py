@@ -34,7 +34,7 @@ def draw(runs: list[RunResult], limits: Limits, shock_at: int, path: Path) -> No
         figure.suptitle("PPO updates of a language model, with and without STEP", fontweight="bold")
         draw_movement(top, runs, limits)
         # The run without STEP is the wider line below, so that both show where they agree.
-        for run, colour, width in reversed([*zip(runs, COLOURS, (1.6, 4.5), strict=True)]):
+        for run, colour, width in reversed([*zip(runs, COLOURS, (1.5, 4.0), strict=True)]):
             middle.plot(run.rewards, "o-", color=colour, linewidth=width, markersize=3 + width)
             bottom.plot(run.drifts, "o-", color=colour, linewidth=width, markersize=3 + width)
         label(top, middle, bottom)
@@ -85,7 +85,7 @@ def label(top: Axes, middle: Axes, bottom: Axes) -> None:
     top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     top.yaxis.set_major_formatter(FuncFormatter(lambda kl, _: f"{kl:g}"))
     top.yaxis.set_minor_locator(plt.NullLocator())
-    middle.set_ylabel("mean reward\n[long words / 4]")
+    middle.set_ylabel("mean reward of the\nresponses [long words / 4]")
     bottom.set_ylabel("drift from the first\npolicy [nats per token]")
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("PPO updates done")

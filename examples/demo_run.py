@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LOGS = {WITH: "step.jsonl", WITHOUT: "without.jsonl"}
 CONTROLLERS: dict[str, type[Controller]] = {"interpolate": Interpolate, "gate": Gate, "project": Project}
 PROMPTS = [chat(question) for question in TRAINING]
-CONFIG = ppo.PPOConfig()
+CONFIG = ppo.PPOConfig(horizon=12)
 SHOCK = 4.0
 """Factor on the learning rate of the shocked update."""
 FINAL_SAMPLES = 8
@@ -58,7 +58,7 @@ def load_setup(args: Args, source: str) -> Setup:
     if args.tiny:
         # Random bytes hold no long words, and random weights are less sensitive than trained ones.
         return Setup(*tiny.load(), ppo.long_word_reward(minimum_letters=1), learning_rate=6e-3)
-    return Setup(*smollm.load(source), ppo.long_word_reward(), learning_rate=1.5e-3)
+    return Setup(*smollm.load(source), ppo.long_word_reward(), learning_rate=2e-3)
 
 
 def make_optimizer(args: Args, name: str, setup: Setup, model: PeftModel) -> STEPOptimizer:
