@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from demo_pair import WorkerFailed, run_pair
-from demo_report import RUNS, Limits, RunResult, comparison, takeaway
+from demo_report import RUNS, SHOCK, Limits, RunResult, comparison, takeaway
 from demo_screen import Screen, open_screen
 from smollm import DEFAULT_MODEL, ModelNotFound, find
 
@@ -51,6 +51,11 @@ class Args:
     tiny: bool = False
     """a tiny random model in place of --model: seconds, nothing to download"""
 
+    @property
+    def shock(self) -> int:
+        """The update that is shocked; 0 if the run is over before it."""
+        return self.shock_at if self.shock_at <= self.updates else 0
+
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Read the command line; the docstrings above are its help."""
@@ -78,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     screen = open_screen(args.updates, limits)
     try:
         source = "" if args.tiny else find(args.model, screen.say)
+        screen.say(introduction(args))
         with screen:
             runs = run_pair(args, source, screen)
         report(runs, limits, args, screen)
@@ -90,14 +96,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def introduction(args: Args) -> str:
+    """Say what will happen."""
+    shock = f"; update {args.shock} gets {SHOCK:g} times the learning rate" if args.shock else ""
+    model = "a tiny random model" if args.tiny else args.model
+    return f"LoRA-PPO on {model}: {args.updates} updates with STEP and without, side by side{shock}."
+
+
 def report(runs: list[RunResult], limits: Limits, args: Args, screen: Screen) -> None:
     """Print the comparison and the takeaway, draw the picture, and say where everything is."""
     import demo_picture
 
     picture = Path(args.out) / "demo.png"
-    demo_picture.draw(runs, limits, args.shock_at, picture)
+    demo_picture.draw(runs, limits, args.shock, picture)
     screen.console.print("", comparison(runs, limits), "")
-    print(textwrap.fill(takeaway(runs, limits, args.shock_at), min(screen.console.width, 100)))
+    print(textwrap.fill(takeaway(runs, limits, args.shock), min(screen.console.width, 100)))
     print("\nTraces: ", *(run.log for run in runs))
     print("Picture:", picture)
 

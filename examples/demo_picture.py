@@ -9,7 +9,7 @@ import matplotlib as mpl
 mpl.use("Agg")  # no window, wherever this runs
 
 import matplotlib.pyplot as plt
-from demo_report import Limits, RunResult, describe
+from demo_report import SHOCK, Limits, RunResult, describe
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -105,7 +105,7 @@ def legend(runs: list[RunResult], shock_at: int) -> list[Line2D | Patch]:
         Line2D([], [], color=colour, linewidth=4, label=run.name) for run, colour in zip(runs, COLOURS, strict=True)
     ]
     if shock_at:
-        entries.append(Patch(color=SHOCK_COLOUR, label="learning rate 4 times too large"))
+        entries.append(Patch(color=SHOCK_COLOUR, label=f"learning rate {SHOCK:g} times too large"))
     entries.append(Line2D([], [], marker="o", mfc="white", mew=1.6, markersize=9, label="proposed", **grey))
     entries.append(Line2D([], [], marker="o", markersize=9, label="committed", **grey))
     entries.append(Line2D([], [], marker="_", mew=1.6, markersize=10, label="worst slice of either", **grey))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from step_optim import ControlSet
@@ -60,9 +61,14 @@ CONTROL = {
 RESPONSE_TOKENS = 16
 
 
-def chat(question: str) -> Messages:
-    """Return the question as a chat; the empty system message spares the template's own, which is long."""
-    return [{"role": "system", "content": ""}, {"role": "user", "content": question}]
+def chat(tokenizer: PreTrainedTokenizerBase, question: str) -> Messages:
+    """Return the question as a chat; an empty system message replaces the template's own, which can be long."""
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": question}]
+    try:
+        tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:  # some templates know no system role
+        return messages[1:]
+    return messages
 
 
 def control_set(tokenizer: PreTrainedTokenizerBase) -> ControlSet:
@@ -71,7 +77,7 @@ def control_set(tokenizer: PreTrainedTokenizerBase) -> ControlSet:
     owners = [name for name, slice_pairs in CONTROL.items() for _ in slice_pairs]
     return ControlSet.from_texts(
         tokenizer,
-        [chat(question) for question, _ in pairs],
+        [chat(tokenizer, question) for question, _ in pairs],
         [answer for _, answer in pairs],
         slices={name: [i for i, owner in enumerate(owners) if owner == name] for name in CONTROL},
         max_response_tokens=RESPONSE_TOKENS,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 
 RUNS = WITH, WITHOUT = "with STEP", "without STEP"
+SHOCK = 4.0
+"""Factor on the learning rate of the shocked update."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def takeaway(runs: list[RunResult], limits: Limits, shock_at: int) -> str:
 def _shock(step: RunResult, limits: Limits, shock_at: int) -> str:
     controlled = [f"update {i} ({describe(record)})" for i, record in step.controlled]
     what = f"STEP controlled {listed(controlled)}" if controlled else "no update left the budget, so STEP never acted"
-    if not 1 <= shock_at <= len(step.records):
+    if not shock_at:
         return f"{what[0].upper()}{what[1:]}."
     candidate = step.records[shock_at - 1].candidate
     return (

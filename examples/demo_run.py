@@ -19,7 +19,7 @@ import smollm
 import tiny
 import torch
 from demo_prompts import TRAINING, chat, control_set
-from demo_report import WITH, WITHOUT, RunResult
+from demo_report import SHOCK, WITH, WITHOUT, RunResult
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,10 +32,7 @@ if TYPE_CHECKING:
 
 LOGS = {WITH: "step.jsonl", WITHOUT: "without.jsonl"}
 CONTROLLERS: dict[str, type[Controller]] = {"interpolate": Interpolate, "gate": Gate, "project": Project}
-PROMPTS = [chat(question) for question in TRAINING]
 CONFIG = ppo.PPOConfig(horizon=12)
-SHOCK = 4.0
-"""Factor on the learning rate of the shocked update."""
 FINAL_SAMPLES = 8
 """Responses for each prompt that score the last policy."""
 
@@ -50,6 +47,11 @@ class Setup:
     reward: ppo.RewardFn
     """of a response text"""
     learning_rate: float
+
+    @property
+    def prompts(self) -> list[ppo.Messages]:
+        """What is trained on."""
+        return [chat(self.tokenizer, question) for question in TRAINING]
 
 
 def load_setup(args: Args, source: str) -> Setup:
@@ -105,11 +107,12 @@ def train(
     args: Args, setup: Setup, model: PeftModel, optimizer: STEPOptimizer, reporter: Reporter
 ) -> Iterator[StepRecord]:
     """Make the PPO updates; yield the record of each."""
+    prompts = setup.prompts
     for update in range(1, args.updates + 1):
         # Keyed on the update, so that both runs see the same draws until their first different decision.
         stream = random_stream(args.seed, update)
-        reporter.working(f"update {update}, sampling {len(PROMPTS) * CONFIG.samples} responses")
-        rollout = ppo.roll_out(model, setup.tokenizer, PROMPTS, setup.reward, CONFIG, stream)
+        reporter.working(f"update {update}, sampling {len(prompts) * CONFIG.samples} responses")
+        rollout = ppo.roll_out(model, setup.tokenizer, prompts, setup.reward, CONFIG, stream)
         reporter.show(rollout.texts[int(rollout.rewards.argmax())])
         factor = SHOCK if update == args.shock_at else 1.0
         optimizer.param_groups[0]["lr"] = setup.learning_rate * factor
@@ -124,7 +127,7 @@ def train(
 def adapted(base: PreTrainedModel, seed: int) -> Iterator[PeftModel]:
     """Add a fresh LoRA adapter for the duration of one run; the base weights are never touched."""
     torch.manual_seed(seed)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16))  # on the query and value projections
     try:
         # Dropout off: the ratio of new to old probabilities must be 1 before the first step.
         yield model.eval()
@@ -140,4 +143,4 @@ def random_stream(seed: int, update: int) -> torch.Generator:
 def final_reward(model: PeftModel, setup: Setup, stream: torch.Generator) -> float:
     """Return the mean reward of fresh responses to the training prompts."""
     config = replace(CONFIG, samples=FINAL_SAMPLES)
-    return ppo.mean_reward(model, setup.tokenizer, PROMPTS, setup.reward, config, stream)
+    return ppo.mean_reward(model, setup.tokenizer, setup.prompts, setup.reward, config, stream)

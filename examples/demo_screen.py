@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from demo_report import RUNS, WITH, Limits
+from demo_report import RUNS, SHOCK, WITH, Limits
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
@@ -82,7 +82,7 @@ class Screen:
             f"{run:12}  update {number:2}/{self.updates}  reward {record.reward:.2f}  "
             f"KL candidate {candidate.mean:.4f} accepted {accepted.mean:.4f} (budget {limits.mean:g})  "
             f"worst slice {name:5} {kl:.4f} (budget {limits.slices:g})  {record.action.value}{alpha}  "
-            f"{clock(self.seconds_left() or 0)} left" + ("  (learning rate too large)" if shocked(record) else "")
+            f"{clock(self.seconds_left() or 0)} left" + (f"  (learning rate x {SHOCK:g})" if shocked(record) else "")
         )
 
 
@@ -133,8 +133,8 @@ class LiveScreen(Screen):
 
     def _table(self) -> Table:
         table = Table(
-            title=f"KL in nats per token; budget {self.limits.mean:g}, in any slice {self.limits.slices:g}; "
-            "* learning rate too large",
+            title=f"KL in nats per token; budget {self.limits.mean:g}, any slice {self.limits.slices:g}; "
+            f"* learning rate x {SHOCK:g}",
             title_style="dim",
             title_justify="left",
             box=None,

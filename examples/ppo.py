@@ -177,9 +177,8 @@ def roll_out(
     responses, old_logprobs = sample(model, ids, mask, config, generator)
     with torch.no_grad(), model.disable_adapter():
         reference_logprobs = response_logprobs(model, ids, mask, responses)
-    ended = responses == tokenizer.eos_token_id
-    alive = ended.cumsum(1) - ended.long() == 0
-    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(responses, alive, strict=True)]
+    alive = until_end(responses, tokenizer)
+    texts = decode(responses, alive, tokenizer)
     rewards = torch.tensor([reward(text) for text in texts])
     advantages = group_advantages(rewards, config.samples)
     return Rollout(ids, mask, responses, alive, old_logprobs, reference_logprobs, rewards, advantages, texts)
@@ -214,7 +213,7 @@ def group_advantages(rewards: Tensor, samples: int) -> Tensor:
     """Subtract each prompt's mean reward, then whiten over the batch."""
     groups = rewards.view(-1, samples)
     centred = (groups - groups.mean(1, keepdim=True)).flatten()
-    return centred / (centred.std() + 1e-6)
+    return centred / (centred.std() + 1e-6)  # all equal: nothing to learn, and nothing divided by zero
 
 
 def ppo_loss(model: PeftModel, rollout: Rollout, prompts: Tensor, config: PPOConfig) -> Tensor:

