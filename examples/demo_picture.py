@@ -85,7 +85,7 @@ def label(top: Axes, middle: Axes, bottom: Axes) -> None:
     top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     top.yaxis.set_major_formatter(FuncFormatter(lambda kl, _: f"{kl:g}"))
     top.yaxis.set_minor_locator(plt.NullLocator())
-    middle.set_ylabel("mean reward of the\nresponses [long words / 4]")
+    middle.set_ylabel("mean reward\n[long words / 4]")
     bottom.set_ylabel("drift from the first\npolicy [nats per token]")
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("PPO updates done")

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from step_optim.audit import KLClosure, as_kl
 from step_optim.budget import Bound, Budget
+from step_optim.checks import check_budget, check_inner, plain_note
 from step_optim.controllers.base import Action, Controller, Outcome
 from step_optim.controllers.gate import GateStalled
 from step_optim.controllers.interpolate import Interpolate
@@ -76,7 +77,7 @@ class STEPOptimizer(OptimizerWrapper):
         log: str | Path | Callable[..., Any] | Any = None,
         on_error: str = "raise",
     ) -> None:
-        _refuse(optimizer)
+        check_inner(optimizer)
         if on_error not in ("raise", "reject"):
             raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'reject'")
         if controller is not None and not isinstance(controller, Controller):
@@ -124,7 +125,7 @@ class STEPOptimizer(OptimizerWrapper):
         """Replace the budget, from the next step on."""
         new = Budget.of(budget)
         if self._kl is not None:
-            _check_budget(new, self._kl)
+            check_budget(new, self._kl)
         self.budget = new
 
     def refresh(self, *, restart_drift: bool = False) -> None:
@@ -166,7 +167,7 @@ class STEPOptimizer(OptimizerWrapper):
             **values: numbers (tensors and arrays of one element, too), texts or flags.
         """
         given = {"reward": reward, "success": success, **values}
-        self._notes |= {name: _plain(name, value) for name, value in given.items() if value is not None}
+        self._notes |= {name: plain_note(name, value) for name, value in given.items() if value is not None}
 
     @hooked
     def step(
@@ -330,7 +331,7 @@ class STEPOptimizer(OptimizerWrapper):
     def _fitting(self, kl: KLClosure | Callable[[], Any]) -> KLClosure:
         """Refuse a KL closure that does not fit the budget, the controller or the parameters."""
         closure = as_kl(kl)
-        _check_budget(self.budget, closure)
+        check_budget(self.budget, closure)
         if self.controller.needs_logits and not closure.has_logits:
             raise ValueError(
                 f"controller={self.controller!r} works on logits, and kl={closure!r} has none; use TokenKL, a PolicyKL "
@@ -395,29 +396,3 @@ class STEPOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         return f"STEPOptimizer({type(self._inner).__name__}, {self.budget}, {self.controller!r})"
-
-
-def _refuse(optimizer: Any) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer={optimizer!r:.60} is no torch optimizer; pass torch.optim.AdamW(...), say")
-    if isinstance(optimizer, STEPOptimizer):
-        raise TypeError("optimizer is a STEPOptimizer already; pass the optimizer inside it, optimizer.optimizer")
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError(
-            "differentiable=True: a rollback in place would break the graph through the step; use differentiable=False"
-        )
-
-
-def _plain(name: str, value: Any) -> Any:
-    """A value that every log can hold."""
-    if hasattr(value, "item"):
-        value = (value.detach() if hasattr(value, "detach") else value).item()
-    if not isinstance(value, (bool, int, float, str)):
-        raise TypeError(f"note({name}={value!r:.60}) is no number, text or flag; reduce it first")
-    return value
-
-
-def _check_budget(budget: Budget, kl: KLClosure) -> None:
-    budget.check_slices(kl.slices)
-    if budget.reference is not None and budget.reference != math.inf and not kl.measures_drift:
-        raise ValueError(f"budget.reference needs a KL closure that measures drift (TokenKL, PolicyKL), not {kl!r}")
