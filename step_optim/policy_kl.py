@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, kl_divergence
 
 from step_optim import kl as statistic
-from step_optim.audit import LogitKL
 from step_optim.control import checked_slices
 from step_optim.isolation import isolated
 from step_optim.kl import Rows
+from step_optim.logit_kl import LogitKL
 from step_optim.movement import Movement
 
 

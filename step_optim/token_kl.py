@@ -12,10 +12,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from step_optim.audit import LogitKL
 from step_optim.control import ControlSet
 from step_optim.isolation import isolated
 from step_optim.kl import Head, Rows
+from step_optim.logit_kl import LogitKL
 
 HEAD_TOLERANCE = 1e-3
 """Largest relative difference between a model's logits and a plain linear head's at which they count as one."""

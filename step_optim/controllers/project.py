@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from step_optim.audit import Audit, LogitKL
+from step_optim.audit import Audit
 from step_optim.budget import Limits
 from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.controllers.search import largest_feasible
+from step_optim.logit_kl import LogitKL
 
 TARGET_ROUNDS = 24
 """Corrections of lambda at most; where KL is nearly proportional to lambda², 2 or 3 are enough."""

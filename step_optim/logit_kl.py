@@ -1,0 +1,133 @@
+"""LogitKL: what `TokenKL` and `PolicyKL` share, and what `Project` works on: policies that are rows of logits."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from step_optim import kl as statistic
+from step_optim.audit import Audit, ReferenceKL
+from step_optim.isolation import isolated
+from step_optim.kl import Head, Rows
+from step_optim.movement import Movement
+
+
+class LogitKL(ReferenceKL):
+    """A `ReferenceKL` whose policies are logit `Rows`: what `Project` needs."""
+
+    has_logits = True
+
+    prompts: int
+    """C."""
+    members: dict[str, tuple[int, ...]]
+    """Prompt indices of each slice."""
+    _prompt_of_row: Tensor
+    """[R] prompt index of each row."""
+
+    @property
+    def slices(self) -> tuple[str, ...]:
+        """Names of the slices."""
+        return tuple(self.members)
+
+    @abstractmethod
+    def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Evaluate the current weights batch by batch, in a fixed layout: (which rows, their features [r, D])."""
+
+    def _head(self, *, live: bool) -> Head | None:
+        """The head over the features; with ``live`` the one that gradients go to, else one that stays as it is."""
+        return None
+
+    def _policy(self) -> Rows:
+        return self._gather(list(self._batches()))
+
+    def _gather(self, parts: list[tuple[Tensor, Tensor]]) -> Rows:
+        """Put the rows of all batches back in their order."""
+        x = torch.cat([part for _, part in parts])
+        order = torch.cat([rows for rows, _ in parts])
+        return Rows(torch.empty_like(x).index_copy_(0, order, x), self._head(live=False))
+
+    def _per_prompt(self, rows: Tensor) -> Tensor:
+        return statistic.prompt_means(rows, self._prompt_of_row, self.prompts)
+
+    def _movement(self, candidate: Rows, previous: Rows) -> Movement:
+        return statistic.movement(self._per_prompt(statistic.row_kl(previous, candidate)), self.members)
+
+    def prompt_kl(self, candidate: Audit, strength: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """KL of prompts at the mixture (1 - lambda) l_reference + lambda l_candidate, [P] float64 on the CPU.
+
+        Args:
+            candidate: the audit of the candidate.
+            strength: lambda of each of the prompts, [P].
+            prompts: indices [P], which may repeat; all C by default.
+        """
+        chosen = torch.arange(self.prompts) if prompts is None else prompts
+        prompt_of_row = self._prompt_of_row.cpu()
+        rows = [(prompt_of_row == prompt).nonzero().flatten() for prompt in chosen.tolist()]
+        place = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(part) for part in rows]))
+        index = torch.cat(rows).to(self._prompt_of_row.device)
+        with torch.no_grad():
+            found = statistic.row_kl(
+                self._reference[index], candidate.policy[index], strength[place].to(self._prompt_of_row.device)
+            )
+        return statistic.prompt_means(found.cpu(), place, len(rows))
+
+    def distance(self, audit: Audit, candidate: Audit, strength: Tensor | None = None) -> float:
+        """Mean ‖l_theta - l_lambda‖² of an audited policy; the objective of the paper's projection at lambda = 1.
+
+        The mean is over the rows of a prompt first, then over prompts; the sum
+        of squares is over the vocabulary. l_lambda is the mixture of
+        `prompt_kl`, the candidate itself if no ``strength`` is given.
+        """
+        row_strength = 1.0 if strength is None else strength.to(self._prompt_of_row.device)[self._prompt_of_row, None]
+        squares: Tensor | float = 0.0
+        with torch.no_grad():
+            there = statistic.blocks(self._reference, candidate.policy)
+            for (_, here), (_, target) in zip(statistic.blocks(self._reference, audit.policy), there, strict=True):
+                squares = squares + (here - target * row_strength).square().sum(1).double()
+            assert isinstance(squares, Tensor)
+            return float(self._per_prompt(squares).mean())
+
+    def distill(
+        self, candidate: Audit, strength: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Audit, float, list[Tensor]]:
+        """Measure the current weights, and the gradient of their distance to a mixture.
+
+        Args:
+            candidate: the audit of the candidate.
+            strength: lambda of each prompt, [C].
+            parameters: what to differentiate with respect to.
+
+        Returns:
+            The audit of the current weights; the loss, mean ‖l_theta - l_lambda‖²; its gradients.
+        """
+        rows_of = torch.bincount(self._prompt_of_row, minlength=self.prompts)
+        weight = 1.0 / (rows_of[self._prompt_of_row] * self.prompts)  # per prompt first, then over prompts
+        trained = [p for p in parameters if p.requires_grad]
+        gradients = {id(p): torch.zeros_like(p) for p in parameters}
+        total, parts = 0.0, []
+        with isolated(self.modules(), grad=True):
+            for rows, x in self._batches():
+                target = self._mixture(candidate.policy, strength, rows)
+                logits = Rows(x, self._head(live=True)).logits()
+                open_ = target.isfinite()  # not masked, for both policies
+                off = torch.where(open_, logits, 0.0) - torch.where(open_, target, 0.0)
+                loss = (off.square().sum(1) * weight[rows]).sum()
+                for p, g in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+                    if g is not None:
+                        gradients[id(p)] += g
+                total += float(loss.detach())
+                parts.append((rows, x.detach()))
+        with torch.no_grad():
+            policy = self._gather(parts)
+            return Audit(self._movement(policy, self._reference), policy), total, list(gradients.values())
+
+    def _mixture(self, candidate: Rows, strength: Tensor, rows: Tensor) -> Tensor:
+        """Logits (1 - lambda) l_reference + lambda l_candidate of some rows, without a graph."""
+        with torch.no_grad():
+            previous = self._reference[rows].logits()
+            weight = strength.to(rows.device)[self._prompt_of_row[rows], None].to(previous.dtype)
+            there = candidate[rows].logits()
+            return torch.where(there == previous, previous, torch.lerp(previous, there, weight))
