@@ -83,10 +83,7 @@ class TokenKL(LogitKL):
         self.model, self.control = model, control
         self._refuse_strangers = check_parameters
         self._live_head: Head | None = None
-        self.prompts, self.members = (
-            len(control),
-            {name: tuple(members) for name, members in control.slices.items()},
-        )
+        self.prompts, self.members = len(control), dict(control.slices)
         lengths = torch.tensor([len(response) for response in control.responses])
         self._prompt_of_row = torch.repeat_interleave(torch.arange(len(control)), lengths).to(control.device)
         self._batch_list = list(_layout(control, micro_batch))

@@ -76,7 +76,7 @@ class Transaction:
             self.seconds[phase] += time.perf_counter() - start
 
     def propose(self, closure: Any, inner: dict[str, Any]) -> Any:
-        """Run the inner step: theta~ = OptStep(theta_t, gradient). Its loss closure runs with autograd on."""
+        """Run the inner step: theta~ = OptStep(theta_t, gradient). The loss closure goes to it untouched."""
         self.rewind = self.rewind and closure is None
         with self.clock("inner"), self.state.watch_groups():
             return self.optimizer.step(**inner) if closure is None else self.optimizer.step(closure, **inner)
