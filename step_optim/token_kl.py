@@ -192,15 +192,19 @@ class TokenKL(LogitKL):
             return state
         return state | {"weight": head.weight, "bias": head.bias}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over pi_ref."""
-        if not state:
-            return
-        if state["control"] != self.control.digest:
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse a pi_ref that was measured on another control set."""
+        if state and state["control"] != self.control.digest:
             raise ValueError(
                 "the checkpoint's pi_ref was measured on another control set; resume with the one of the run that "
                 "saved it (control.save, ControlSet.load)"
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over pi_ref."""
+        self.check_state_dict(state)
+        if not state:
+            return
         x = state["x"].to(self.control.device)
         if "weight" in state:
             weight, bias = state["weight"].to(x.device), state["bias"]
