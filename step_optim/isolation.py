@@ -165,6 +165,12 @@ def reshard(module: nn.Module) -> None:
         module.reshard()
 
 
+def has_fsdp(model: nn.Module) -> bool:
+    """Whether a forward of this model gathers weights from other processes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
 @contextmanager
 def _no_cached_parametrizations() -> Iterator[None]:
     """Compute parametrized weights anew, also inside a user's ``torch.nn.utils.parametrize.cached()``."""
