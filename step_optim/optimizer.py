@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from step_optim.atomic import Atomic
 from step_optim.audit import KLClosure, Unbound, as_kl
 from step_optim.budget import Bound, Budget
-from step_optim.checks import check_budget, check_inner, check_line, check_ranks, plain_note
+from step_optim.checks import check_budget, check_controller, check_inner, check_line, check_measures, plain_note
 from step_optim.controllers.base import Action, Controller, Outcome
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.line import Line, Restep
@@ -97,11 +97,7 @@ class STEPOptimizer(OptimizerWrapper):
         check_inner(optimizer)
         if on_error not in ("raise", "reject"):
             raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'reject'")
-        if controller is not None and not isinstance(controller, Controller):
-            raise TypeError(
-                f"controller={controller!r} is no Controller; use Gate(), Interpolate(), Project() or a subclass"
-            )
-        self._controller = Interpolate() if controller is None else controller
+        self._controller = check_controller(Interpolate() if controller is None else controller)
         check_line(optimizer, self._controller, shrink)
         super().__init__(optimizer)
         self._on_error, self._shrink, self._log = on_error, shrink, log
@@ -126,8 +122,16 @@ class STEPOptimizer(OptimizerWrapper):
 
     @property
     def controller(self) -> Controller:
-        """What decides about an infeasible candidate."""
+        """What decides about an infeasible candidate; another one may be assigned between two steps."""
         return self._controller
+
+    @controller.setter
+    def controller(self, controller: Controller) -> None:
+        self._refuse_inside_window("another controller")
+        check_line(self._inner, check_controller(controller), self._shrink)
+        if self._run.kl is not None:
+            check_measures(self._run.kl, controller, self._inner, self._parts.ranks)
+        self._controller = controller
 
     @property
     def last(self) -> StepRecord | None:
@@ -318,14 +322,8 @@ class STEPOptimizer(OptimizerWrapper):
         """Refuse a KL closure that does not fit the budget, the controller or the parameters."""
         closure = as_kl(kl)
         check_budget(self.budget, closure)
-        if self._controller.needs_logits and not closure.has_logits:
-            raise ValueError(
-                f"controller={self._controller!r} works on logits, and kl={closure!r} has none; use TokenKL, a "
-                "PolicyKL over logits, or Interpolate()"
-            )
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        closure.check_parameters(parameters)
-        check_ranks(closure, self._controller, parameters, self._parts.ranks)
+        closure.check_parameters([p for group in self.param_groups for p in group["params"]])
+        check_measures(closure, self._controller, self._inner, self._parts.ranks)
         return closure
 
     def _own_state(self) -> dict[str, Any]:
