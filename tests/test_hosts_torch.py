@@ -525,13 +525,18 @@ def test_dcp_dummy_steps_make_real_state_without_an_audit(budget, controller):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_dcp_before_the_kl_closure_is_bound_says_so():
-    """The dummy step is a step: without a KL closure it is refused, with the remedy."""
+def test_dcp_dummy_steps_need_no_kl_closure():
+    """A checkpoint may be loaded before `bind`: a step that moves nothing has nothing to measure, any other has."""
     torch.manual_seed(0)
     model = Net()
     optimizer = STEPOptimizer(adamw(model), budget=1.0)
+    state = get_optimizer_state_dict(model, optimizer)
+    assert set(state["state"]["head.weight"]) == {"step", "exp_avg", "exp_avg_sq"}
     with pytest.raises(RuntimeError, match="bind"):
-        get_optimizer_state_dict(model, optimizer)
+        train(model, optimizer, range(1))
+    optimizer.bind(PolicyKL(lambda: model(OBSERVATIONS)))
+    train(model, optimizer, range(1))
+    assert optimizer.last.action is Action.COMMIT
 
 
 def record_of(optimizer: STEPOptimizer, whole: bool) -> dict[str, Any]:
@@ -945,6 +950,30 @@ def test_partly_frozen_batch_norm_stays_in_eval_mode():
         return everything(model, optimizer, losses=losses)
 
     check_host(loop)
+
+
+def test_statistics_that_move_in_a_step_without_weights():
+    """At lr 0 a loss closure's forward still moves BatchNorm: the next step is measured from where that left it."""
+
+    def loop(wrap):
+        model = Policy()
+        optimizer = wrap(adamw(model, lr=0.0), lambda: model(OBSERVATIONS))
+        losses = []
+        for step in range(6):
+            model.train()
+            optimizer.param_groups[0]["lr"] = 0.02 * (step % 2)
+
+            def closure(step=step):
+                optimizer.zero_grad()
+                loss = loss_of(model, step)
+                loss.backward()
+                return loss
+
+            losses.append(float(optimizer.step(closure).detach()))
+        return everything(model, optimizer, losses=losses)
+
+    measured, _, _ = check_host(loop)
+    assert [record.action for record in measured.records] == [Action.UNCHANGED, Action.COMMIT] * 3
 
 
 # -- copies --------------------------------------------------------------------------------------------------------
