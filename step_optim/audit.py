@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from step_optim.isolation import BITS, isolated
+from step_optim.fingerprint import fingerprint
+from step_optim.isolation import isolated
 from step_optim.movement import Movement
 
 F = TypeVar("F", bound=Callable[[], Any])
@@ -38,6 +39,9 @@ class KLClosure(ABC):
 
     isolates = False
     """Whether `audit` runs itself isolated; if not, the transaction does that."""
+
+    sharded = False
+    """Whether each process measures a part of the control prompts only (see `Movement.pooled`)."""
 
     used: Sequence[nn.Module] = ()
     """Modules that the latest measurement called. Their buffers are part of the policy, and roll back with it."""
@@ -89,6 +93,9 @@ class KLClosure(ABC):
         """What a resumed run needs: plain values and tensors."""
         return {}
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that does not belong to this closure, before anything has changed."""
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
 
@@ -131,14 +138,28 @@ def as_kl(kl: KLClosure | Callable[[], Any]) -> KLClosure:
     return kl if isinstance(kl, KLClosure) else FunctionKL(kl)
 
 
+class Unbound(KLClosure):
+    """There is no KL closure yet. A step that moves nothing may go on: checkpointing makes some to create state."""
+
+    def audit(self) -> Audit:
+        """Refuse: nothing would be measured."""
+        raise RuntimeError(
+            "STEPOptimizer has no KL closure: nothing would be measured. Pass kl= to the constructor or to step(), "
+            "or call bind(kl) once the model is wrapped"
+        )
+
+
 class ReferenceKL(KLClosure):
     """A KL closure that owns its reference: a policy that was evaluated, kept, and is compared with.
 
-    Subclasses evaluate (`_policy`) and compare (`_movement`); what a policy is
+    Subclasses evaluate (`_policy`) and compare (`_prompt_kl`); what a policy is
     stays theirs. pi_ref is the first reference that was ever taken.
     """
 
     isolates = True
+
+    members: Mapping[str, tuple[int, ...]]
+    """Prompt indices of each slice."""
 
     def __init__(self) -> None:
         self._reference: Any = None
@@ -149,8 +170,16 @@ class ReferenceKL(KLClosure):
         """Evaluate the current weights; called isolated."""
 
     @abstractmethod
+    def _prompt_kl(self, candidate: Any, previous: Any) -> Tensor:
+        """KL(candidate ‖ previous) of each control prompt, [C]."""
+
     def _movement(self, candidate: Any, previous: Any) -> Movement:
-        """Movement between two evaluated policies."""
+        return Movement.over(self._prompt_kl(candidate, previous).tolist(), self.members)
+
+    @property
+    def slices(self) -> tuple[str, ...]:
+        """Names of the slices."""
+        return tuple(self.members)
 
     def audit(self) -> Audit:
         """Evaluate the current weights and compare them with the reference."""
@@ -180,32 +209,10 @@ class ReferenceKL(KLClosure):
         self._origin = None
 
     def fingerprint(self, own: Collection[int] = ()) -> Any:
-        """Identity, place, version and requires_grad of every parameter and buffer of the modules that were used.
-
-        A write through `.data`, and the kernels of some optimizers, do not
-        count up the version: of trained parameters the bits are summed up
-        besides, but for the caller's own, which it compares itself.
-        """
-        return [
-            (
-                id(tensor),
-                tensor.data_ptr(),
-                tensor._version,
-                tensor.requires_grad,
-                _checksum(tensor) if tensor.requires_grad and id(tensor) not in own else None,
-            )
-            for module in self.used
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None and not tensor.is_inference()
-        ]
+        """Of every parameter and buffer of the modules that were used; see `fingerprint.fingerprint`."""
+        return fingerprint(self.used, own)
 
     @property
     def measures_drift(self) -> bool:
         """True."""
         return True
-
-
-def _checksum(tensor: Tensor) -> int:
-    """The sum of a tensor's bits, read as integers."""
-    plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    return int(plain.view(BITS[plain.element_size()]).sum(dtype=torch.int64))

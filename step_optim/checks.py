@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from step_optim.audit import KLClosure
 from step_optim.budget import Budget
+from step_optim.controllers.base import Controller
+from step_optim.line import check_shrink
+from step_optim.param_like import steps_in_backward, why_recomputed
+from step_optim.ranks import Ranks
+from step_optim.snapshot import shard_count
 from step_optim.wrapper import OptimizerWrapper
 
 
@@ -21,6 +28,37 @@ def check_inner(optimizer: Any) -> None:
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             "differentiable=True: a rollback in place would break the graph through the step; use differentiable=False"
+        )
+    if steps_in_backward(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} moves the weights inside the backward pass: there is no candidate to audit. "
+            "Use an optimizer that moves them in step()"
+        )
+
+
+def check_line(optimizer: Optimizer, controller: Controller, shrink: str) -> None:
+    """Refuse a way to shrink, or a controller, that this optimizer's weights would not keep to."""
+    check_shrink(shrink, optimizer)
+    reason = why_recomputed(optimizer)
+    if reason is not None and shrink != "restep" and (controller.shrinks or controller.on_reject == "keep_state"):
+        raise ValueError(
+            f"{type(optimizer).__name__} {reason}: what a shrunk step took back would return with the next step. Use "
+            "shrink='restep', or Gate() with on_reject='restore'"
+        )
+    if shrink == "restep" and controller.needs_logits:
+        raise ValueError(
+            f"shrink='restep' reaches points on the line only, and {controller!r} leaves it; use one or the other"
+        )
+
+
+def check_ranks(kl: KLClosure, controller: Controller, parameters: Sequence[Tensor], ranks: Ranks) -> None:
+    """Refuse what cannot be decided together."""
+    if ranks.size == 1 or not controller.needs_logits:
+        return
+    if kl.sharded or any(shard_count(p) > 1 for p in parameters):
+        raise ValueError(
+            f"{controller!r} needs all control prompts and whole weights in every process; use Interpolate(), or "
+            "shard=False and DistributedDataParallel"
         )
 
 

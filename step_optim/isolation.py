@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils import parametrize
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+UNDO_ATTEMPTS = 5
+"""How often an undo that fails (out of memory for a temporary, say) is begun again."""
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -74,6 +78,7 @@ class _Modes:
         """Save one module's flag and its own buffers, then switch it to eval mode."""
         if id(module) in self._seen:
             return
+        reshard(module)
         buffers = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
         self._seen[id(module)] = (module, module.training, buffers)
         self.modules.append(module)
@@ -89,6 +94,7 @@ class _Modes:
         if self._hook is not None:
             self._hook.remove()
         for module, training, buffers in self._seen.values():
+            reshard(module)
             module.training = training
             for name, (buffer, saved) in buffers.items():
                 module._buffers[name] = buffer
@@ -100,9 +106,11 @@ class _Modes:
 def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterator[list[nn.Module]]:
     """Run a measurement that nothing afterwards can tell has happened.
 
-    Inside: eval mode, no autograd (unless ``grad``), no autocast. Afterwards the
-    training flag of *every* module, all module buffers and all random streams
-    are as before, also if the body raised.
+    Inside: eval mode, no autograd (unless ``grad``), no autocast, and nothing
+    that was computed from other weights: no cached casts, no cached
+    parametrizations, no unsharded copy that FSDP2 kept. Afterwards the training
+    flag of *every* module, all module buffers and all random streams are as
+    before, also if the body raised.
 
     Modules that are not passed are found as they are called: a KL closure is
     an opaque function, and a BatchNorm inside it would be mutated by a
@@ -123,7 +131,7 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
             for module in root.modules():
                 modes.quiet(module)
         modes.watch()
-        with torch.set_grad_enabled(grad), _no_autocast():
+        with torch.set_grad_enabled(grad), _no_autocast(), _no_cached_parametrizations():
             yield modes.modules
     finally:
 
@@ -135,16 +143,43 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
 
 
 def uninterrupted(undo: Callable[[], None]) -> None:
-    """Run an idempotent undo to its end; a Ctrl-C meanwhile starts it again, and is raised when it is done."""
-    interrupt: KeyboardInterrupt | None = None
-    while True:
+    """Run an idempotent undo to its end; what interrupts it starts it again, and is raised when it is done."""
+    interrupt: BaseException | None = None
+    for _ in range(UNDO_ATTEMPTS):
         try:
             undo()
             break
-        except KeyboardInterrupt as error:
+        except BaseException as error:
             interrupt = error
     if interrupt is not None:
         raise interrupt
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of the unsharded weights that FSDP2 keeps after a forward: they are those of other weights.
+
+    Its root module is never resharded by itself outside of a backward pass.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        module.reshard()
+
+
+def has_fsdp(model: nn.Module) -> bool:
+    """Whether a forward of this model gathers weights from other processes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def _no_cached_parametrizations() -> Iterator[None]:
+    """Compute parametrized weights anew, also inside a user's ``torch.nn.utils.parametrize.cached()``."""
+    enabled, cache = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = enabled, cache
 
 
 @contextmanager

@@ -6,13 +6,11 @@ features of a row (hidden width, or V).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-from step_optim.movement import Movement
 
 VOCAB_BLOCK = 2048
 """Vocabulary columns read at once. 512 to 2048 cost the same; one block of all V would hold both policies."""
@@ -202,18 +200,6 @@ def prompt_means(rows: Tensor, prompt_of_row: Tensor, prompts: int) -> Tensor:
     sums = torch.zeros(prompts, dtype=torch.float64, device=rows.device)
     sums.index_add_(0, prompt_of_row, rows.double())
     return sums / torch.bincount(prompt_of_row, minlength=prompts)
-
-
-def movement(per_prompt: Tensor, slices: Mapping[str, Sequence[int]]) -> Movement:
-    """K_global and K_s from the KL of each prompt (the paper's section 3.2).
-
-    Args:
-        per_prompt: [C] nats per token.
-        slices: prompt indices of each slice; they may overlap.
-    """
-    values = per_prompt.tolist()
-    means = {name: sum(values[i] for i in prompts) / len(prompts) for name, prompts in slices.items()}
-    return Movement(sum(values) / len(values), means)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

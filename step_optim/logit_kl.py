@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from step_optim import kl as statistic
 from step_optim.audit import Audit, ReferenceKL
 from step_optim.isolation import isolated
 from step_optim.kl import Head, Rows
-from step_optim.movement import Movement
 
 
 class LogitKL(ReferenceKL):
@@ -22,15 +22,8 @@ class LogitKL(ReferenceKL):
 
     prompts: int
     """C."""
-    members: dict[str, tuple[int, ...]]
-    """Prompt indices of each slice."""
     _prompt_of_row: Tensor
     """[R] prompt index of each row."""
-
-    @property
-    def slices(self) -> tuple[str, ...]:
-        """Names of the slices."""
-        return tuple(self.members)
 
     @abstractmethod
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -52,8 +45,8 @@ class LogitKL(ReferenceKL):
     def _per_prompt(self, rows: Tensor) -> Tensor:
         return statistic.prompt_means(rows, self._prompt_of_row, self.prompts)
 
-    def _movement(self, candidate: Rows, previous: Rows) -> Movement:
-        return statistic.movement(self._per_prompt(statistic.row_kl(previous, candidate)), self.members)
+    def _prompt_kl(self, candidate: Any, previous: Any) -> Tensor:
+        return self._per_prompt(statistic.row_kl(previous, candidate))
 
     def prompt_kl(self, candidate: Audit, strength: Tensor, prompts: Tensor | None = None) -> Tensor:
         """KL of prompts at the mixture (1 - lambda) l_reference + lambda l_candidate, [P] float64 on the CPU.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,46 @@ class Movement:
     slices: Mapping[str, float] = field(default_factory=dict)
     """K_s by slice name [nats per token]; empty if there are no slices."""
 
+    prompts: Sequence[float] | None = field(default=None, repr=False, compare=False)
+    """KL of each control prompt that this process measured [nats per token]; None if the closure gave means only."""
+
+    members: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False, compare=False)
+    """Which of these prompts are in each slice."""
+
+    @staticmethod
+    def over(prompts: Sequence[float], members: Mapping[str, Sequence[int]]) -> Movement:
+        """Return K_global and K_s from the KL of each prompt.
+
+        The sums are exact before they are rounded: their bits do not depend on
+        the order of the prompts, nor on how they are spread over processes.
+
+        >>> Movement.over([0.1, 0.3], {"a": [0]})
+        Movement(mean=0.2, slices={'a': 0.1})
+        """
+        slices = {name: _mean([prompts[i] for i in indices]) for name, indices in members.items()}
+        return Movement(_mean(prompts), slices, prompts, members)
+
+    @staticmethod
+    def pooled(parts: Sequence[Movement]) -> Movement:
+        """Return the movement over the control prompts of several processes; the plain mean where only means are known.
+
+        >>> Movement.pooled([Movement.over([0.5], {"a": [0]}), Movement.over([0.25, 0.75], {"a": [1]})])
+        Movement(mean=0.5, slices={'a': 0.625})
+        """
+        if len(parts) == 1:
+            return parts[0]
+        if any(part.prompts is None for part in parts):
+            names = {name: None for part in parts for name in part.slices}
+            slices = {name: _mean([part.slices[name] for part in parts if name in part.slices]) for name in names}
+            return Movement(_mean([part.mean for part in parts]), slices)
+        prompts: list[float] = []
+        members: dict[str, list[int]] = {}
+        for part in parts:
+            for name, indices in part.members.items():
+                members.setdefault(name, []).extend(len(prompts) + i for i in indices)
+            prompts += part.prompts or ()
+        return Movement.over(prompts, members)
+
     @property
     def worst(self) -> tuple[str, float]:
         """Name and KL of the slice that moved most; ``("mean", mean)`` without slices."""
@@ -39,6 +79,10 @@ class Movement:
     def is_finite(self) -> bool:
         """Whether every figure is a finite number."""
         return all(math.isfinite(kl) for kl in (self.mean, *self.slices.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures alone."""
+        return {"mean": self.mean, "slices": dict(self.slices)}
 
     def still(self) -> Movement:
         """Return the movement of a policy that stayed where it was: zero everywhere."""
@@ -98,3 +142,12 @@ def _number(value: Any, what: str) -> float:
             "max(kl, 0); a sampled log-ratio is not a KL: use the full distributions, or the k3 estimator"
         )
     return kl
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The correctly rounded sum over the count; NaN and inf as addition has them. 0 if this process has no prompt."""
+    try:
+        total = math.fsum(values)
+    except (OverflowError, ValueError):  # a sum beyond float64, or inf - inf
+        total = sum(values)
+    return total / len(values) if values else 0.0

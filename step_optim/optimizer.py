@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from step_optim.audit import KLClosure, as_kl
+from step_optim.atomic import Atomic
+from step_optim.audit import KLClosure, Unbound, as_kl
 from step_optim.budget import Bound, Budget
-from step_optim.checks import check_budget, check_inner, plain_note
+from step_optim.checks import check_budget, check_inner, check_line, check_ranks, plain_note
 from step_optim.controllers.base import Action, Controller, Outcome
-from step_optim.controllers.gate import GateStalled
 from step_optim.controllers.interpolate import Interpolate
+from step_optim.line import Line, Restep
 from step_optim.movement import Movement
+from step_optim.param_like import Copies, ParamLike, known_copies
+from step_optim.ranks import WORLD, Ranks
+from step_optim.run import Progress, Run
 from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
 from step_optim.summary import Summary
 from step_optim.telemetry import StepRecord, open_log
-from step_optim.transaction import Transaction
+from step_optim.transaction import Parts, Transaction
 from step_optim.wrapper import OptimizerWrapper, hooked
 
 
@@ -47,12 +49,24 @@ class STEPOptimizer(OptimizerWrapper):
             a callable(dict, step).
         on_error: what an exception in the audit does, once the weights are
             restored: ``"raise"`` it, or ``"reject"`` the step and record it.
+        shrink: how a part of a step is taken: ``"interpolate"`` between the
+            weights, with the candidate's optimizer state; or ``"restep"``, the
+            inner step again at alpha times its learning rate.
+        param_like: where the optimizer keeps copies of the weights (keys of
+            ``state[parameter]``, or a function of the inner optimizer that lists
+            (copy, parameter) pairs): interpolation moves them along. By
+            default those of optimizers that are known to have some;
+            `step_optim.testing.check_optimizer` tells about any other.
+        process_group: who decides together under torch.distributed:
+            ``"world"``, a ProcessGroup, or None if this process decides alone.
+            A log that is a path is written by the first of them.
 
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: a budget for unknown slices; parameters that the KL
             closure's model does not have; `Project` over a closure without
-            logits; ``differentiable=True`` inside.
+            logits; ``differentiable=True`` inside; an optimizer that steps in
+            the backward pass, or whose weights cannot be interpolated.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> start = weight.detach().clone()
@@ -76,6 +90,9 @@ class STEPOptimizer(OptimizerWrapper):
         controller: Controller | None = None,
         log: str | Path | Callable[..., Any] | Any = None,
         on_error: str = "raise",
+        shrink: str = "interpolate",
+        param_like: ParamLike | None = None,
+        process_group: Any = WORLD,
     ) -> None:
         check_inner(optimizer)
         if on_error not in ("raise", "reject"):
@@ -84,30 +101,38 @@ class STEPOptimizer(OptimizerWrapper):
             raise TypeError(
                 f"controller={controller!r} is no Controller; use Gate(), Interpolate(), Project() or a subclass"
             )
+        self._controller = Interpolate() if controller is None else controller
+        check_line(optimizer, self._controller, shrink)
         super().__init__(optimizer)
-        self.budget = Budget.of(budget)
-        self.controller = Interpolate() if controller is None else controller
-        self._on_error = on_error
-        self._log = log
+        self._on_error, self._shrink, self._log = on_error, shrink, log
+        self._param_like = known_copies(optimizer) if param_like is None else param_like
+        self._run = Run(Budget.of(budget))
+        self._parts = self._make_parts(Ranks(process_group))
         self._sink = open_log(log, self._header)
-        self._kl: KLClosure | None = None
-        self._kl_state: Mapping[str, Any] = {}
-        self._start()
-        self._step = self._rejected_in_a_row = 0
-        self._summary = Summary()
-        self._notes: dict[str, Any] = {}
-        self.last: StepRecord | None = None
-        """The record of the latest step; None before the first."""
         if kl is not None:
             self.bind(kl)
 
-    def _start(self) -> None:
-        """Make what is not part of a checkpoint."""
-        self._weights, self._state = Weights(self._inner), OptimizerState(self._inner)
-        self._open: Transaction | None = None
-        self._anchored: Any = None
-        self._drift: Movement | None = None
-        self._modules: Sequence[nn.Module] = ()  # whose buffers are part of the policy
+    def _make_parts(self, ranks: Ranks) -> Parts:
+        """Make what a step works with; nothing of it is part of a checkpoint."""
+        weights, state = Weights(self._inner), OptimizerState(self._inner)
+        copies = Copies(self._inner, weights, state, self._param_like)
+        line = (Restep if self._shrink == "restep" else Line)(self._inner, weights, state, copies)
+        return Parts(self._inner, weights, state, line, ranks)
+
+    @property
+    def budget(self) -> Budget:
+        """The budget; `set_budget` replaces it."""
+        return self._run.budget
+
+    @property
+    def controller(self) -> Controller:
+        """What decides about an infeasible candidate."""
+        return self._controller
+
+    @property
+    def last(self) -> StepRecord | None:
+        """The record of the latest step; None before the first."""
+        return self._run.progress.last
 
     def bind(self, kl: KLClosure | Callable[[], Any]) -> None:
         """Set the KL closure: later than the optimizer under PEFT, DDP and FSDP, or again after a refresh.
@@ -116,46 +141,47 @@ class STEPOptimizer(OptimizerWrapper):
             ValueError: it does not fit the budget, the controller or the parameters.
         """
         self._refuse_inside_window("bind()")
-        self._kl = self._fitting(kl)
-        self._kl.load_state_dict(self._kl_state)
-        self._kl_state = {}
-        self._anchored = None
+        closure = self._fitting(kl)
+        closure.load_state_dict(self._run.kl_state)
+        self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
 
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
         new = Budget.of(budget)
-        if self._kl is not None:
-            check_budget(new, self._kl)
-        self.budget = new
+        if self._run.kl is not None:
+            check_budget(new, self._run.kl)
+        self._run.budget = new
 
     def refresh(self, *, restart_drift: bool = False) -> None:
         """Take the reference anew at the next step.
 
-        Needed after an edit that cannot be noticed: of a frozen weight through
-        `.data`, or of the observations that a `PolicyKL` function closes over.
+        Needed after an edit that cannot be noticed: of a part of a frozen
+        weight through `.data` (whole ones are; see `fingerprint`), or of the
+        observations that a `PolicyKL` function closes over.
 
         Args:
             restart_drift: also make the policy at the next step pi_ref. Needed
                 after new observations, on which the old pi_ref is not known.
         """
         self._refuse_inside_window("refresh()")
-        self._anchored = None
-        if restart_drift and self._kl is not None:
-            self._kl.forget_origin()
+        self._run.anchored = None
+        if restart_drift and self._run.kl is not None:
+            self._run.kl.forget_origin()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its movement counts from the next step on."""
         self._refuse_inside_window("add_param_group()")
         super().add_param_group(param_group)
         try:
-            if self._kl is not None:
-                self._kl.check_parameters(self.param_groups[-1]["params"])
+            check_line(self._inner, self._controller, self._shrink)
+            if self._run.kl is not None:
+                self._run.kl.check_parameters(self.param_groups[-1]["params"])
         except ValueError:
             self.param_groups.pop()
             raise
 
     def _refuse_inside_window(self, what: str) -> None:
-        if self._open is not None:
+        if self._run.open is not None:
             raise RuntimeError(f"{what} inside a window could not be rolled back with it; call it before or after")
 
     def note(self, *, reward: float | None = None, success: bool | None = None, **values: Any) -> None:
@@ -167,7 +193,7 @@ class STEPOptimizer(OptimizerWrapper):
             **values: numbers (tensors and arrays of one element, too), texts or flags.
         """
         given = {"reward": reward, "success": success, **values}
-        self._notes |= {name: plain_note(name, value) for name, value in given.items() if value is not None}
+        self._run.notes |= {name: plain_note(name, value) for name, value in given.items() if value is not None}
 
     @hooked
     def step(
@@ -195,14 +221,18 @@ class STEPOptimizer(OptimizerWrapper):
         """
         if isinstance(closure, KLClosure):
             closure, kl = None, closure
-        if kl is not None and self._open is not None:
+        window = self._run.open
+        if kl is not None and window is not None:
             raise RuntimeError("step(kl=...) inside a window: the window is audited as one; pass window(kl=...)")
         closure, inner = self._run_step_pre_hooks(closure, inner)
-        if self._open is not None:  # inside a window this is one more part of its candidate
-            loss = self._open.propose(closure, inner)
+        if window is not None:  # inside a window this is one more part of its candidate
+            loss = window.propose(closure, inner)
         else:
-            with self._transaction(kl) as transaction:
-                loss = transaction.propose(closure, inner)
+            transaction = self._transaction(kl)
+            with self._atomic(transaction), self._atomic(transaction):
+                self._begin(transaction)  # theta_t, and its policy as the reference
+                loss = transaction.propose(closure, inner)  # theta~ = OptStep(theta_t, gradient)
+                self._decide(transaction)  # theta_t+1
         self._run_hooks("_optimizer_step_post_hooks", self._step_arguments(closure), inner)
         return loss
 
@@ -214,110 +244,66 @@ class STEPOptimizer(OptimizerWrapper):
         in the body restores the weights and the state from before the window.
         """
         self._refuse_inside_window("window()")
-        with self._transaction(kl) as transaction:
-            transaction.rewind = False  # the body's dropout and data have drawn from the same random streams
+        if self._parts.line.restarts and self._controller.shrinks:
+            raise RuntimeError("shrink='restep' cannot run the body of a window again; use shrink='interpolate'")
+        transaction = self._transaction(kl)
+        if isinstance(transaction.kl, Unbound):
+            transaction.kl.audit()  # raises: a window is there to move weights
+        transaction.rewind = False  # the body's dropout and data have drawn from the same random streams
+        with self._atomic(transaction), self._atomic(transaction):
+            self._begin(transaction)
             yield
+            self._decide(transaction)
 
-    @contextmanager
-    def _transaction(self, kl: KLClosure | Callable[[], Any] | None) -> Iterator[Transaction]:
-        transaction = self._begin(kl)  # theta_t, and its policy as the reference
-        proposed = False
-        try:
-            self._open = transaction
-            yield transaction  # theta~ = OptStep(theta_t, gradient)
-            proposed = True
-            record = self._decide(transaction)  # theta_t+1
-        except BaseException as error:
-            self._open = None
-            transaction.restore()  # theta_t, whatever happened
-            rejected = proposed and self._on_error == "reject" and isinstance(error, Exception)
-            self._fail(transaction, error, quietly=not rejected)
-            if not rejected or isinstance(error, GateStalled):
-                raise
-        else:
-            self._open = None
-            self._finish(transaction, record)
+    def _transaction(self, kl: KLClosure | Callable[[], Any] | None) -> Transaction:
+        closure = self._fitting(kl) if kl is not None else self._run.kl or Unbound()
+        return Transaction(self._parts, closure, self.budget, self._run.progress.step)
 
-    def _begin(self, kl: KLClosure | Callable[[], Any] | None) -> Transaction:
+    def _atomic(self, transaction: Transaction) -> Atomic:
+        return Atomic(transaction, self._run, self._sink, self._on_error)
+
+    def _begin(self, transaction: Transaction) -> None:
         """Capture theta_t, and take its policy as the reference unless it is that already."""
-        closure = self._kl if kl is None else self._fitting(kl)
-        if closure is None:
-            raise RuntimeError(
-                "STEPOptimizer has no KL closure: nothing would be measured. Pass kl= to the constructor or to step(), "
-                "or call bind(kl) once the model is wrapped"
-            )
-        transaction = Transaction(self._inner, self._weights, self._state, closure, self.budget, self._step)
-        anchored, self._anchored = self._anchored, None  # until it is certain again
-        if not transaction.capture_weights() or anchored is None or anchored != self._fingerprint(closure):
+        run, closure, ranks = self._run, transaction.kl, transaction.ranks
+        run.open = transaction
+        anchored, run.anchored = run.anchored, None  # until it is certain again
+        known = transaction.begin() and anchored is not None and anchored == transaction.fingerprint()
+        if not all(ranks.same(transaction.limits, known)):
             with transaction.clock("audit"):
                 closure.anchor()
-            self._drift = None
-        self._modules = closure.used or self._modules
-        transaction.capture_state(self._modules)
-        return transaction
+            run.drift = None
+        run.modules = closure.used or run.modules
+        transaction.capture_state(run.modules)
 
-    def _fingerprint(self, kl: KLClosure) -> Any:
-        return kl, kl.fingerprint({id(p) for group in self.param_groups for p in group["params"]})
-
-    def _decide(self, transaction: Transaction) -> StepRecord:
+    def _decide(self, transaction: Transaction) -> None:
         """Commit a feasible candidate; otherwise do what the controller says."""
+        transaction.proposed, candidate = True, None
         if not transaction.moved():
-            return transaction.record(Outcome(Action.UNCHANGED), None, self._drift_of(transaction))
-        candidate = transaction.candidate()  # K_global and K_s on the control set
-        if candidate.feasible:
-            outcome = Outcome(Action.COMMIT, candidate)
-        elif not math.isfinite(transaction.update_norm):
-            outcome = Outcome(Action.REJECT)  # no part of it is finite either
+            outcome = Outcome(Action.UNCHANGED)
         else:
-            with transaction.clock("search"):
-                outcome = self.controller.decide(transaction.trial(candidate, self._rejected_in_a_row))
-        outcome = transaction.settle(outcome, self.controller.on_reject)
+            candidate = transaction.candidate()  # K_global and K_s on the control set
+            if candidate.feasible:
+                outcome = Outcome(Action.COMMIT, candidate)
+            elif not math.isfinite(transaction.update_norm):
+                outcome = Outcome(Action.REJECT)  # no part of it is finite either
+            else:
+                with transaction.clock("search"):
+                    outcome = self._controller.decide(
+                        transaction.trial(candidate, self._run.progress.rejected_in_a_row)
+                    )
+            outcome = transaction.settle(outcome, self._controller.on_reject)
         if outcome.point is not None:
             with transaction.clock("audit"):
                 transaction.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference
-            self._drift = outcome.point.drift
-        return transaction.record(outcome, candidate, self._drift_of(transaction))
+            self._run.drift = outcome.point.drift
+        transaction.stand(transaction.describe(outcome, candidate, self._drift_of(transaction)))
 
     def _drift_of(self, transaction: Transaction) -> Movement | None:
         """Movement of the committed policy from pi_ref; measured again only if the policy changed."""
-        if self._drift is None and transaction.kl.measures_drift:
+        if self._run.drift is None and transaction.kl.measures_drift:
             with transaction.clock("audit"):
-                self._drift = transaction.kl.drift()
-        return self._drift
-
-    def _finish(self, transaction: Transaction, record: StepRecord) -> None:
-        """Remember what was committed, count the step, write the record."""
-        with transaction.clock("snapshot"):
-            self._weights.capture()
-            self._state.release()
-            self._anchored = self._fingerprint(transaction.kl)
-        self._modules = transaction.kl.used or self._modules
-        if record.triggered:
-            self._rejected_in_a_row = self._rejected_in_a_row + 1 if record.action is Action.REJECT else 0
-        elif record.action is Action.COMMIT:
-            self._rejected_in_a_row = 0
-        self._write(transaction, record)
-
-    def _fail(self, transaction: Transaction, error: BaseException, *, quietly: bool) -> None:
-        """Record a step that ended in an error. The reference is taken anew: the audit may have replaced it."""
-        self._state.release()
-        # An error of the log must not take the place of the error that is being raised.
-        with suppress(Exception) if quietly else nullcontext():
-            self._write(transaction, transaction.failed(error))
-
-    def _write(self, transaction: Transaction, record: StepRecord) -> None:
-        notes, self._notes = self._notes, {}
-        record = replace(
-            record,
-            seconds=dict(transaction.seconds),
-            reward=notes.pop("reward", None),
-            success=notes.pop("success", True) and record.success,
-            notes=notes,
-        )
-        self._step += 1
-        self.last = record
-        self._summary.add(record)
-        self._sink(record)
+                self._run.drift = transaction.drift()
+        return self._run.drift
 
     @property
     def step_was_skipped(self) -> bool:
@@ -326,73 +312,103 @@ class STEPOptimizer(OptimizerWrapper):
 
     def summary(self) -> dict[str, Any]:
         """Trigger rate, rejection rate, mean alpha, overhead, drift ... since the start; see `Summary.figures`."""
-        return self._summary.figures()
+        return self._run.progress.summary.figures()
 
     def _fitting(self, kl: KLClosure | Callable[[], Any]) -> KLClosure:
         """Refuse a KL closure that does not fit the budget, the controller or the parameters."""
         closure = as_kl(kl)
         check_budget(self.budget, closure)
-        if self.controller.needs_logits and not closure.has_logits:
+        if self._controller.needs_logits and not closure.has_logits:
             raise ValueError(
-                f"controller={self.controller!r} works on logits, and kl={closure!r} has none; use TokenKL, a PolicyKL "
-                "over logits, or Interpolate()"
+                f"controller={self._controller!r} works on logits, and kl={closure!r} has none; use TokenKL, a "
+                "PolicyKL over logits, or Interpolate()"
             )
-        closure.check_parameters([p for group in self.param_groups for p in group["params"]])
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        closure.check_parameters(parameters)
+        check_ranks(closure, self._controller, parameters, self._parts.ranks)
         return closure
 
     def _own_state(self) -> dict[str, Any]:
+        run = self._run
         return {
             "version": 1,
-            "step": self._step,
-            "rejected_in_a_row": self._rejected_in_a_row,
-            "summary": self._summary.state_dict(),
-            "controller": self.controller.state_dict(),
-            "kl": dict(self._kl_state) if self._kl is None else self._kl.state_dict(),
+            "step": run.progress.step,
+            "rejected_in_a_row": run.progress.rejected_in_a_row,
+            "summary": run.progress.summary.state_dict(),
+            "controller": self._controller.state_dict(),
+            "kl": dict(run.kl_state) if run.kl is None else run.kl.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the checkpoint of a `STEPOptimizer`, or that of a bare inner optimizer."""
+        """Load the checkpoint of a `STEPOptimizer`, or that of a bare inner optimizer.
+
+        Raises:
+            ValueError: it cannot be read, or is of another run (another control set, other parameter groups); nothing
+                has changed then.
+        """
         self._refuse_inside_window("load_state_dict()")
         super().load_state_dict(state_dict)
 
-    def _load_own_state(self, state: Mapping[str, Any] | None) -> None:
-        self._anchored = None
-        if state is None:  # the checkpoint of a bare optimizer
-            return
-        if state["version"] != 1:
-            raise ValueError(f"the checkpoint is of version {state['version']}, this step_optim reads 1; upgrade it")
-        if self._kl is not None:
-            self._kl.load_state_dict(state["kl"])  # refuses another control set before anything has changed
-        else:
-            self._kl_state = state["kl"]
-        self._step, self._rejected_in_a_row = int(state["step"]), int(state["rejected_in_a_row"])
-        self._summary.load_state_dict(state["summary"])
-        self.controller.load_state_dict(state["controller"])
+    def _load_own_state(self, state: Mapping[str, Any] | None) -> Callable[[], None]:
+        run, progress = self._run, self._run.progress
+        kl_state = run.kl_state
+        if state is not None:  # else it is the checkpoint of a bare optimizer
+            progress, kl_state = _read_progress(state)
+            if run.kl is not None:
+                run.kl.check_state_dict(kl_state)
+
+        def take_over() -> None:
+            run.progress, run.kl_state, run.anchored = progress, kl_state, None
+            if state is None:
+                return
+            if run.kl is not None:
+                run.kl.load_state_dict(kl_state)
+                run.kl_state = {}
+            self._controller.load_state_dict(state["controller"])
+
+        return take_over
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the KL closure, which holds a model (`bind` one to a copy), and a log that is not a path."""
-        state = super().__getstate__() | {"_kl_state": self._own_state()["kl"], "_kl": None, "_notes": {}}
-        for name in ("_sink", "_weights", "_state", "_open", "_anchored", "_modules"):
-            del state[name]
-        if not isinstance(self._log, (str, Path)):
-            state["_log"] = None
-        return state
+        state = super().__getstate__()
+        run = Run(self.budget, kl_state=self._own_state()["kl"], progress=self._run.progress)
+        log = self._log if isinstance(self._log, (str, Path)) else None
+        del state["_sink"], state["_parts"]
+        return state | {"_run": run, "_log": log, "_ranks": self._parts.ranks}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Make anew what is not copied."""
-        super().__setstate__(state)
+        ranks = state["_ranks"]
+        super().__setstate__({name: value for name, value in state.items() if name != "_ranks"})
+        self._parts = self._make_parts(ranks)
         self._sink = open_log(self._log, self._header)
-        self._start()
 
     def _header(self) -> dict[str, Any]:
         """First line of a log."""
         return {
             "optimizer": type(self._inner).__name__,
             "budget": repr(self.budget),
-            "controller": repr(self.controller),
-            "kl": repr(self._kl),
+            "controller": repr(self._controller),
+            "kl": repr(self._run.kl),
             "torch": torch.__version__,
         }
 
     def __repr__(self) -> str:
-        return f"STEPOptimizer({type(self._inner).__name__}, {self.budget}, {self.controller!r})"
+        return f"STEPOptimizer({type(self._inner).__name__}, {self.budget}, {self._controller!r})"
+
+
+def _read_progress(state: Mapping[str, Any]) -> tuple[Progress, Mapping[str, Any]]:
+    """Read the wrapper's part of a checkpoint: how far the run was, and the KL closure's part."""
+    try:
+        version, kl_state = state["version"], dict(state["kl"])
+        summary = Summary({str(name): float(value) for name, value in state["summary"].items()})
+        progress = Progress(int(state["step"]), int(state["rejected_in_a_row"]), summary)
+        dict(state["controller"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the checkpoint's entry 'step_optim' is damaged ({type(error).__name__}: {error}); without that entry the "
+            "rest loads as a bare optimizer's"
+        ) from error
+    if version != 1:
+        raise ValueError(f"the checkpoint is of version {version}, this step_optim reads 1; upgrade it")
+    return progress, kl_state

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, kl_divergence
 
-from step_optim import kl as statistic
 from step_optim.control import checked_slices
 from step_optim.isolation import isolated
 from step_optim.kl import Rows
 from step_optim.logit_kl import LogitKL
-from step_optim.movement import Movement
 
 
 class PolicyKL(LogitKL):
@@ -100,13 +98,12 @@ class PolicyKL(LogitKL):
         assert isinstance(policy, Rows)
         yield self._prompt_of_row, policy.x
 
-    def _movement(self, candidate: Any, previous: Any) -> Movement:
+    def _prompt_kl(self, candidate: Any, previous: Any) -> Tensor:
         if isinstance(candidate, Rows):
-            return super()._movement(candidate, previous)
+            return super()._prompt_kl(candidate, previous)
         kl = kl_divergence(candidate, previous)
         # Batch dimensions behind the first are factors of one policy: their KLs add up.
-        rows = kl.double().reshape(self.prompts, -1).sum(1).clamp_min(0)
-        return statistic.movement(rows, self.members)
+        return kl.double().reshape(self.prompts, -1).sum(1).clamp_min(0)
 
     def state_dict(self) -> dict[str, Any]:
         """pi_ref, as the tensors of its distribution."""
@@ -116,10 +113,17 @@ class PolicyKL(LogitKL):
             return {"x": self._origin.x}
         return {"tensors": {path: tensor.detach().clone() for path, tensor in _tensors(self._origin).items()}}
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse a pi_ref of another shape."""
+        if state:
+            self._loaded(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over pi_ref."""
-        if not state:
-            return
+        if state:
+            self._origin = self._loaded(state)
+
+    def _loaded(self, state: Mapping[str, Any]) -> Rows | Distribution:
         with isolated(self.modules()):
             now = self._policy()
         kept = {"x": now.x} if isinstance(now, Rows) else _tensors(now)
@@ -130,10 +134,10 @@ class PolicyKL(LogitKL):
                 "resume with the observations of the run that saved it"
             )
         if isinstance(now, Rows):
-            self._origin = Rows(saved["x"].to(now.x.device))
-        else:
-            _fill(now, {name: saved[name] for name in kept})
-            self._origin = now
+            return Rows(saved["x"].to(now.x.device))
+        restored: Distribution = now
+        _fill(restored, {name: saved[name] for name in kept})
+        return restored
 
     def __repr__(self) -> str:
         kind = "logits" if self.has_logits else "distribution"

@@ -28,6 +28,13 @@ class TensorCopy:
         return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
     @property
+    def saved(self) -> Tensor:
+        """The saved bits, in the tensor's shape."""
+        if self.bits.shape == self.alias.shape:
+            return self.bits
+        return self.bits.as_strided(self.alias.shape, self.alias.stride())
+
+    @property
     def unchanged(self) -> bool:
         """Whether the tensor has the saved bits, in the memory that it had."""
         return self.in_place and same_bits(dense(self.alias), self.bits)
@@ -59,6 +66,15 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
     else:
         raise TypeError(f"cannot capture a tensor of layout {tensor.layout}; use a strided or COO tensor")
+
+
+def shard_count(parameter: Tensor) -> int:
+    """Into how many pieces a parameter is split over processes: 1 unless it is a sharded DTensor."""
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
+        return 1
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_shard())
 
 
 class TensorStore:
@@ -102,6 +118,7 @@ class Weights:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._store = TensorStore()
+        self._shards: list[int] = []
         self._candidate: list[Tensor] | None = None
 
     @property
@@ -112,7 +129,7 @@ class Weights:
     @property
     def previous(self) -> list[Tensor]:
         """theta_t."""
-        return [copy.bits.as_strided(copy.alias.shape, _strides(copy)) for copy in self._store.copies]
+        return [copy.saved for copy in self._store.copies]
 
     @property
     def candidate(self) -> list[Tensor]:
@@ -135,19 +152,34 @@ class Weights:
         if known == {id(p) for p in unique.values()} and all(copy.unchanged for copy in self._store.copies):
             return True
         self._store.capture(parameters)
+        self._shards = [self._shards_of[id(copy.tensor)] for copy in self._store.copies]
         return False
 
     def _parameters(self) -> Iterator[Tensor]:
+        self._shards_of: dict[int, int] = {}
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
-                yield from plain_tensors(parameter)
+                for plain in plain_tensors(parameter):
+                    self._shards_of[id(plain)] = shard_count(parameter)
+                    yield plain
+
+    def of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A plain parameter as it is, at theta_t, and at the candidate."""
+        place = _memory(parameter)
+        index = next(i for i, copy in enumerate(self._store.copies) if _memory(copy.tensor) == place)
+        return self.live[index], self.previous[index], self.candidate[index]
 
     @torch.no_grad()
     def update(self) -> tuple[bool, float]:
-        """Whether any bit differs from theta_t, and the L2 norm of the difference (NaN or inf if it is not finite)."""
+        """Whether any bit differs from theta_t, and the square of the difference's L2 norm (NaN or inf if need be).
+
+        Each square counts once for every shard of its parameter, and a whole
+        parameter once: summed over processes and divided by their number, it
+        is that of the policy.
+        """
         square = 0.0
         moved = False
-        for live, previous in zip(self.live, self.previous, strict=True):
+        for live, previous, shards in zip(self.live, self.previous, self._shards, strict=True):
             if same_bits(live, previous):
                 continue
             moved = True
@@ -155,8 +187,8 @@ class Weights:
             difference = (live.to(wide) - previous) if live.element_size() == 2 else live - previous
             if not difference.isfinite().all():  # an infinity that was there before has not moved
                 difference = difference.masked_fill(live == previous, 0)
-            square += float(torch.linalg.vector_norm(difference.flatten(), dtype=wide)) ** 2
-        return moved, math.sqrt(square)
+            square += shards * float(torch.linalg.vector_norm(difference.flatten(), dtype=wide)) ** 2
+        return moved, square
 
     @torch.no_grad()
     def keep_candidate(self) -> None:
@@ -180,22 +212,19 @@ class Weights:
             live.copy_(value)
 
     @torch.no_grad()
-    def realised_alpha(self) -> float:
-        """How far along the candidate's direction the current weights are: rounding makes it differ from alpha."""
-        assert self._candidate is not None
+    def alignment(self) -> tuple[float, float]:
+        """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖², counted as in `update`."""
         along = length = 0.0
-        for live, previous, candidate in zip(self.live, self.previous, self._candidate, strict=True):
+        for live, previous, candidate, shards in zip(
+            self.live, self.previous, self.candidate, self._shards, strict=True
+        ):
             wide = torch.complex128 if live.is_complex() else torch.float64
             step, way = (live.to(wide) - previous).flatten(), (candidate.to(wide) - previous).flatten()
-            along += float(torch.vdot(way, step).real)
-            length += float(torch.vdot(way, way).real)
-        return along / length if length > 0 else math.nan
+            along += shards * float(torch.vdot(way, step).real)
+            length += shards * float(torch.vdot(way, way).real)
+        return along, length
 
     def restore(self) -> None:
         """Put theta_t back, bit for bit."""
         with torch.no_grad():
             self._store.restore()
-
-
-def _strides(copy: TensorCopy) -> tuple[int, ...]:
-    return copy.bits.stride() if copy.bits.shape == copy.alias.shape else copy.alias.stride()

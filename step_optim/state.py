@@ -31,9 +31,9 @@ class OptimizerState:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._tensors, self._gradients, self._buffers = TensorStore(), TensorStore(), TensorStore()
+        self._tensors, self._buffers = TensorStore(), TensorStore()
         self._undo: list[Callable[[], Any]] = []
-        self._grad_of: list[tuple[Tensor, Tensor | None]] = []
+        self._gradients = Gradients(optimizer)
         self._groups = GroupJournal(optimizer)
 
     @torch.no_grad()
@@ -43,10 +43,12 @@ class OptimizerState:
         walk = _Walk(self._optimizer)
         self._undo = walk.undo
         self._tensors.capture(walk.tensors)
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._grad_of = [(p, p.grad) for p in parameters]
-        self._gradients.capture(t for _, grad in self._grad_of if grad is not None for t in plain_tensors(grad))
+        self._gradients.capture()
         self._groups.forget()
+
+    def saved(self, tensor: Tensor) -> Tensor | None:
+        """The bits that a state tensor had, in its shape; None if it was not there."""
+        return next((copy.saved for copy in self._tensors.copies if copy.tensor is tensor), None)
 
     def watch_groups(self) -> GroupJournal:
         """Return a context; group values that change inside it are rolled back by `restore`, others are not."""
@@ -61,20 +63,50 @@ class OptimizerState:
                 group values) as the step made it; put buffers and gradients back.
         """
         if not keep_state:
-            for undo in self._undo:
-                undo()
-            self._tensors.restore()
-            self._groups.revert()
+            self.restore_optimizer()
         self._buffers.restore()
-        for parameter, grad in self._grad_of:  # 14 of 211 optimizer configurations write into `.grad`
-            if parameter.grad is not grad:
-                parameter.grad = grad
         self._gradients.restore()
 
+    @torch.no_grad()
+    def restore_optimizer(self) -> None:
+        """Put back what belongs to the optimizer alone."""
+        for undo in self._undo:
+            undo()
+        self._tensors.restore()
+        self._groups.revert()
+
     def release(self) -> None:
-        """Let the gradients go: a reference to them would keep their memory through the next backward pass."""
+        """Let the gradients go."""
+        self._gradients.release()
+
+
+class Gradients:
+    """The gradients of an optimizer's parameters: 14 of 211 optimizer configurations write into them."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._store = TensorStore()
+        self._grad_of: list[tuple[Tensor, Tensor | None]] = []
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Remember which there are, and their bits."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._grad_of = [(p, p.grad) for p in parameters]
+        self._store.capture(t for _, grad in self._grad_of if grad is not None for t in plain_tensors(grad))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back, object and bits."""
+        for parameter, grad in self._grad_of:
+            if parameter.grad is not grad:
+                parameter.grad = grad
+        self._store.restore()
+
+    def release(self) -> None:
+        """Let them go: a reference to them would keep their memory through the next backward pass."""
         self._grad_of = []
-        self._gradients = TensorStore()
+        self._store = TensorStore()
 
 
 class GroupJournal:

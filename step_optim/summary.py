@@ -16,12 +16,16 @@ class Summary:
     0
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
+        self._sums = dict(sums or {})
 
-    def add(self, record: StepRecord) -> None:
-        """Count one step."""
-        add, seconds = self._add, record.seconds
+    def plus(self, record: StepRecord) -> Summary:
+        """Return the totals with one more step."""
+        sums, seconds = dict(self._sums), record.seconds
+
+        def add(name: str, value: float) -> None:
+            sums[name] = sums.get(name, 0) + float(value)
+
         add("steps", 1)
         add(str(record.action), 1)
         add("triggered", record.triggered)
@@ -36,13 +40,11 @@ class Summary:
         add("accepted_sum", record.accepted.mean)
         for name in ("inner", "snapshot", "audit", "search"):
             add(f"{name}_seconds", seconds.get(name, 0.0))
-        self._sums["accepted_max"] = max(self._sums.get("accepted_max", 0.0), record.accepted.mean)
-        self._sums["worst_slice_max"] = max(self._sums.get("worst_slice_max", 0.0), record.accepted.worst[1])
+        sums["accepted_max"] = max(sums.get("accepted_max", 0.0), record.accepted.mean)
+        sums["worst_slice_max"] = max(sums.get("worst_slice_max", 0.0), record.accepted.worst[1])
         if record.reference_drift is not None:
-            self._sums["drift"] = record.reference_drift.mean
-
-    def _add(self, name: str, value: float) -> None:
-        self._sums[name] = self._sums.get(name, 0) + float(value)
+            sums["drift"] = record.reference_drift.mean
+        return Summary(sums)
 
     def figures(self) -> dict[str, Any]:
         """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds."""
@@ -69,12 +71,8 @@ class Summary:
         }
 
     def state_dict(self) -> dict[str, float]:
-        """Plain numbers."""
+        """Plain numbers, which the constructor takes."""
         return dict(self._sums)
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over what `state_dict` returned."""
-        self._sums = dict(state)
 
 
 def _per(total: float, count: float) -> float | None:
@@ -85,5 +83,5 @@ def summarise(records: Iterable[StepRecord]) -> dict[str, Any]:
     """Return the figures of `STEPOptimizer.summary()` for a log that was read back."""
     summary = Summary()
     for record in records:
-        summary.add(record)
+        summary = summary.plus(record)
     return summary.figures()

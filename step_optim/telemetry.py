@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -81,7 +81,7 @@ class StepRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; NaN and infinities become the texts "NaN", "Infinity" and "-Infinity"."""
-        plain: dict[str, Any] = _jsonable(asdict(self))
+        plain: dict[str, Any] = _jsonable({f.name: getattr(self, f.name) for f in fields(self)})
         return plain
 
     @classmethod
@@ -115,6 +115,10 @@ class StepRecord:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, Action):
         return value.value
+    if isinstance(value, Movement):
+        return _jsonable(value.to_dict())
+    if isinstance(value, (Limits, TrialRecord)):
+        return _jsonable({f.name: getattr(value, f.name) for f in fields(value)})
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, Mapping):

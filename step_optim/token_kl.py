@@ -13,9 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from step_optim.control import ControlSet
-from step_optim.isolation import isolated
+from step_optim.isolation import has_fsdp, isolated, reshard
 from step_optim.kl import Head, Rows
 from step_optim.logit_kl import LogitKL
+from step_optim.shard import Shard, batch_members
 
 HEAD_TOLERANCE = 1e-3
 """Largest relative difference between a model's logits and a plain linear head's at which they count as one."""
@@ -61,15 +62,25 @@ class TokenKL(LogitKL):
             read exactly 0.
         check_parameters: refuse an optimizer with parameters that the model
             does not have. False for a value head that the policy does not read.
+        shard: under torch.distributed, let every process evaluate a part of
+            the control set: True for all processes, or a ProcessGroup. Every
+            process is given the whole set; the KLs are put together before
+            anything is decided.
 
     Raises:
         TypeError: ``control`` is no ControlSet.
         ValueError: model and control set on different devices; token ids
-            outside the vocabulary.
+            outside the vocabulary; fewer micro-batches than processes.
     """
 
     def __init__(
-        self, model: nn.Module, control: ControlSet, *, micro_batch: int = 4, check_parameters: bool = True
+        self,
+        model: nn.Module,
+        control: ControlSet,
+        *,
+        micro_batch: int = 4,
+        check_parameters: bool = True,
+        shard: Any = False,
     ) -> None:
         super().__init__()
         if not isinstance(control, ControlSet):
@@ -80,13 +91,15 @@ class TokenKL(LogitKL):
         vocab_size = _vocab_size(model)
         if vocab_size is not None:
             control.check_vocabulary(vocab_size)
-        self.model, self.control = model, control
         self._refuse_strangers = check_parameters
         self._live_head: Head | None = None
-        self.prompts, self.members = len(control), dict(control.slices)
-        lengths = torch.tensor([len(response) for response in control.responses])
-        self._prompt_of_row = torch.repeat_interleave(torch.arange(len(control)), lengths).to(control.device)
-        self._batch_list = list(_layout(control, micro_batch))
+        part = Shard.of(control, micro_batch, shard)
+        self.model, self.control = model, part.control
+        self.sharded, self._spare_forwards = part.sharded, part.spare if has_fsdp(model) else 0
+        self.prompts, self.members = len(self.control), part.members
+        lengths = torch.tensor([len(response) for response in self.control.responses])
+        self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts), lengths).to(control.device)
+        self._batch_list = list(_layout(self.control, micro_batch))
         self._arguments = _accepted_arguments(model)
         self.readout = self._find_readout()
         """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
@@ -97,6 +110,8 @@ class TokenKL(LogitKL):
 
     def check_parameters(self, parameters: Sequence[Tensor]) -> None:
         """Refuse parameters that the model does not have: their movement could not be seen."""
+        for module in self.model.modules():
+            reshard(module)  # FSDP2 has other parameter objects while a module is unsharded
         known = {id(p) for p in self.model.parameters()}
         strangers = [tuple(p.shape) for p in parameters if id(p) not in known]
         if strangers and self._refuse_strangers:
@@ -109,6 +124,8 @@ class TokenKL(LogitKL):
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._batch_list:
             yield batch.rows, self._read(batch, self.readout)
+        for _ in range(self._spare_forwards):  # FSDP2 gathers weights in every forward: all processes make as many
+            self._read(self._batch_list[-1], self.readout)
 
     def _head(self, *, live: bool) -> Head | None:
         """The live head if it is frozen, the same object every time; a copy if training will move it."""
@@ -136,7 +153,7 @@ class TokenKL(LogitKL):
 
     def _forward(self, batch: Batch) -> Tensor:
         extra = {"attention_mask": batch.mask, "use_cache": False}
-        out = self.model(batch.ids, **{name: extra[name] for name in self._arguments})
+        out = _without_ddp(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         return logits
 
@@ -149,7 +166,11 @@ class TokenKL(LogitKL):
                 self.control.check_vocabulary(truth.shape[-1])
             if head is None or not _agree(self._try_rows(batch), truth):
                 return "full"
-            if type(head) is not nn.Linear or head.weight.shape[0] != truth.shape[-1]:
+            if type(head) is not nn.Linear or hasattr(
+                head.weight, "placements"
+            ):  # a sharded head is in its forward only
+                return "rows"
+            if head.weight.shape[0] != truth.shape[-1]:
                 return "rows"
             plain = Head(head.weight.float(), None if head.bias is None else head.bias.float())
             # Soft-capping and scaling show themselves on large logits only.
@@ -192,15 +213,27 @@ class TokenKL(LogitKL):
             return state
         return state | {"weight": head.weight, "bias": head.bias}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over pi_ref."""
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse a pi_ref that was measured on another control set, or that is damaged."""
         if not state:
             return
         if state["control"] != self.control.digest:
             raise ValueError(
                 "the checkpoint's pi_ref was measured on another control set; resume with the one of the run that "
                 "saved it (control.save, ControlSet.load)"
+                + (", and every process with the checkpoint that it saved itself" if self.sharded else "")
             )
+        if len(state["x"]) != self.control.response_tokens:
+            raise ValueError(
+                f"the checkpoint's pi_ref has {len(state['x'])} rows, the control set {self.control.response_tokens} "
+                "response tokens: it is damaged"
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over pi_ref."""
+        self.check_state_dict(state)
+        if not state:
+            return
         x = state["x"].to(self.control.device)
         if "weight" in state:
             weight, bias = state["weight"].to(x.device), state["bias"]
@@ -243,15 +276,12 @@ def _head_on_rows(head: nn.Module, batch: Batch, *, hidden_only: bool, probe: Te
 
 
 def _layout(control: ControlSet, micro_batch: int) -> Iterator[Batch]:
-    """Sort the prompts by length, so that batches need little padding, and freeze the result."""
-    lengths = [len(p) + len(r) for p, r in zip(control.prompts, control.responses, strict=True)]
-    order = sorted(range(len(control)), key=lambda i: -lengths[i])
+    """Pad the prompts of every micro-batch, and freeze the result."""
     first_row = [0]
     for response in control.responses:
         first_row.append(first_row[-1] + len(response))
-    for start in range(0, len(order), micro_batch):
-        members = order[start : start + micro_batch]
-        width = lengths[members[0]]
+    for members in batch_members(control, micro_batch):
+        width = max(len(control.prompts[i]) + len(control.responses[i]) for i in members)
         ids = torch.zeros(len(members), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         positions: list[int] = []
@@ -271,6 +301,11 @@ def _agree(logits: Tensor | None, truth: Tensor) -> bool:
     rounding = max(torch.finfo(logits.dtype).eps, torch.finfo(truth.dtype).eps)
     tolerance = max(HEAD_TOLERANCE, 4 * rounding) * float(truth.float().abs().max())
     return float((logits.float() - truth.float()).abs().max()) <= tolerance
+
+
+def _without_ddp(model: nn.Module) -> Any:
+    """The module inside DistributedDataParallel, whose own forward synchronises buffers: not every process is in it."""
+    return model.module if type(model).__name__ == "DistributedDataParallel" else model
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

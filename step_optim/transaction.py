@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -17,54 +17,75 @@ from step_optim.audit import Audit, FunctionKL, KLClosure
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
 from step_optim.isolation import RNGState, isolated, uninterrupted
+from step_optim.line import Line
 from step_optim.movement import Movement
+from step_optim.ranks import Ranks
 from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
 from step_optim.telemetry import StepRecord, TrialRecord
+
+
+@dataclass
+class Parts:
+    """What a step works with, and the next one after it: buffers are allocated once."""
+
+    optimizer: Optimizer
+    """The inner optimizer."""
+    weights: Weights
+    state: OptimizerState
+    line: Line
+    """How a step is shrunk."""
+    ranks: Ranks
+    """Who has to agree."""
 
 
 class Transaction:
     """Captures theta_t, measures points, and leaves one of them, or theta_t, behind.
 
     Args:
-        optimizer: the inner optimizer.
-        weights: lives as long as the optimizer, so that its buffers are allocated once.
-        state: likewise.
+        parts: what lives as long as the optimizer.
         kl: measures movement.
         budget: resolved at ``step``.
         step: the step index.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        weights: Weights,
-        state: OptimizerState,
-        kl: KLClosure,
-        budget: Budget,
-        step: int,
-    ) -> None:
-        self.optimizer, self.weights, self.state, self.kl = optimizer, weights, state, kl
-        self.budget, self.step = budget, step
-        self.limits: Limits = budget.at(step, kl.slices or ())
+    def __init__(self, parts: Parts, kl: KLClosure, budget: Budget, step: int) -> None:
+        self.optimizer, self.weights, self.state = parts.optimizer, parts.weights, parts.state
+        self.line, self.ranks = parts.line, parts.ranks
+        self.kl, self.budget, self.step = kl, budget, step
+        self.limits = Limits()
         self.seconds = {"inner": 0.0, "snapshot": 0.0, "audit": 0.0, "search": 0.0}
         self.trials: list[TrialRecord] = []
-        self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
-        self.lr = tuple(float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None)
+        self.lr: tuple[float, ...] = ()
         self.update_norm = 0.0
         self.rewind = True
+        """Whether a rollback rewinds the random streams."""
+        self.proposed = self.over = False
+        """Whether there is a candidate; whether the step has ended, one way or the other."""
+        self.record: StepRecord | None = None
+        """What was decided. From here on the step stands."""
+        self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
         self._here: Point | None = None
+        self._rng: RNGState | None = None
 
-    def capture_weights(self) -> bool:
+    def begin(self) -> bool:
         """Take theta_t. True if these are the weights that were last committed."""
+        self.limits = self.budget.at(self.step, self.kl.slices or ())
+        self.lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr") is not None)
         with self.clock("snapshot"):
             return self.weights.capture()
 
     def capture_state(self, modules: Iterable[nn.Module]) -> None:
         """Take all else: the optimizer's state, gradients, random streams, the buffers of the policy's modules."""
         with self.clock("snapshot"):
-            self._rng = RNGState.capture()
             self.state.capture(b for module in modules for b in module._buffers.values() if b is not None)
+            self.line.mark()
+            self._rng = RNGState.capture()  # last: `restore` takes it for the sign that there is something to restore
+
+    def fingerprint(self) -> Any:
+        """What tells whether the KL closure's reference is still the policy of these weights."""
+        own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return self.kl, self.kl.fingerprint(own)
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -76,16 +97,17 @@ class Transaction:
             self.seconds[phase] += time.perf_counter() - start
 
     def propose(self, closure: Any, inner: dict[str, Any]) -> Any:
-        """Run the inner step: theta~ = OptStep(theta_t, gradient). The loss closure goes to it untouched."""
+        """Run the inner step: theta~ = OptStep(theta_t, gradient)."""
         self.rewind = self.rewind and closure is None
         with self.clock("inner"), self.state.watch_groups():
-            return self.optimizer.step(**inner) if closure is None else self.optimizer.step(closure, **inner)
+            return self.line.propose(closure, inner)
 
     def moved(self) -> bool:
-        """Whether any bit of the weights differs from theta_t."""
+        """Whether any bit of the weights, on any rank, differs from theta_t."""
         with self.clock("snapshot"):
-            moved, self.update_norm = self.weights.update()
-            return moved
+            updates = self.ranks.exchange(self.weights.update())
+            self.update_norm = math.sqrt(sum(square for _, square in updates) / len(updates))
+            return any(moved for moved, _ in updates)
 
     def candidate(self) -> Point:
         """Audit the weights that the inner step proposed.
@@ -97,7 +119,7 @@ class Transaction:
         if not math.isfinite(self.update_norm) and self.budget.limits_anything:
             return self._measure(Point(Audit(self._everywhere(math.nan)), Verdict({}, finite=False), alpha=1.0))
         if isinstance(self.kl, FunctionKL):
-            self.weights.keep_candidate()
+            self.weights.keep_candidate()  # a plain function may write into them
         with self.clock("audit"):
             audit = self._audit()
             if self.kl.slices is None:  # a plain function says what its slices are by measuring them
@@ -107,10 +129,18 @@ class Transaction:
 
     def _audit(self) -> Audit:
         with self.state.watch_groups(), nullcontext() if self.kl.isolates else isolated(self.kl.modules()):
-            return self.kl.audit()
+            return self._pooled(self.kl.audit())
+
+    def _pooled(self, audit: Audit) -> Audit:
+        return replace(audit, movement=Movement.pooled(self.ranks.exchange(audit.movement)))
+
+    def drift(self, audit: Audit | None = None) -> Movement | None:
+        """Movement of an audited policy, or of the reference, from pi_ref, over all ranks."""
+        drift = self.kl.drift(audit)
+        return None if drift is None else Movement.pooled(self.ranks.exchange(drift))
 
     def _point(self, audit: Audit, **where: Any) -> Point:
-        drift = self.kl.drift(audit) if self.limits.reference < math.inf else None
+        drift = self.drift(audit) if self.limits.reference < math.inf else None
         return self._measure(Point(audit, self.limits.judge(audit.movement, drift), drift=drift, **where))
 
     def _measure(self, point: Point) -> Point:
@@ -122,7 +152,7 @@ class Transaction:
 
     def trial(self, candidate: Point, rejected_in_a_row: int) -> Trial:
         """What a controller is given."""
-        self.weights.keep_candidate()
+        self.line.keep_candidate()
         self._candidate = candidate
         return Trial(
             candidate,
@@ -133,25 +163,32 @@ class Transaction:
             self._at,
             self._at_weights,
             self._distill,
+            self.ranks.agree,
         )
 
     def _at(self, alpha: float) -> Point:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha} must lie between 0 (previous weights) and 1 (candidate)")
-        self.weights.go(alpha)
-        return self._point(self._audit(), alpha=float(alpha))
+        self.line.go(alpha)
+        # A step that is made again may round differently on some devices: what was audited is kept.
+        values = [live.clone() for live in self.weights.live] if self.line.restarts and alpha > 0 else None
+        return self._point(self._audit(), alpha=float(alpha), weights=values)
 
     def _at_weights(self, values: Sequence[Tensor]) -> Point:
-        values = [value.detach().clone() for value in values]
-        self.weights.write(values)
+        values = self._write(values)
         return self._point(self._audit(), weights=values)
 
-    def _distill(self, values: Sequence[Tensor], strength: Tensor) -> tuple[Point, float, list[Tensor]]:
+    def _write(self, values: Sequence[Tensor]) -> list[Tensor]:
         values = [value.detach().clone() for value in values]
-        self.weights.write(values)
+        self.line.write(values)
+        return values
+
+    def _distill(self, values: Sequence[Tensor], strength: Tensor) -> tuple[Point, float, list[Tensor]]:
+        values = self._write(values)
         kl: Any = self.kl
         audit, loss, gradients = kl.distill(self._candidate.audit, strength, self.weights.parameters)
-        return self._point(audit, weights=values), loss, gradients
+        gradients = self.ranks.average(gradients, weight=kl.prompts)
+        return self._point(self._pooled(audit), weights=values), self.ranks.agree(loss), gradients
 
     def settle(self, outcome: Outcome, on_reject: str) -> Outcome:
         """Leave the outcome's point in the weights, or theta_t; what rounding made theta_t is a rejection."""
@@ -159,7 +196,7 @@ class Transaction:
             raise TypeError(f"decide() returned {outcome!r}; return trial.accept(point) or trial.reject()")
         if outcome.action is not Action.REJECT:
             self._go(outcome.point)
-            if outcome.action is Action.COMMIT or self.weights.update()[0]:
+            if outcome.action is Action.COMMIT or any(self.ranks.exchange(self.weights.update()[0])):
                 return outcome
         # Moments that have seen a gradient which is not finite would reject every later step.
         self.restore(keep_state=on_reject == "keep_state" and self.trials[0].movement.is_finite)
@@ -173,12 +210,14 @@ class Transaction:
         if point is self._here:
             return
         if point.alpha is not None:
-            self.weights.go(point.alpha)
+            self.line.go(point.alpha)
+            if point.weights is not None:
+                self.weights.write(point.weights)
         else:
             assert point.weights is not None
-            self.weights.write(point.weights)
+            self.line.write(point.weights)
 
-    def record(self, outcome: Outcome, candidate: Point | None, drift: Movement | None) -> StepRecord:
+    def describe(self, outcome: Outcome, candidate: Point | None, drift: Movement | None) -> StepRecord:
         """Put what was decided together with what was measured on the way."""
         accepted = outcome.point
         proposed = self._everywhere(0.0) if candidate is None else candidate.movement
@@ -196,6 +235,16 @@ class Transaction:
             reference_drift=drift,
             error=None if proposed.is_finite else self._not_finite(proposed),
         )
+
+    def stand(self, record: StepRecord) -> None:
+        """Let the decision stand, on every rank or on none."""
+        self.ranks.exchange(None)
+        self.record = record
+
+    def release(self) -> None:
+        """Let go of what the next step does not need."""
+        self.state.release()
+        self.line.release()
 
     def failed(self, error: BaseException) -> StepRecord:
         """Return the record of a step that ended in an error."""
@@ -229,16 +278,24 @@ class Transaction:
         """Which part of the update stands, after rounding."""
         if point is None:
             return 0.0
-        return 1.0 if point.alpha == 1 else self.weights.realised_alpha()
+        if point.alpha == 1:
+            return 1.0
+        along, length = map(sum, zip(*self.ranks.exchange(self.weights.alignment()), strict=True))
+        return along / length if length > 0 else math.nan
 
     def restore(self, *, keep_state: bool = False) -> None:
         """Put everything back, bit for bit."""
+        rng = self._rng
+        if rng is None:  # nothing has moved yet
+            return
 
         def undo() -> None:
             self.weights.restore()
+            if keep_state:
+                self.line.go_back()
             self.state.restore(keep_state=keep_state)
             # A loss closure may draw its data from these streams: rewound, it would draw the same again.
             if self.rewind:
-                self._rng.restore()
+                rng.restore()
 
         uninterrupted(undo)

@@ -77,9 +77,11 @@ class OptimizerWrapper(Optimizer):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+    def zero_grad(self, set_to_none: bool | None = None, **kwargs: Any) -> None:
         """Reset the gradients of the inner optimizer's parameters."""
-        self._inner.zero_grad(*args, **kwargs)
+        if set_to_none is not None:  # accelerate looks for the name in the signature
+            kwargs["set_to_none"] = set_to_none
+        self._inner.zero_grad(**kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the inner optimizer."""
@@ -118,8 +120,9 @@ class OptimizerWrapper(Optimizer):
         """What the wrapper adds to the checkpoint: plain values and tensors."""
         return {}
 
-    def _load_own_state(self, state: Mapping[str, Any] | None) -> None:
-        """Take over the wrapper's part of a checkpoint; None if it has none."""
+    def _load_own_state(self, state: Mapping[str, Any] | None) -> Callable[[], None]:
+        """Check the wrapper's part of a checkpoint (None if it has none); return what takes it over."""
+        return lambda: None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's own state dict, with one more key, ``"step_optim"``."""
@@ -136,8 +139,9 @@ class OptimizerWrapper(Optimizer):
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             replaced = hook(self, state)
             state = state if replaced is None else dict(replaced)
-        self._load_own_state(state.pop("step_optim", None))  # what it refuses, it refuses before anything is loaded
+        take_over = self._load_own_state(state.pop("step_optim", None))  # what is refused is refused first
         self._inner.load_state_dict(state)
+        take_over()
         self._run_hooks("_optimizer_load_state_dict_post_hooks")
 
     def __getstate__(self) -> dict[str, Any]:

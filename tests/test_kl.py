@@ -64,7 +64,7 @@ def test_movement_equals_the_papers_equations(lengths, readout, size, seed, data
     previous, candidate, z_p, z_c = policies(readout, size, rows=sum(lengths), vocab=17, seed=seed)
     prompt_of_row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     per_prompt = statistic.prompt_means(row_kl(previous, candidate), prompt_of_row, len(lengths))
-    measured = statistic.movement(per_prompt, slices)
+    measured = Movement.over(per_prompt.tolist(), slices)
     expected = reference.movement(
         reference.policy_from_rows(z_c, lengths), reference.policy_from_rows(z_p, lengths), slices
     )
@@ -195,7 +195,7 @@ def test_a_broken_logit_is_never_feasible(bad, side) -> None:
     (old if side == "previous" else new)[1, 2] = bad
     rows = row_kl(Rows(old), Rows(new))
     assert rows.isnan().tolist() == [False, True, False]
-    moved = statistic.movement(rows, {"good": (0, 2), "bad": (0, 1)})
+    moved = Movement.over(rows.tolist(), {"good": (0, 2), "bad": (0, 1)})
     assert math.isnan(moved.mean)
     assert math.isnan(moved.slices["bad"])
     assert moved.slices["good"] == pytest.approx(float(rows[0]))
@@ -299,7 +299,7 @@ def test_never_weighted_by_length() -> None:
     z_c = torch.zeros(10, 4)
     z_c[0, 0] = 2.0  # only the short prompt moves
     per_prompt = statistic.prompt_means(row_kl(Rows(z_p), Rows(z_c)), torch.tensor([0] + [1] * 9), 2)
-    moved = statistic.movement(per_prompt, {"all": (0, 1), "short": (0,), "long": (1,)})
+    moved = Movement.over(per_prompt.tolist(), {"all": (0, 1), "short": (0,), "long": (1,)})
     candidate, previous = reference.policy_from_rows(z_c, lengths), reference.policy_from_rows(z_p, lengths)
     short = reference.row_kl(z_c[0].tolist(), z_p[0].tolist())
     assert moved.mean == pytest.approx(short / 2, rel=1e-6)
@@ -309,7 +309,7 @@ def test_never_weighted_by_length() -> None:
 
 def test_a_prompt_of_many_slices_counts_once_globally() -> None:
     """Overlapping slices do not weigh their shared prompts up in K_global."""
-    moved = statistic.movement(torch.tensor([1.0, 3.0]), {"a": (0, 1), "b": (1,), "c": (1,)})
+    moved = Movement.over([1.0, 3.0], {"a": (0, 1), "b": (1,), "c": (1,)})
     assert moved == Movement(2.0, {"a": 2.0, "b": 3.0, "c": 3.0})
 
 

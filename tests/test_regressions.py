@@ -220,7 +220,7 @@ def test_an_interrupt_during_a_rejection_is_raised_when_the_rollback_is_complete
     optimizer = wrap(problem, Budget(mean=0.0), Gate())
     problem.backward(0)
     before = picture(problem.model, optimizer)
-    plain, calls = optimizer._state.restore, []
+    plain, calls = optimizer._parts.state.restore, []
 
     def once(**options):
         calls.append(1)
@@ -228,7 +228,7 @@ def test_an_interrupt_during_a_rejection_is_raised_when_the_rollback_is_complete
             raise KeyboardInterrupt
         plain(**options)
 
-    monkeypatch.setattr(optimizer._state, "restore", once)
+    monkeypatch.setattr(optimizer._parts.state, "restore", once)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert picture(problem.model, optimizer) == before

@@ -151,14 +151,14 @@ def test_summary_equals_the_summary_of_the_log(tmp_path) -> None:
 @given(st.lists(records, max_size=6), st.integers(0, 6))
 def test_summary_survives_a_checkpoint(trace, cut) -> None:
     """Totals that are saved and loaded in the middle of a run end where the uninterrupted ones do."""
-    first, second, whole = Summary(), Summary(), Summary()
+    first, whole = Summary(), Summary()
     for record in trace[:cut]:
-        first.add(record)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        first = first.plus(record)
+    second = Summary(json.loads(json.dumps(first.state_dict())))
     for record in trace[cut:]:
-        second.add(record)
+        second = second.plus(record)
     for record in trace:
-        whole.add(record)
+        whole = whole.plus(record)
     assert repr(second.figures()) == repr(whole.figures())
 
 

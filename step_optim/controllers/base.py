@@ -50,7 +50,7 @@ class Point:
     """theta_t + alpha (candidate - theta_t); None off that line."""
 
     weights: Sequence[Tensor] | None = None
-    """The weights themselves; None on the line."""
+    """The weights themselves; None if alpha tells them."""
 
     drift: Movement | None = None
     """Movement from pi_ref, if the budget limits it."""
@@ -107,6 +107,9 @@ class Trial:
     """Audit any weights, one tensor for each of ``weights.previous``."""
     distill: Callable[[Sequence[Tensor], Tensor], tuple[Point, float, list[Tensor]]]
     """At some weights: the point, its distance to the mixture of strength lambda [C], the gradient of that distance."""
+    agree: Callable[[Any], Any] = lambda value: value
+    """With several processes: the first one's value, everywhere. What a controller computes by itself, and decides on,
+    goes through this; points agree already."""
 
     @staticmethod
     def accept(point: Point, **record: Any) -> Outcome:
@@ -136,6 +139,9 @@ class Controller(ABC):
 
     needs_logits = False
     """Whether the KL closure must be a `LogitKL`."""
+
+    shrinks = True
+    """Whether `decide` may accept points on the line to the candidate."""
 
     @abstractmethod
     def decide(self, trial: Trial) -> Outcome:

@@ -31,6 +31,7 @@ class Gate(Controller):
         if on_stall not in ("shrink", "raise"):
             raise ValueError(f"on_stall={on_stall!r} is unknown; use 'shrink' or 'raise'")
         self.patience, self.on_stall, self.on_reject = patience, on_stall, checked_on_reject(on_reject)
+        self.shrinks = patience is not None and on_stall == "shrink"
 
     def decide(self, trial: Trial) -> Outcome:
         """Reject, unless the patience is used up."""

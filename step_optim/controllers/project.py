@@ -71,8 +71,8 @@ class Project(Controller):
         start = self._line.search_alpha(trial)
         if not trial.candidate.movement.is_finite:  # there are no logits to aim at
             return trial.reject() if start is None else trial.accept(start)
-        strength = mixture_strength(kl, trial.candidate.audit, trial.limits)
-        contest = _Contest(kl, trial.candidate.audit, start)
+        strength = trial.agree(mixture_strength(kl, trial.candidate.audit, trial.limits))
+        contest = _Contest(trial, start)
         steps, last = self._distil(trial, strength, 0.0 if start is None else start.alpha or 0.0, contest)
         if last is not None and not last.feasible:
             contest.enter(self._back_to_budget(trial, last))
@@ -80,7 +80,7 @@ class Project(Controller):
             return trial.reject()
         record = {
             "residual": contest.objective,
-            "residual_target": kl.distance(contest.best.audit, trial.candidate.audit, strength),
+            "residual_target": trial.agree(kl.distance(contest.best.audit, trial.candidate.audit, strength)),
             "residual_interpolation": contest.start,
             "steps": float(steps),
         }
@@ -129,9 +129,8 @@ class Project(Controller):
             return 0.0
         probe = guess if guess > 0 else loss / -slope
         for _ in range(3):
-            there = trial.kl.distance(
-                trial.at_weights(_along(weights, direction, probe)).audit, trial.candidate.audit, strength
-            )
+            point = trial.at_weights(_along(weights, direction, probe))
+            there = trial.agree(trial.kl.distance(point.audit, trial.candidate.audit, strength))
             bend = (there - loss - slope * probe) / probe**2
             if bend > 0:
                 return float(-slope / (2 * bend))
@@ -156,8 +155,8 @@ class Project(Controller):
 class _Contest:
     """Keeps the feasible point whose logits are nearest to the candidate's."""
 
-    def __init__(self, kl: LogitKL, candidate: Audit, start: Point | None) -> None:
-        self._kl, self._candidate = kl, candidate
+    def __init__(self, trial: Trial, start: Point | None) -> None:
+        self._trial = trial
         self.best: Point | None = None
         self.objective = float("inf")
         self.enter(start)
@@ -166,7 +165,8 @@ class _Contest:
     def enter(self, point: Point | None) -> Point | None:
         """Compare a point with the best so far, and hand it back."""
         if point is not None and point.feasible:
-            objective = self._kl.distance(point.audit, self._candidate)
+            trial = self._trial
+            objective = trial.agree(trial.kl.distance(point.audit, trial.candidate.audit))
             if self.best is None or objective < self.objective:
                 self.best, self.objective = point, objective
         return point

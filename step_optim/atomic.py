@@ -1,0 +1,74 @@
+"""A step ends at theta_t or at theta_t+1, never in between, whatever happens in it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from types import TracebackType
+
+from step_optim.controllers.gate import GateStalled
+from step_optim.ranks import PeerFailed
+from step_optim.run import Run
+from step_optim.telemetry import Sink, StepRecord
+from step_optim.transaction import Transaction
+
+
+class Atomic:
+    """Around a step's body: what was decided in it stands; if nothing was, everything is put back.
+
+    Nest two of them: the outer one ends what an interrupt in the inner one's
+    exit has left unfinished.
+
+    Args:
+        transaction: the step.
+        run: goes on with it.
+        sink: takes its record.
+        on_error: whether an exception in the audit is raised or settled as a rejection.
+    """
+
+    def __init__(self, transaction: Transaction, run: Run, sink: Sink, on_error: str) -> None:
+        self._transaction, self._run, self._sink = transaction, run, sink
+        self._rejects = on_error == "reject"
+
+    def __enter__(self) -> None:
+        """Nothing has happened yet."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """End the step, unless that is done; True if the error is settled by a rejection."""
+        transaction, run = self._transaction, self._run
+        if transaction.over:
+            return False
+        stands, record = transaction.record is not None, transaction.record
+        settled = not stands and self._settles(error)
+        if record is None:
+            assert error is not None
+            record = self._undo(error, fatal=not settled)
+        notes, run.notes = dict(run.notes), {}
+        record = replace(
+            record,
+            seconds=dict(transaction.seconds),
+            reward=notes.pop("reward", None),
+            success=notes.pop("success", True) and record.success,
+            notes=notes,
+        )
+        run.progress, run.open, transaction.over = run.progress.after(record), None, True
+        if stands:
+            run.remember(transaction)
+        transaction.release()
+        # An error of the log must not take the place of the error that is being raised.
+        with nullcontext() if error is None or settled else suppress(Exception):
+            self._sink(record)
+        return settled
+
+    def _settles(self, error: BaseException | None) -> bool:
+        if not (self._rejects and self._transaction.proposed) or isinstance(error, GateStalled):
+            return False
+        return not error.fatal if isinstance(error, PeerFailed) else isinstance(error, Exception)
+
+    def _undo(self, error: BaseException, *, fatal: bool) -> StepRecord:
+        self._transaction.restore()
+        self._run.drift = None
+        self._transaction.ranks.confess(error, fatal=fatal)
+        return self._transaction.failed(error)

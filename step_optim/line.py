@@ -1,0 +1,154 @@
+"""The points between theta_t and the candidate, and two ways to reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from step_optim.isolation import RNGState
+from step_optim.param_like import Copies
+from step_optim.snapshot import Weights
+from step_optim.state import Gradients, OptimizerState
+
+SHRINKS = ("interpolate", "restep")
+
+
+class Line:
+    """``shrink="interpolate"``: theta_t + alpha (candidate - theta_t), with the candidate's optimizer state.
+
+    Copies of the weights in that state move along.
+    """
+
+    restarts = False
+    """Whether a point is reached by running the inner step again."""
+
+    def __init__(self, optimizer: Optimizer, weights: Weights, state: OptimizerState, copies: Copies) -> None:
+        self._optimizer, self._weights, self._state, self._copies = optimizer, weights, state, copies
+
+    def mark(self) -> None:
+        """Begin at theta_t."""
+        self._copies.mark()
+
+    def propose(self, closure: Callable[[], Any] | None, inner: dict[str, Any]) -> Any:
+        """Run the inner step: theta~ = OptStep(theta_t, gradient). The loss closure goes to it untouched."""
+        return self._optimizer.step(**inner) if closure is None else self._optimizer.step(closure, **inner)
+
+    def keep_candidate(self) -> None:
+        """Remember the candidate, which is where the weights are."""
+        self._weights.keep_candidate()
+        self._copies.keep_candidate()
+
+    def go(self, alpha: float) -> None:
+        """Write the point alpha."""
+        self._weights.go(alpha)
+        self._copies.go(alpha)
+
+    def go_back(self) -> None:
+        """Take along what follows the weights to theta_t, where the rest of the state stays the candidate's."""
+        self._copies.go(0)
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Write weights off the line."""
+        self._weights.write(values)
+        self._copies.follow()
+
+    def release(self) -> None:
+        """The step is over."""
+
+
+class Restep(Line):
+    """``shrink="restep"``: the inner step again from theta_t, at alpha times the learning rate.
+
+    For optimizers whose weights and state cannot be told apart: what is
+    committed is a step that they could have made themselves.
+    """
+
+    restarts = True
+
+    def __init__(self, optimizer: Optimizer, weights: Weights, state: OptimizerState, copies: Copies) -> None:
+        super().__init__(optimizer, weights, state, copies)
+        self._gradients = Gradients(optimizer)
+
+    def mark(self) -> None:
+        """Begin at theta_t."""
+        super().mark()
+        self._again: Callable[[], Any] | None = None
+        self._before_step()
+
+    def _before_step(self) -> None:
+        """Keep what the inner step starts from besides theta_t and the state; a loss closure changes both."""
+        self._gradients.capture()  # the step may write into them
+        self._rng = RNGState.capture()
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Refuse: the state that belongs to other weights is not known.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("shrink='restep' reaches points on the line only; accept trial.at(alpha), or interpolate")
+
+    def release(self) -> None:
+        """Let the gradients go."""
+        self._gradients.release()
+
+    def propose(self, closure: Callable[[], Any] | None, inner: dict[str, Any]) -> Any:
+        """Run the inner step, and remember how to run it again without evaluating the loss again.
+
+        Raises:
+            RuntimeError: the inner optimizer evaluates the loss more than once.
+        """
+        if closure is None:
+            self._again = lambda: self._optimizer.step(**inner)
+            return self._again()
+        losses: list[Any] = []
+
+        def evaluated() -> Any:
+            if losses:
+                raise RuntimeError(
+                    f"shrink='restep': {type(self._optimizer).__name__} evaluates the loss more than once in a step, "
+                    "and the weights that it evaluates at depend on the learning rate; use shrink='interpolate'"
+                )
+            losses.append(closure())
+            self._before_step()
+            return losses[0]
+
+        self._again = lambda: self._optimizer.step(lambda: losses[0], **inner)
+        return self._optimizer.step(evaluated, **inner)
+
+    def go(self, alpha: float) -> None:
+        """Write the point alpha, and the state that belongs to it."""
+        self._weights.restore()
+        self._state.restore_optimizer()
+        self._gradients.restore()
+        self._rng.restore()
+        if alpha == 0:
+            return
+        assert self._again is not None
+        groups = [(group, group["lr"]) for group in self._optimizer.param_groups]
+        for group, lr in groups:
+            group["lr"] = lr * alpha
+        try:
+            with self._state.watch_groups():
+                self._again()
+        finally:
+            for group, lr in groups:
+                group["lr"] = lr
+
+
+def check_shrink(shrink: str, optimizer: Optimizer) -> None:
+    """Refuse a way to shrink that this optimizer cannot go.
+
+    Raises:
+        ValueError: an unknown name; a parameter group without a learning rate.
+    """
+    if shrink not in SHRINKS:
+        raise ValueError(f"shrink={shrink!r} is unknown; use one of {SHRINKS}")
+    if shrink == "restep" and any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"shrink='restep' scales the learning rate, and {type(optimizer).__name__} has a parameter group without "
+            "one; use shrink='interpolate'"
+        )
