@@ -70,4 +70,7 @@ class Run:
         """Keep what the next step begins with, to see whether somebody else writes weights until then."""
         transaction.weights.capture()
         self.modules = transaction.kl.used or self.modules
-        self.anchored = transaction.fingerprint()
+        record = transaction.record
+        # Without an audit, a forward in a loss closure or a window may have moved buffers away from the reference.
+        stale = record is not None and record.action is Action.UNCHANGED and not transaction.rewind
+        self.anchored = None if stale else transaction.fingerprint()
