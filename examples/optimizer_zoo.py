@@ -246,7 +246,7 @@ SPECIAL: dict[str, tuple[Factory | None, TrainStep | None]] = {
     "MuonClip": (lambda p: PO.MuonClip(muon_groups(p)), None),
     "NorMuon": (lambda p: PO.NorMuon(muon_groups(p)), None),
     "Prodigy": (lambda p: PO.Prodigy(p, d0=1e-3), None),
-    "Ranger": (lambda p: PO.Ranger(p, lr=1e-2), None),  # its default moves bfloat16 weights by rounding only
+    "Ranger": (lambda p: PO.Ranger(p, lr=0.1), None),  # it warms up: smaller steps are bfloat16's rounding
     "Ranger21": (lambda p: PO.Ranger21(p, num_iterations=20), None),
     "SpectralSphere": (lambda p: PO.SpectralSphere(matrices(p)), None),
     "SophiaH": (sophia(PO.SophiaH), with_graph),
