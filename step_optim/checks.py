@@ -16,11 +16,17 @@ from step_optim.ranks import Ranks
 from step_optim.snapshot import shard_count
 from step_optim.wrapper import OptimizerWrapper
 
+INTERFACE = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
+
 
 def check_inner(optimizer: Any) -> None:
     """Refuse what cannot be wrapped."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer={optimizer!r:.60} is no torch optimizer; pass torch.optim.AdamW(...), say")
+    missing = [name for name in INTERFACE if not hasattr(optimizer, name)]
+    if missing:  # a look-alike, schedulefree.ScheduleFreeWrapper say, will do
+        raise TypeError(
+            f"optimizer={optimizer!r:.60} is no torch optimizer (it has no {missing[0]}); pass torch.optim.AdamW(...), "
+            "say"
+        )
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError("optimizer is a STEPOptimizer already; pass the optimizer inside it, optimizer.optimizer")
     if any(group.get("differentiable") for group in optimizer.param_groups):
