@@ -153,7 +153,9 @@ class TokenKL(LogitKL):
 
     def _forward(self, batch: Batch) -> Tensor:
         extra = {"attention_mask": batch.mask, "use_cache": False}
-        out = _without_ddp(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
+        model = _without_ddp(self.model)
+        with _without_accelerates_autocast(model):
+            out = model(batch.ids, **{name: extra[name] for name in self._arguments})
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         return logits
 
@@ -306,6 +308,20 @@ def _agree(logits: Tensor | None, truth: Tensor) -> bool:
 def _without_ddp(model: nn.Module) -> Any:
     """The module inside DistributedDataParallel, whose own forward synchronises buffers: not every process is in it."""
     return model.module if type(model).__name__ == "DistributedDataParallel" else model
+
+
+@contextmanager
+def _without_accelerates_autocast(model: Any) -> Iterator[None]:
+    """Accelerate puts autocast inside ``model.forward``, where switching it off outside does not reach."""
+    patched = vars(model).get("forward")
+    if type(getattr(patched, "__wrapped__", None)).__name__ != "ConvertOutputsToFp32":  # its outermost decorator
+        yield
+        return
+    try:
+        model.forward = model._original_forward
+        yield
+    finally:
+        model.forward = patched
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
