@@ -81,7 +81,7 @@ def test_a_scale_and_an_overflow_that_a_user_sets_reach_the_kernel(name):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_a_scale_that_a_user_has_set_multiplies_the_scalers(name):
-    """torch takes the product of both; the scaler divides by its own, the kernel by the user's."""
+    """PyTorch takes the product of both; the scaler divides by its own, the kernel by the user's."""
     runs = pair(name)
     for model, optimizer in runs:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
