@@ -26,11 +26,13 @@ Build = Callable[..., Any]
 
 
 class SteppedText(Stepped):
-    """STEP with `TokenKL`; the observer reads a copy of the model that no host has ever touched."""
+    """STEP with `TokenKL`; the observer reads a copy of the model that no host has a hand in."""
 
     def __call__(self, optimizer: Optimizer, model: Any, **_: Any) -> STEPOptimizer:
         """Wrap the optimizer of a language model."""
         twin = copy.deepcopy(model)
+        for module in twin.modules():
+            vars(module).pop("forward", None)  # what a host has patched still belongs to the original
         observer = TokenKL(twin, ragged_control())
 
         def synchronised() -> TokenKL:
@@ -137,7 +139,7 @@ def trained(trainer: Any, resume: Path | None = None) -> dict[str, Any]:
     """Train, and take all bits and logged figures."""
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     log = [
-        {name: repr(value) for name, value in entry.items() if not any(part in name for part in NOT_OF_THE_RUN)}
+        {name: repr(value) for name, value in sorted(entry.items()) if not any(part in name for part in NOT_OF_THE_RUN)}
         for entry in trainer.state.log_history
     ]
     left = everything(trainer.model, innermost(trainer.optimizer), log=log, step=trainer.state.global_step)

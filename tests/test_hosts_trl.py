@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from step_optim import Action, Gate
+from step_optim import Action, Gate, STEPOptimizer, TokenKL
 from tests.hosts_text import (
     SteppedText,
     after_create_optimizer,
@@ -26,6 +26,7 @@ from tests.hosts_text import (
     seeded,
     trained,
 )
+from tests.models import ragged_control
 from tests.strategies import bits
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -127,14 +128,19 @@ def test_a_trainer_whose_every_step_is_rejected_trains_nothing(host, tmp_path):
 @HOSTS
 def test_an_optimizer_made_before_trl_adds_the_lora_trains_nothing_and_the_record_says_so(host, tmp_path):
     """With peft_config= the parameters that `optimizers=` was given are frozen: every step is `unchanged`."""
-    held = SteppedText(math.inf)
 
     def build() -> Any:
         model = policy(vocab=len(byte_tokenizer()))
-        optimizer = held(torch.optim.AdamW(model.parameters(), lr=2e-2), model)
-        return host(tmp_path, model, (optimizer, None), max_steps=2, save_strategy="no")
+        kl, records = TokenKL(model, ragged_control()), []
+        optimizer = STEPOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=2e-2),
+            kl=kl,
+            budget=math.inf,
+            log=lambda record, _: records.append(record["action"]),
+        )
+        return host(tmp_path, model, (optimizer, None), max_steps=2, save_strategy="no"), records
 
-    trainer = seeded(build)
+    trainer, actions = seeded(build)
     trainer.train()
-    assert [record.action for record in held.optimizers[0].last and [held.optimizers[0].last]] == [Action.UNCHANGED]
+    assert actions == ["unchanged", "unchanged"]
     assert not any(p.any() for name, p in trainer.model.named_parameters() if "lora_B" in name)
