@@ -8,7 +8,7 @@ This script trains a LoRA twice from one seed. The first run is as bare as can b
 infinite. In the second one no step moves the policy further than the budget, in nats per token on a control set.
 
     python examples/trl_grpo.py                                        # tiny random model, seconds
-    python examples/trl_grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --learning-rate 3e-3   # minutes
+    python examples/trl_grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --learning-rate 5e-3   # minutes
 """
 
 from __future__ import annotations
