@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -142,10 +141,7 @@ def trained(trainer: Any, resume: Path | None = None) -> dict[str, Any]:
         {name: repr(value) for name, value in sorted(entry.items()) if not any(part in name for part in NOT_OF_THE_RUN)}
         for entry in trainer.state.log_history
     ]
-    left = everything(trainer.model, innermost(trainer.optimizer), log=log, step=trainer.state.global_step)
-    del trainer
-    gc.collect()  # trainers hold themselves in cycles
-    return left
+    return everything(trainer.model, innermost(trainer.optimizer), log=log, step=trainer.state.global_step)
 
 
 def seeded(make: Callable[[], Any], seed: int = 3) -> Any:

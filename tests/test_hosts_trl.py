@@ -92,9 +92,9 @@ def make(host: Any, way: Any, wrap: Any, folder: Path, **options: Any) -> Any:
 @HOSTS
 def test_trl_is_bit_identical_and_holds_budgets(host, way, tmp_path):
     """Bare and measured runs agree in adapters, state, completions and logs; shrinks and rejections are exact."""
-    options = {"save_strategy": "no", "max_steps": 4}
+    options = {"save_strategy": "no", "max_steps": 3}
     measured, _, _ = check_text_host(lambda wrap: trained(make(host, way, wrap, tmp_path, **options)))
-    assert len(measured.records) == 4
+    assert len(measured.records) == 3
 
 
 @WAYS
@@ -107,7 +107,7 @@ def test_trl_resumes_to_the_bit(host, way, tmp_path):
 @HOSTS
 def test_trl_with_its_own_precision_is_bit_identical_and_holds_budgets(host, tmp_path):
     """TRL's defaults are autocast to bf16 and gradient checkpointing; audits read fp32 under them."""
-    options = {"bf16": True, "gradient_checkpointing": True, "max_steps": 3, "save_strategy": "no"}
+    options = {"bf16": True, "gradient_checkpointing": True, "max_steps": 2, "save_strategy": "no"}
     check_text_host(lambda wrap: trained(make(host, after_create_optimizer, wrap, tmp_path, **options)))
 
 
