@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class _Modes:
         """Put every flag and every buffer back, object and bits."""
         if self._hook is not None:
             self._hook.remove()
-        for module, training, buffers in self._seen.values():
+        for module, training, buffers in reversed(self._seen.values()):  # a compiled module shares its inner one's flag
             reshard(module)
             module.training = training
             for name, (buffer, saved) in buffers.items():
@@ -106,7 +107,8 @@ class _Modes:
 def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterator[list[nn.Module]]:
     """Run a measurement that nothing afterwards can tell has happened.
 
-    Inside: eval mode, no autograd (unless ``grad``), no autocast, and nothing
+    Inside: eval mode, no autograd (unless ``grad``), no autocast, no compiled
+    code (it would be compiled anew for eval mode, and calls no hooks), and nothing
     that was computed from other weights: no cached casts, no cached
     parametrizations, no unsharded copy that FSDP2 kept. Afterwards the training
     flag of *every* module, all module buffers and all random streams are as
@@ -131,7 +133,7 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
             for module in root.modules():
                 modes.quiet(module)
         modes.watch()
-        with torch.set_grad_enabled(grad), _no_autocast(), _no_cached_parametrizations():
+        with torch.set_grad_enabled(grad), _no_autocast(), _no_cached_parametrizations(), _no_compiled_code():
             yield modes.modules
     finally:
 
@@ -180,6 +182,18 @@ def _no_cached_parametrizations() -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled, parametrize._cache = enabled, cache
+
+
+@contextmanager
+def _no_compiled_code() -> Iterator[None]:
+    """Run the python code of what `torch.compile` has compiled, if anything was."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        # A compiled module says that global hooks fire twice; `_Modes.quiet` is one that may.
+        warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
+        yield
 
 
 @contextmanager
