@@ -24,8 +24,8 @@ def check_inner(optimizer: Any) -> None:
     missing = [name for name in INTERFACE if not hasattr(optimizer, name)]
     if missing:  # a look-alike, schedulefree.ScheduleFreeWrapper say, will do
         raise TypeError(
-            f"optimizer={optimizer!r:.60} is no torch optimizer (it has no {missing[0]}); pass torch.optim.AdamW(...), "
-            "say"
+            f"optimizer={_shown(optimizer)} is no torch optimizer (it has no {missing[0]}); pass "
+            "torch.optim.AdamW(...), say"
         )
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError("optimizer is a STEPOptimizer already; pass the optimizer inside it, optimizer.optimizer")
@@ -38,6 +38,13 @@ def check_inner(optimizer: Any) -> None:
             f"{type(optimizer).__name__} moves the weights inside the backward pass: there is no candidate to audit. "
             "Use an optimizer that moves them in step()"
         )
+
+
+def _shown(optimizer: Any) -> str:
+    try:
+        return f"{optimizer!r:.60}"
+    except AttributeError:  # torch's own repr wants parameter groups
+        return type(optimizer).__name__
 
 
 def check_line(optimizer: Optimizer, controller: Controller, shrink: str) -> None:

@@ -153,7 +153,9 @@ class TokenKL(LogitKL):
 
     def _forward(self, batch: Batch) -> Tensor:
         extra = {"attention_mask": batch.mask, "use_cache": False}
-        out = _plain(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
+        model = _plain(self.model)
+        with _without_accelerates_autocast(model):
+            out = model(batch.ids, **{name: extra[name] for name in self._arguments})
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         return logits
 
@@ -312,6 +314,20 @@ def _plain(model: nn.Module) -> Any:
     while type(model).__name__ in inside:
         model = getattr(model, inside[type(model).__name__])
     return model
+
+
+@contextmanager
+def _without_accelerates_autocast(model: Any) -> Iterator[None]:
+    """Accelerate puts autocast inside ``model.forward``, where switching it off outside does not reach."""
+    patched = vars(model).get("forward")
+    if type(getattr(patched, "__wrapped__", None)).__name__ != "ConvertOutputsToFp32":  # its outermost decorator
+        yield
+        return
+    try:
+        model.forward = model._original_forward
+        yield
+    finally:
+        model.forward = patched
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -21,6 +21,15 @@ _HOOKS = (
 )
 
 
+def _of_the_inner(name: str) -> property:
+    """An attribute that is read, set and deleted on the inner optimizer."""
+    return property(
+        lambda self: getattr(self._inner, name),
+        lambda self, value: setattr(self._inner, name, value),
+        lambda self: delattr(self._inner, name),
+    )
+
+
 class OptimizerWrapper(Optimizer):
     """Forwards everything to an inner optimizer.
 
@@ -29,8 +38,11 @@ class OptimizerWrapper(Optimizer):
     of the parameter groups, which goes stale with the first load_state_dict.
     """
 
-    # GradScaler would hand grad_scale and found_inf to the wrapper, where no kernel reads them.
+    # GradScaler itself unscales, and skips the steps that overflow: those are no proposals. What a user sets for a
+    # fused kernel goes where the kernel reads it.
     _step_supports_amp_scaling = False
+    grad_scale = _of_the_inner("grad_scale")
+    found_inf = _of_the_inner("found_inf")
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._inner = optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import subprocess
 import sys
@@ -85,6 +86,26 @@ def test_custom_rl_holds_its_budget(tmp_path, controller):
     else:
         assert any(record.triggered for record in records)
         assert all(record.accepted.mean <= 1e-3 for record in records)
+
+
+def test_grpo_of_trl_gets_a_trust_region_in_three_lines(tmp_path):
+    """With TRL's defaults bare steps leave the budget while its clipping never acts; with STEP they keep to it."""
+    trl = pytest.importorskip("trl")
+    defaults = {field.name: field.default for field in dataclasses.fields(trl.GRPOConfig)}
+    assert (defaults["beta"], defaults["num_iterations"]) == (0.0, 1)
+    source = ROOT / "examples" / "trl_grpo.py"
+    marked = source.read_text().split("# ----")[1].splitlines()[1:]
+    assert sum(bool(line.strip()) for line in marked) == 3
+
+    shown = run(str(source), "--steps", "3", "--log", str(tmp_path / "logs"), directory=tmp_path)
+    bare, held = (read_log(tmp_path / "logs" / f"{name}.jsonl") for name in ("bare", "step"))
+    assert len(bare) == len(held) == 3
+    assert {record.action for record in bare} == {Action.COMMIT}
+    assert max(record.accepted.mean for record in bare) > 0.01
+    assert all(record.accepted.mean <= 0.01 for record in held)
+    assert Action.SHRINK in {record.action for record in held}
+    assert shown.count("clipping acted on 0%") == 2
+    assert f"bare {max(record.accepted.mean for record in bare):.5f}, budget 0.01000" in shown
 
 
 def test_the_package_is_typed_and_imports_no_integration():
