@@ -364,4 +364,4 @@ class STEPOptimizer(OptimizerWrapper):
         }
 
     def __repr__(self) -> str:
-        return f"STEPOptimizer({type(self._inner).__name__}, {self.budget}, {self.controller!r})"
+        return f"{type(self).__name__}({type(self._inner).__name__}, {self.budget}, {self.controller!r})"

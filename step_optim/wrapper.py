@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 _HOOKS = (
@@ -89,6 +90,26 @@ class OptimizerWrapper(Optimizer):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Write a public attribute that only the inner optimizer has (`rho`, `d0`, ...) where it is read."""
+        if self._is_inner_attribute(name):
+            setattr(self._inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute where `__setattr__` writes it."""
+        if self._is_inner_attribute(name):
+            delattr(self._inner, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_inner_attribute(self, name: str) -> bool:
+        # Hosts keep notes of their own here (Lightning, schedulers): those have private or new names.
+        inner = self.__dict__.get("_inner")
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        return inner is not None and not own and hasattr(inner, name)
+
     def zero_grad(self, set_to_none: bool | None = None, **kwargs: Any) -> None:
         """Reset the gradients of the inner optimizer's parameters."""
         if set_to_none is not None:  # accelerate looks for the name in the signature
@@ -170,6 +191,10 @@ class OptimizerWrapper(Optimizer):
 
 
 def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a ``step`` so that torch does not wrap it: the inner step fires the global hooks already."""
+    """Mark a ``step`` so that torch does not wrap it: the inner step fires the global hooks already.
+
+    And keep it out of compiled code, where no audit can run; the inner step
+    may be compiled.
+    """
     step.hooked = True  # type: ignore[attr-defined]
-    return step
+    return _disable_dynamo(step)
