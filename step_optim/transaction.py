@@ -128,7 +128,8 @@ class Transaction:
             return self._point(audit, alpha=1.0)
 
     def _audit(self) -> Audit:
-        with self.state.watch_groups(), nullcontext() if self.kl.isolates else isolated(self.kl.modules()):
+        isolation = nullcontext() if self.kl.isolates else isolated(self.kl.modules())
+        with self.kl.together(), self.state.watch_groups(), isolation:
             return self._pooled(self.kl.audit())
 
     def _pooled(self, audit: Audit) -> Audit:

@@ -134,7 +134,15 @@ def movement(kind: str, shard: bool) -> Any:
 
 
 def failing(
-    kind: str, where: str, error: str, on_error: str, *, shard: bool = True, culprit: int = 1, at: int = 2
+    kind: str,
+    where: str,
+    error: str,
+    on_error: str,
+    *,
+    shard: bool = True,
+    culprit: int = 1,
+    at: int = 2,
+    budget: float = INF,
 ) -> dict[str, Any]:
     """Train four steps; in step ``at`` one rank fails. Return what each step was here, and the weights."""
     errors = {"RuntimeError": RuntimeError, "KeyboardInterrupt": KeyboardInterrupt, "MemoryError": MemoryError}
@@ -156,10 +164,18 @@ def failing(
                 return replace(result, movement=bad)
             return result
 
-        kl.audit = audited  # type: ignore[method-assign]
+        def forward(batch: Any) -> Tensor:
+            nonlocal forwards
+            forwards += 1
+            if forwards % 2 == 0:
+                fail("between forwards")
+            return plain_forward(batch)
+
+        forwards, plain_forward = 0, kl._forward
+        kl.audit, kl._forward = audited, forward  # type: ignore[method-assign]
         return kl
 
-    run = Training(kind, budget=INF, shard=shard, measure=measured, on_error=on_error)
+    run = Training(kind, budget=budget, shard=shard, measure=measured, on_error=on_error)
     plain_step = run.inner.step
 
     def inner_step(*args: Any, **kwargs: Any) -> Any:
@@ -254,8 +270,8 @@ def resumed(kind: str, way: str, budget: float) -> tuple[Any, Any, Any]:
     second.plain.load_state_dict(first.plain.state_dict())
     if way == "dcp":
         state = get_optimizer_state_dict(first.model, first.optimizer)
-        second.optimizer.load_state_dict({"step_optim": own["step_optim"], **second.inner.state_dict()})
         set_optimizer_state_dict(second.model, second.optimizer, state)
+        second.optimizer.load_state_dict({"step_optim": own["step_optim"], **second.inner.state_dict()})
     else:
         second.optimizer.load_state_dict(own)
     for step in range(3, 6):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from step_optim import read_log
+from step_optim import Budget, read_log
 from tests import rank_jobs as jobs
 from tests.ranks import Hang, Workers, on_ranks
 
@@ -51,12 +53,11 @@ def test_every_rank_takes_the_same_decision_and_ends_in_the_same_bits(kind, cont
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("shard", [True, False])
-def test_more_ranks_equal_one_to_the_bit(kind, size, shard):
+def test_more_ranks_equal_one_to_the_bit(kind, size):
     """On the same data every rank has the same gradient, and its mean is exact: so is everything after it."""
     alone = on_ranks(jobs.train, 1, kind="plain", budget=4e-3)[0]
     assert {record["action"] for record in alone["records"]} >= {"shrink"}
-    for result in on_ranks(jobs.train, size, kind=kind, budget=4e-3, shard=shard):
+    for result in on_ranks(jobs.train, size, kind=kind, budget=4e-3, shard=False):
         assert decisions(result) == decisions(alone)
         assert result["weights"] == alone["weights"]
         for a, b in zip(result["records"], alone["records"], strict=True):
@@ -65,13 +66,24 @@ def test_more_ranks_equal_one_to_the_bit(kind, size, shard):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_sharded_control_set_measures_what_one_process_measures(size):
-    """All prompts, every slice, drift: to the bit, whatever the number of ranks."""
+    """All prompts, every slice, drift: to 1e-6, since a matrix product rounds as the number of its rows has it."""
     ((_, alone),) = on_ranks(jobs.movement, 1, kind="plain", shard=True)
     for kind in KINDS:
-        for sharded, record in on_ranks(jobs.movement, size, kind=kind, shard=True):
-            assert sharded
-            for name in ("candidate", "accepted", "reference_drift"):
-                assert record[name] == alone[name]
+        results = on_ranks(jobs.movement, size, kind=kind, shard=True)
+        assert same(results)[0]
+        for name in ("candidate", "accepted", "reference_drift"):
+            found, expected = results[0][1][name], alone[name]
+            assert found["mean"] == pytest.approx(expected["mean"], rel=1e-6)
+            assert found["slices"] == pytest.approx(expected["slices"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_control_set_decides_as_one_process_does(kind):
+    """Four ranks, a quarter of the prompts each: the actions of one process, and its alphas to 1e-4."""
+    alone = on_ranks(jobs.train, 1, kind="plain", budget=4e-3)[0]["records"]
+    records = same([result["records"] for result in on_ranks(jobs.train, 4, kind=kind, budget=4e-3, shard=True)])
+    assert [record["action"] for record in records] == [record["action"] for record in alone]
+    assert [r["alpha"] for r in records] == pytest.approx([r["alpha"] for r in alone], rel=1e-4)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "reject"])
@@ -80,6 +92,8 @@ def test_a_sharded_control_set_measures_what_one_process_measures(size):
     [
         ("ddp", "audit", "RuntimeError"),
         ("fsdp", "audit", "MemoryError"),
+        ("fsdp", "between forwards", "RuntimeError"),
+        ("fsdp", "between forwards", "KeyboardInterrupt"),
         ("ddp", "audit", "KeyboardInterrupt"),
         ("ddp", "inner", "RuntimeError"),
         ("fsdp", "inner", "RuntimeError"),
@@ -91,7 +105,7 @@ def test_a_failure_of_one_rank_is_a_failure_of_all(kind, where, error, on_error)
     expected = same(on_ranks(jobs.without_step, 2, kind=kind, left_out=2))
     for rank, result in enumerate(results):
         failed = result["outcomes"][2]
-        settled = on_error == "reject" and where == "audit" and error != "KeyboardInterrupt"
+        settled = on_error == "reject" and where != "inner" and error != "KeyboardInterrupt"
         if settled:
             assert failed == "reject"
         elif rank == 1:
@@ -117,8 +131,9 @@ def test_a_kl_of_nan_on_one_rank_is_a_rejection_on_all(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_nan_on_one_rank_are_a_rejection_on_all(kind):
-    """One bad element in one shard or replica."""
-    results = on_ranks(jobs.failing, 2, kind=kind, where="weights", error="RuntimeError", on_error="raise")
+    """One bad element in one shard or replica, where the control set may be blind."""
+    options = {"error": "RuntimeError", "on_error": "raise", "budget": 1e9}
+    results = on_ranks(jobs.failing, 2, kind=kind, where="weights", **options)
     assert same([result["outcomes"] for result in results]) == ["commit", "commit", "reject", "commit"]
     assert all(result["exact"] for result in results)
     same([result["weights"] for result in results])
@@ -131,7 +146,7 @@ def test_unequal_budgets_are_an_error_everywhere():
 
 def test_project_works_on_replicas_and_is_refused_on_shards():
     """Under DDP with the whole control set everywhere the replicas stay one; else the error says what to use."""
-    results = on_ranks(jobs.train, 2, kind="ddp", own=True, budget={"slices": 2e-3}, controller="Project")
+    results = on_ranks(jobs.train, 2, kind="ddp", own=True, budget=Budget(slices=2e-3), controller="Project")
     assert "project" in {record["action"] for record in same([result["records"] for result in results])}
     same([result["weights"] for result in results])
     assert "use Interpolate()" in same(on_ranks(jobs.refused, 2, kind="ddp", shard=True))
@@ -193,12 +208,12 @@ def test_on_nccl(kind):
     same([result["weights"] for result in held])
 
 
+def alive() -> None:
+    """Import what there is to import."""
+
+
 def hanging() -> None:
     """Wait for a process that never comes."""
-    import time
-
-    import torch.distributed as dist
-
     if dist.get_rank() == 0:
         time.sleep(600)
     dist.barrier()
@@ -206,7 +221,8 @@ def hanging() -> None:
 
 def test_a_hang_is_a_failure_with_the_stacks_of_those_that_hang(monkeypatch):
     """The harness itself: it does not wait for ever."""
-    monkeypatch.setattr("tests.ranks.TIMEOUT", 1)
     workers = Workers(2)
+    workers.run(alive, 2, "gloo")
+    monkeypatch.setattr("tests.ranks.TIMEOUT", 1)
     with pytest.raises(Hang, match="hanging"):
         workers.run(hanging, 2, "gloo")
