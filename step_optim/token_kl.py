@@ -168,6 +168,9 @@ class TokenKL(LogitKL):
                     self._forward(self._batch_list[-1])
 
     def _forward(self, batch: Batch) -> Tensor:
+        if self._gathers:
+            for module in self.model.modules():
+                reshard(module)  # every forward gathers everything, whatever a process has done before: see `join`
         self._owed = max(0, self._owed - 1)
         extra = {"attention_mask": batch.mask, "use_cache": False}
         model = _plain(self.model)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 40
+TIMEOUT = 60
 """Seconds until processes that have not answered are taken to hang."""
 
 

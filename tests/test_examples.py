@@ -119,3 +119,12 @@ def test_all_public_names_exist_and_are_documented():
     """Everything in __all__ can be imported and has a docstring."""
     for name in step_optim.__all__:
         assert getattr(step_optim, name).__doc__, name
+
+
+@pytest.mark.parametrize("options", [[], ["--fsdp"]])
+def test_several_processes_shrink_together(tmp_path, options):
+    """Two ranks, each with a part of the data and of the control set: shrunk and committed steps, one set of weights."""
+    shown = run(str(ROOT / "examples" / "ddp.py"), "--steps", "4", *options, directory=tmp_path)
+    assert "shrink, alpha 0." in shown
+    assert "commit, alpha 1.000" in shown
+    assert shown.endswith("weights on 2 ranks: the same\n")
