@@ -123,7 +123,7 @@ def test_all_public_names_exist_and_are_documented():
 
 @pytest.mark.parametrize("options", [[], ["--fsdp"]])
 def test_several_processes_shrink_together(tmp_path, options):
-    """Two ranks, each with a part of the data and of the control set: shrunk and committed steps, one set of weights."""
+    """Two ranks, each with a part of the data and of the control set: one story, one set of weights."""
     shown = run(str(ROOT / "examples" / "ddp.py"), "--steps", "4", *options, directory=tmp_path)
     assert "shrink, alpha 0." in shown
     assert "commit, alpha 1.000" in shown
