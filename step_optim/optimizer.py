@@ -201,20 +201,15 @@ class STEPOptimizer(OptimizerWrapper):
         self._run.notes |= {name: plain_note(name, value) for name, value in given.items() if value is not None}
 
     @hooked
-    def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        *,
-        kl: KLClosure | Callable[[], Any] | None = None,
-        **inner: Any,
-    ) -> Any:
+    def step(self, *args: Any, kl: KLClosure | Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Propose, audit, decide: the paper's Algorithm 1.
 
         Args:
-            closure: torch's loss closure; it goes to the inner optimizer
-                untouched. A `KLClosure` in its place is taken as ``kl``.
+            *args: torch's loss closure; it goes to the inner optimizer
+                untouched, by position or as ``closure=``. A `KLClosure` in its
+                place is taken as ``kl``.
             kl: the KL closure of this step only.
-            **inner: further arguments of the inner step.
+            **kwargs: further arguments of the inner step.
 
         Returns:
             What the inner step returned: the loss closure's loss, or None.
@@ -224,21 +219,23 @@ class STEPOptimizer(OptimizerWrapper):
             Exception: whatever was raised in between, with all weights and state as before. Only an error of the log
                 comes after the decision: the step is then complete, as `last` has it.
         """
-        if isinstance(closure, KLClosure):
-            closure, kl = None, closure
+        if args and isinstance(args[0], KLClosure):
+            kl, args = args[0], args[1:]
+        elif isinstance(kwargs.get("closure"), KLClosure):
+            kl = kwargs.pop("closure")
         window = self._run.open
         if kl is not None and window is not None:
             raise RuntimeError("step(kl=...) inside a window: the window is audited as one; pass window(kl=...)")
-        closure, inner = self._run_step_pre_hooks(closure, inner)
+        args, kwargs = self._run_step_pre_hooks(args, kwargs)
         if window is not None:  # inside a window this is one more part of its candidate
-            loss = window.propose(closure, inner)
+            loss = window.propose(args, kwargs)
         else:
             transaction = self._transaction(kl)
             with self._atomic(transaction), self._atomic(transaction):
                 self._begin(transaction)  # theta_t, and its policy as the reference
-                loss = transaction.propose(closure, inner)  # theta~ = OptStep(theta_t, gradient)
+                loss = transaction.propose(args, kwargs)  # theta~ = OptStep(theta_t, gradient)
                 self._decide(transaction)  # theta_t+1
-        self._run_hooks("_optimizer_step_post_hooks", self._step_arguments(closure), inner)
+        self._run_step_post_hooks(args, kwargs)
         return loss
 
     @contextmanager
