@@ -103,7 +103,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._param_like = known_copies(optimizer) if param_like is None else param_like
         self._run = Run(Budget.of(budget), controller)
         self._parts = self._make_parts(Ranks(process_group))
-        self._sink = open_log(log, self._header)
+        self._sink = open_log(log, self._header, lambda: self._parts.ranks.first)
         if kl is not None:
             self.bind(kl)
 
@@ -348,7 +348,7 @@ class STEPOptimizer(OptimizerWrapper):
         ranks = state["_ranks"]
         super().__setstate__({name: value for name, value in state.items() if name != "_ranks"})
         self._parts = self._make_parts(ranks)
-        self._sink = open_log(self._log, self._header)
+        self._sink = open_log(self._log, self._header, lambda: self._parts.ranks.first)
 
     def _header(self) -> dict[str, Any]:
         """First line of a log."""
