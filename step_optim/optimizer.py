@@ -97,11 +97,12 @@ class STEPOptimizer(OptimizerWrapper):
         if on_error not in ("raise", "reject"):
             raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'reject'")
         controller = check_controller(Interpolate() if controller is None else controller)
-        check_line(optimizer, controller, shrink)
+        budget = Budget.of(budget)
+        check_line(optimizer, controller, shrink, budget)
         super().__init__(optimizer)
         self._on_error, self._shrink, self._log = on_error, shrink, log
         self._param_like = known_copies(optimizer) if param_like is None else param_like
-        self._run = Run(Budget.of(budget), controller)
+        self._run = Run(budget, controller)
         self._parts = self._make_parts(Ranks(process_group))
         self._sink = open_log(log, self._header, lambda: self._parts.ranks.first)
         if kl is not None:
@@ -127,7 +128,7 @@ class STEPOptimizer(OptimizerWrapper):
     @controller.setter
     def controller(self, controller: Controller) -> None:
         self._refuse_inside_window("another controller")
-        check_line(self._inner, check_controller(controller), self._shrink)
+        check_line(self._inner, check_controller(controller), self._shrink, self.budget)
         if self._run.kl is not None:
             check_measures(self._run.kl, controller, self._inner, self._parts.ranks)
         self._run.controller = controller
@@ -151,6 +152,7 @@ class STEPOptimizer(OptimizerWrapper):
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
         new = Budget.of(budget)
+        check_line(self._inner, self.controller, self._shrink, new)
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
         self._run.budget = new
@@ -176,7 +178,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._refuse_inside_window("add_param_group()")
         super().add_param_group(param_group)
         try:
-            check_line(self._inner, self.controller, self._shrink)
+            check_line(self._inner, self.controller, self._shrink, self.budget)
             if self._run.kl is not None:
                 self._run.kl.check_parameters(self.param_groups[-1]["params"])
         except ValueError:

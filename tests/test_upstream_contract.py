@@ -280,3 +280,23 @@ def test_public_attributes_of_the_inner_optimizer_are_written_where_they_are_rea
     with patch.object(optimizer, "scale", 3.0):
         assert optimizer.optimizer.scale == 3.0
     assert optimizer.optimizer.scale == 1.0
+
+
+@pytest.mark.parametrize("name", ["FTRL", "MADGRAD", "DAdaptAdaGrad", "Nero"])
+def test_an_optimizer_that_cannot_be_shrunk_may_be_measured(name):
+    """`test_optimizers.py`: at an infinite budget nothing is shrunk; a finite one is refused."""
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    parameter, twin = weight(2, 3), weight(2, 3)
+    optimizer = wrap(getattr(pytorch_optimizer, name)([parameter], lr=0.1))
+    bare = getattr(pytorch_optimizer, name)([twin], lr=0.1)
+    for _ in range(3):
+        optimizer.step()
+        bare.step()
+    assert bits(parameter.detach()) == bits(twin.detach())
+    with pytest.raises(ValueError, match="restep"):
+        optimizer.set_budget(1.0)
+    assert optimizer.budget.mean == math.inf
+    optimizer.controller = Gate()
+    optimizer.set_budget(1.0)
+    with pytest.raises(ValueError, match="restep"):
+        optimizer.controller = Interpolate()
