@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -71,7 +72,7 @@ class _Modes:
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
-        self._hook: Any = None
+        self._hook = RemovableHandle(_global_forward_pre_hooks)  # known before there is a hook that it removes
         self._seen: dict[int, tuple[nn.Module, bool, dict[str, tuple[Tensor, Tensor]]]] = {}
 
     def quiet(self, module: nn.Module, _inputs: Any = None) -> None:
@@ -86,13 +87,12 @@ class _Modes:
 
     def watch(self) -> None:
         """Quiet every further module as it is called."""
-        self._hook = register_module_forward_pre_hook(self.quiet)
+        _global_forward_pre_hooks[self._hook.id] = self.quiet
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put every flag and every buffer back, object and bits."""
-        if self._hook is not None:
-            self._hook.remove()
+        self._hook.remove()
         for module, training, buffers in self._seen.values():
             reshard(module)
             module.training = training
@@ -124,22 +124,87 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
     Yields:
         The modules used so far; complete at the end.
     """
-    rng = RNGState.capture()
-    modes = _Modes()
-    try:
+    rng, modes, settings = RNGState.capture(), _Modes(), Settings.capture()
+
+    def undo() -> None:
+        modes.restore()
+        settings.restore()
+        rng.restore()
+
+    with undone(undo):
         for root in modules:
             for module in root.modules():
                 modes.quiet(module)
         modes.watch()
-        with torch.set_grad_enabled(grad), _no_autocast(), _no_cached_parametrizations():
-            yield modes.modules
+        Settings(grad).restore()
+        yield modes.modules
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the process has switched on, for all code that it runs."""
+
+    grad: bool = False
+    autocast: Any = (("cpu", False), ("cuda", False))
+    parametrizations: Any = None
+    """How often ``torch.nn.utils.parametrize.cached()`` was entered, and its cache: of other weights in an audit."""
+
+    @classmethod
+    def capture(cls) -> Settings:
+        """Read them."""
+        return cls(
+            torch.is_grad_enabled(),
+            tuple((device, torch.is_autocast_enabled(device)) for device, _ in cls.autocast),
+            (parametrize._cache_enabled, parametrize._cache),
+        )
+
+    def restore(self) -> None:
+        """Set them; what autocast has cached in between is of other weights."""
+        torch.set_grad_enabled(self.grad)
+        for device, enabled in self.autocast:
+            torch.set_autocast_enabled(device, enabled)
+        torch.clear_autocast_cache()
+        parametrize._cache_enabled, parametrize._cache = self.parametrizations or (0, {})
+
+
+_pending: list[Callable[[], None]] = []
+"""Undos of what is open, the innermost last."""
+
+
+@contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Undo afterwards what the body does.
+
+    An interrupt may hit a context manager on its way out, and its clean-up
+    then waits for the garbage collector. So a step finishes whatever was
+    opened in it (`finish`), and nothing is undone later.
+
+    Args:
+        undo: can be called before, and twice.
+    """
+    _pending.append(undo)
+    try:
+        yield
     finally:
+        _finish(undo)
 
-        def undo() -> None:
-            modes.restore()
-            rng.restore()
 
+def pending() -> tuple[Callable[[], None], ...]:
+    """Return what is open now."""
+    return tuple(_pending)
+
+
+def finish(before: Sequence[Callable[[], None]]) -> None:
+    """Undo what was opened since."""
+    for undo in reversed(_pending.copy()):
+        if undo not in before:
+            _finish(undo)
+
+
+def _finish(undo: Callable[[], None]) -> None:
+    if undo in _pending:
         uninterrupted(undo)
+        _pending.remove(undo)
 
 
 def uninterrupted(undo: Callable[[], None]) -> None:
@@ -169,25 +234,3 @@ def has_fsdp(model: nn.Module) -> bool:
     """Whether a forward of this model gathers weights from other processes."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
-
-
-@contextmanager
-def _no_cached_parametrizations() -> Iterator[None]:
-    """Compute parametrized weights anew, also inside a user's ``torch.nn.utils.parametrize.cached()``."""
-    enabled, cache = parametrize._cache_enabled, parametrize._cache
-    parametrize._cache_enabled, parametrize._cache = 0, {}
-    try:
-        yield
-    finally:
-        parametrize._cache_enabled, parametrize._cache = enabled, cache
-
-
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    """No autocast, and none of the casts that a surrounding region has cached: they are of other weights."""
-    torch.clear_autocast_cache()
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        torch.clear_autocast_cache()

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from step_optim.control import ControlSet
-from step_optim.isolation import has_fsdp, isolated, reshard
+from step_optim.isolation import has_fsdp, isolated, reshard, undone
 from step_optim.kl import Head, Rows
 from step_optim.logit_kl import LogitKL
 from step_optim.shard import Shard, batch_members
@@ -268,11 +269,10 @@ def _head_on_rows(head: nn.Module, batch: Batch, *, hidden_only: bool, probe: Te
         tap.hidden = hidden if probe is None else probe.to(hidden.dtype)
         return (tap.hidden[None, : 1 if hidden_only else None], *inputs[1:])
 
-    hook: Any = head.register_forward_pre_hook(select)
-    try:
+    hook = RemovableHandle(head._forward_pre_hooks)  # known before there is a hook that it removes
+    with undone(hook.remove):
+        head._forward_pre_hooks[hook.id] = select
         yield tap
-    finally:
-        hook.remove()
 
 
 def _layout(control: ControlSet, micro_batch: int) -> Iterator[Batch]:
