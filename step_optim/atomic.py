@@ -9,11 +9,11 @@ from types import TracebackType
 import torch
 
 from step_optim.controllers.gate import GateStalled
-from step_optim.isolation import finish, pending
 from step_optim.ranks import PeerFailed
 from step_optim.run import Run
 from step_optim.telemetry import Sink, StepRecord
 from step_optim.transaction import Transaction
+from step_optim.undo import depth, finish
 
 
 class Atomic:
@@ -32,7 +32,7 @@ class Atomic:
     def __init__(self, transaction: Transaction, run: Run, sink: Sink, on_error: str) -> None:
         self._transaction, self._run, self._sink = transaction, run, sink
         self._rejects = on_error == "reject"
-        self._pending, self._grad = pending(), torch.is_grad_enabled()
+        self._depth, self._grad = depth(), torch.is_grad_enabled()
 
     def __enter__(self) -> None:
         """Nothing has happened yet."""
@@ -42,7 +42,7 @@ class Atomic:
     ) -> bool:
         """End the step, unless that is done; True if the error is settled by a rejection."""
         transaction, run = self._transaction, self._run
-        finish(self._pending)
+        finish(self._depth)
         torch.set_grad_enabled(self._grad)
         if transaction.over:
             return False

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from step_optim.audit import KLClosure
@@ -18,11 +16,17 @@ from step_optim.ranks import Ranks
 from step_optim.snapshot import shard_count
 from step_optim.wrapper import OptimizerWrapper
 
+INTERFACE = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
+
 
 def check_inner(optimizer: Any) -> None:
     """Refuse what cannot be wrapped."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer={optimizer!r:.60} is no torch optimizer; pass torch.optim.AdamW(...), say")
+    missing = [name for name in INTERFACE if not hasattr(optimizer, name)]
+    if missing:  # a look-alike, schedulefree.ScheduleFreeWrapper say, will do
+        raise TypeError(
+            f"optimizer={optimizer!r:.60} is no torch optimizer (it has no {missing[0]}); pass torch.optim.AdamW(...), "
+            "say"
+        )
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError("optimizer is a STEPOptimizer already; pass the optimizer inside it, optimizer.optimizer")
     if any(group.get("differentiable") for group in optimizer.param_groups):
@@ -51,11 +55,26 @@ def check_line(optimizer: Optimizer, controller: Controller, shrink: str) -> Non
         )
 
 
-def check_ranks(kl: KLClosure, controller: Controller, parameters: Sequence[Tensor], ranks: Ranks) -> None:
-    """Refuse what cannot be decided together."""
-    if ranks.size == 1 or not controller.needs_logits:
+def check_controller(controller: Any) -> Controller:
+    """Refuse what cannot decide."""
+    if not isinstance(controller, Controller):
+        raise TypeError(
+            f"controller={controller!r} is no Controller; use Gate(), Interpolate(), Project() or a subclass"
+        )
+    return controller
+
+
+def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, ranks: Ranks) -> None:
+    """Refuse a controller that needs more than a KL closure, or one process, can tell it."""
+    if not controller.needs_logits:
         return
-    if kl.sharded or any(shard_count(p) > 1 for p in parameters):
+    if not kl.has_logits:
+        raise ValueError(
+            f"controller={controller!r} works on logits, and kl={kl!r} has none; use TokenKL, a PolicyKL over logits, "
+            "or Interpolate()"
+        )
+    sharded = kl.sharded or any(shard_count(p) > 1 for group in optimizer.param_groups for p in group["params"])
+    if ranks.size > 1 and sharded:
         raise ValueError(
             f"{controller!r} needs all control prompts and whole weights in every process; use Interpolate(), or "
             "shard=False and DistributedDataParallel"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,9 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from step_optim.undo import undone
 
-UNDO_ATTEMPTS = 5
-"""How often an undo that fails (out of memory for a temporary, say) is begun again."""
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -93,7 +93,7 @@ class _Modes:
     def restore(self) -> None:
         """Put every flag and every buffer back, object and bits."""
         self._hook.remove()
-        for module, training, buffers in self._seen.values():
+        for module, training, buffers in reversed(self._seen.values()):  # a compiled module shares its inner one's flag
             reshard(module)
             module.training = training
             for name, (buffer, saved) in buffers.items():
@@ -106,7 +106,8 @@ class _Modes:
 def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterator[list[nn.Module]]:
     """Run a measurement that nothing afterwards can tell has happened.
 
-    Inside: eval mode, no autograd (unless ``grad``), no autocast, and nothing
+    Inside: eval mode, no autograd (unless ``grad``), no autocast, no compiled
+    code (it would be compiled anew for eval mode, and calls no hooks), and nothing
     that was computed from other weights: no cached casts, no cached
     parametrizations, no unsharded copy that FSDP2 kept. Afterwards the training
     flag of *every* module, all module buffers and all random streams are as
@@ -124,7 +125,7 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
     Yields:
         The modules used so far; complete at the end.
     """
-    rng, modes, settings = RNGState.capture(), _Modes(), Settings.capture()
+    rng, modes, settings = RNGState.capture(), _Modes(), _Settings()
 
     def undo() -> None:
         modes.restore()
@@ -136,88 +137,46 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
             for module in root.modules():
                 modes.quiet(module)
         modes.watch()
-        Settings(grad).restore()
+        settings.quiet(grad=grad)
         yield modes.modules
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the process has switched on, for all code that it runs."""
+class _Settings:
+    """Settings of the process and the thread that change what a forward computes.
 
-    grad: bool = False
-    autocast: Any = (("cpu", False), ("cuda", False))
-    parametrizations: Any = None
-    """How often ``torch.nn.utils.parametrize.cached()`` was entered, and its cache: of other weights in an audit."""
+    Their own context managers are not used: an interrupt between two of those would leave some of them open.
+    """
 
-    @classmethod
-    def capture(cls) -> Settings:
-        """Read them."""
-        return cls(
-            torch.is_grad_enabled(),
-            tuple((device, torch.is_autocast_enabled(device)) for device, _ in cls.autocast),
-            (parametrize._cache_enabled, parametrize._cache),
-        )
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._autocast = [(device, torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")]
+        self._parametrize = parametrize._cache_enabled, parametrize._cache
+        self._dynamo = sys.modules.get("torch._dynamo.eval_frame")  # only what was imported can have compiled anything
+        self._stance = getattr(self._dynamo, "_stance", None)
+        self._warnings = list(warnings.filters)
+
+    def quiet(self, *, grad: bool) -> None:
+        """Switch off autocast, parametrizations' caches and compiled code; autograd on or off."""
+        torch.set_grad_enabled(grad)
+        for device, _ in self._autocast:
+            torch.set_autocast_enabled(device, False)
+        torch.clear_autocast_cache()  # casts of other weights
+        parametrize._cache_enabled, parametrize._cache = 0, {}
+        if self._dynamo is not None:
+            torch.compiler.set_stance("force_eager")
+            # A compiled module says that global hooks fire twice; `_Modes.quiet` is one that may.
+            warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
 
     def restore(self) -> None:
-        """Set them; what autocast has cached in between is of other weights."""
-        torch.set_grad_enabled(self.grad)
-        for device, enabled in self.autocast:
+        """Set all of them as they were."""
+        torch.set_grad_enabled(self._grad)
+        for device, enabled in self._autocast:
             torch.set_autocast_enabled(device, enabled)
         torch.clear_autocast_cache()
-        parametrize._cache_enabled, parametrize._cache = self.parametrizations or (0, {})
-
-
-_pending: list[Callable[[], None]] = []
-"""Undos of what is open, the innermost last."""
-
-
-@contextmanager
-def undone(undo: Callable[[], None]) -> Iterator[None]:
-    """Undo afterwards what the body does.
-
-    An interrupt may hit a context manager on its way out, and its clean-up
-    then waits for the garbage collector. So a step finishes whatever was
-    opened in it (`finish`), and nothing is undone later.
-
-    Args:
-        undo: can be called before, and twice.
-    """
-    _pending.append(undo)
-    try:
-        yield
-    finally:
-        _finish(undo)
-
-
-def pending() -> tuple[Callable[[], None], ...]:
-    """Return what is open now."""
-    return tuple(_pending)
-
-
-def finish(before: Sequence[Callable[[], None]]) -> None:
-    """Undo what was opened since."""
-    for undo in reversed(_pending.copy()):
-        if undo not in before:
-            _finish(undo)
-
-
-def _finish(undo: Callable[[], None]) -> None:
-    if undo in _pending:
-        uninterrupted(undo)
-        _pending.remove(undo)
-
-
-def uninterrupted(undo: Callable[[], None]) -> None:
-    """Run an idempotent undo to its end; what interrupts it starts it again, and is raised when it is done."""
-    interrupt: BaseException | None = None
-    for _ in range(UNDO_ATTEMPTS):
-        try:
-            undo()
-            break
-        except BaseException as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
+        parametrize._cache_enabled, parametrize._cache = self._parametrize
+        if self._dynamo is not None:
+            self._dynamo._stance = self._stance  # type: ignore[attr-defined]
+            warnings.filters[:] = self._warnings  # type: ignore[index]
 
 
 def reshard(module: nn.Module) -> None:

@@ -14,17 +14,16 @@ from torch.optim import Optimizer
 from step_optim.atomic import Atomic
 from step_optim.audit import KLClosure, Unbound, as_kl
 from step_optim.budget import Bound, Budget
-from step_optim.checks import check_budget, check_inner, check_line, check_ranks, plain_note
+from step_optim.checks import check_budget, check_controller, check_inner, check_line, check_measures, plain_note
 from step_optim.controllers.base import Action, Controller, Outcome
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.line import Line, Restep
 from step_optim.movement import Movement
 from step_optim.param_like import Copies, ParamLike, known_copies
 from step_optim.ranks import WORLD, Ranks
-from step_optim.run import Progress, Run
+from step_optim.run import Run
 from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
-from step_optim.summary import Summary
 from step_optim.telemetry import StepRecord, open_log
 from step_optim.transaction import Parts, Transaction
 from step_optim.wrapper import OptimizerWrapper, hooked
@@ -97,16 +96,12 @@ class STEPOptimizer(OptimizerWrapper):
         check_inner(optimizer)
         if on_error not in ("raise", "reject"):
             raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'reject'")
-        if controller is not None and not isinstance(controller, Controller):
-            raise TypeError(
-                f"controller={controller!r} is no Controller; use Gate(), Interpolate(), Project() or a subclass"
-            )
-        self._controller = Interpolate() if controller is None else controller
-        check_line(optimizer, self._controller, shrink)
+        controller = check_controller(Interpolate() if controller is None else controller)
+        check_line(optimizer, controller, shrink)
         super().__init__(optimizer)
         self._on_error, self._shrink, self._log = on_error, shrink, log
         self._param_like = known_copies(optimizer) if param_like is None else param_like
-        self._run = Run(Budget.of(budget))
+        self._run = Run(Budget.of(budget), controller)
         self._parts = self._make_parts(Ranks(process_group))
         self._sink = open_log(log, self._header)
         if kl is not None:
@@ -126,8 +121,16 @@ class STEPOptimizer(OptimizerWrapper):
 
     @property
     def controller(self) -> Controller:
-        """What decides about an infeasible candidate."""
-        return self._controller
+        """What decides about an infeasible candidate; another one may be assigned between two steps."""
+        return self._run.controller
+
+    @controller.setter
+    def controller(self, controller: Controller) -> None:
+        self._refuse_inside_window("another controller")
+        check_line(self._inner, check_controller(controller), self._shrink)
+        if self._run.kl is not None:
+            check_measures(self._run.kl, controller, self._inner, self._parts.ranks)
+        self._run.controller = controller
 
     @property
     def last(self) -> StepRecord | None:
@@ -173,7 +176,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._refuse_inside_window("add_param_group()")
         super().add_param_group(param_group)
         try:
-            check_line(self._inner, self._controller, self._shrink)
+            check_line(self._inner, self.controller, self._shrink)
             if self._run.kl is not None:
                 self._run.kl.check_parameters(self.param_groups[-1]["params"])
         except ValueError:
@@ -244,7 +247,7 @@ class STEPOptimizer(OptimizerWrapper):
         in the body restores the weights and the state from before the window.
         """
         self._refuse_inside_window("window()")
-        if self._parts.line.restarts and self._controller.shrinks:
+        if self._parts.line.restarts and self.controller.shrinks:
             raise RuntimeError("shrink='restep' cannot run the body of a window again; use shrink='interpolate'")
         transaction = self._transaction(kl)
         if isinstance(transaction.kl, Unbound):
@@ -288,10 +291,8 @@ class STEPOptimizer(OptimizerWrapper):
                 outcome = Outcome(Action.REJECT)  # no part of it is finite either
             else:
                 with transaction.clock("search"):
-                    outcome = self._controller.decide(
-                        transaction.trial(candidate, self._run.progress.rejected_in_a_row)
-                    )
-            outcome = transaction.settle(outcome, self._controller.on_reject)
+                    outcome = self.controller.decide(transaction.trial(candidate, self._run.progress.rejected_in_a_row))
+            outcome = transaction.settle(outcome, self.controller.on_reject)
         if outcome.point is not None:
             with transaction.clock("audit"):
                 transaction.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference
@@ -318,26 +319,12 @@ class STEPOptimizer(OptimizerWrapper):
         """Refuse a KL closure that does not fit the budget, the controller or the parameters."""
         closure = as_kl(kl)
         check_budget(self.budget, closure)
-        if self._controller.needs_logits and not closure.has_logits:
-            raise ValueError(
-                f"controller={self._controller!r} works on logits, and kl={closure!r} has none; use TokenKL, a "
-                "PolicyKL over logits, or Interpolate()"
-            )
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        closure.check_parameters(parameters)
-        check_ranks(closure, self._controller, parameters, self._parts.ranks)
+        closure.check_parameters([p for group in self.param_groups for p in group["params"]])
+        check_measures(closure, self.controller, self._inner, self._parts.ranks)
         return closure
 
     def _own_state(self) -> dict[str, Any]:
-        run = self._run
-        return {
-            "version": 1,
-            "step": run.progress.step,
-            "rejected_in_a_row": run.progress.rejected_in_a_row,
-            "summary": run.progress.summary.state_dict(),
-            "controller": self._controller.state_dict(),
-            "kl": dict(run.kl_state) if run.kl is None else run.kl.state_dict(),
-        }
+        return self._run.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the checkpoint of a `STEPOptimizer`, or that of a bare inner optimizer.
@@ -350,31 +337,14 @@ class STEPOptimizer(OptimizerWrapper):
         super().load_state_dict(state_dict)
 
     def _load_own_state(self, state: Mapping[str, Any] | None) -> Callable[[], None]:
-        run, progress = self._run, self._run.progress
-        kl_state = run.kl_state
-        if state is not None:  # else it is the checkpoint of a bare optimizer
-            progress, kl_state = _read_progress(state)
-            if run.kl is not None:
-                run.kl.check_state_dict(kl_state)
-
-        def take_over() -> None:
-            run.progress, run.kl_state, run.anchored = progress, kl_state, None
-            if state is None:
-                return
-            if run.kl is not None:
-                run.kl.load_state_dict(kl_state)
-                run.kl_state = {}
-            self._controller.load_state_dict(state["controller"])
-
-        return take_over
+        return self._run.loader(state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the KL closure, which holds a model (`bind` one to a copy), and a log that is not a path."""
         state = super().__getstate__()
-        run = Run(self.budget, kl_state=self._own_state()["kl"], progress=self._run.progress)
         log = self._log if isinstance(self._log, (str, Path)) else None
         del state["_sink"], state["_parts"]
-        return state | {"_run": run, "_log": log, "_ranks": self._parts.ranks}
+        return state | {"_run": self._run.without_model(), "_log": log, "_ranks": self._parts.ranks}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Make anew what is not copied."""
@@ -388,27 +358,10 @@ class STEPOptimizer(OptimizerWrapper):
         return {
             "optimizer": type(self._inner).__name__,
             "budget": repr(self.budget),
-            "controller": repr(self._controller),
+            "controller": repr(self.controller),
             "kl": repr(self._run.kl),
             "torch": torch.__version__,
         }
 
     def __repr__(self) -> str:
-        return f"STEPOptimizer({type(self._inner).__name__}, {self.budget}, {self._controller!r})"
-
-
-def _read_progress(state: Mapping[str, Any]) -> tuple[Progress, Mapping[str, Any]]:
-    """Read the wrapper's part of a checkpoint: how far the run was, and the KL closure's part."""
-    try:
-        version, kl_state = state["version"], dict(state["kl"])
-        summary = Summary({str(name): float(value) for name, value in state["summary"].items()})
-        progress = Progress(int(state["step"]), int(state["rejected_in_a_row"]), summary)
-        dict(state["controller"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"the checkpoint's entry 'step_optim' is damaged ({type(error).__name__}: {error}); without that entry the "
-            "rest loads as a bare optimizer's"
-        ) from error
-    if version != 1:
-        raise ValueError(f"the checkpoint is of version {version}, this step_optim reads 1; upgrade it")
-    return progress, kl_state
+        return f"STEPOptimizer({type(self._inner).__name__}, {self.budget}, {self.controller!r})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,16 @@ from torch import nn
 
 from step_optim.audit import KLClosure
 from step_optim.budget import Budget
-from step_optim.controllers.base import Action
+from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
 from step_optim.summary import Summary
 from step_optim.telemetry import StepRecord
 
 if TYPE_CHECKING:
     from step_optim.transaction import Transaction
+
+VERSION = 1
+"""Of the wrapper's part of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Run:
     """
 
     budget: Budget
+    controller: Controller
     kl: KLClosure | None = None
     kl_state: Mapping[str, Any] = field(default_factory=dict)
     """Of a checkpoint that was loaded before there was a KL closure."""
@@ -70,4 +74,63 @@ class Run:
         """Keep what the next step begins with, to see whether somebody else writes weights until then."""
         transaction.weights.capture()
         self.modules = transaction.kl.used or self.modules
-        self.anchored = transaction.fingerprint()
+        record = transaction.record
+        # Without an audit, a forward in a loss closure or a window may have moved buffers away from the reference.
+        stale = record is not None and record.action is Action.UNCHANGED and not transaction.rewind
+        self.anchored = None if stale else transaction.fingerprint()
+
+    def without_model(self) -> Run:
+        """Return what a copy of the optimizer goes on with; the KL closure holds a model, so it stays behind."""
+        return Run(self.budget, self.controller, kl_state=self._kl_state(), progress=self.progress)
+
+    def _kl_state(self) -> dict[str, Any]:
+        return dict(self.kl_state) if self.kl is None else self.kl.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapper's part of a checkpoint: plain values and tensors."""
+        return {
+            "version": VERSION,
+            "step": self.progress.step,
+            "rejected_in_a_row": self.progress.rejected_in_a_row,
+            "summary": self.progress.summary.state_dict(),
+            "controller": self.controller.state_dict(),
+            "kl": self._kl_state(),
+        }
+
+    def loader(self, state: Mapping[str, Any] | None) -> Callable[[], None]:
+        """Check that part (None in the checkpoint of a bare optimizer) and return what takes it over.
+
+        Raises:
+            ValueError: it cannot be read, or is of another run.
+        """
+        progress, kl_state = (self.progress, self.kl_state) if state is None else _read(state)
+        if state is not None and self.kl is not None:
+            self.kl.check_state_dict(kl_state)
+
+        def take_over() -> None:
+            self.progress, self.kl_state, self.anchored = progress, kl_state, None
+            if state is None:
+                return
+            if self.kl is not None:
+                self.kl.load_state_dict(kl_state)
+                self.kl_state = {}
+            self.controller.load_state_dict(state["controller"])
+
+        return take_over
+
+
+def _read(state: Mapping[str, Any]) -> tuple[Progress, Mapping[str, Any]]:
+    """Read how far a run was, and its KL closure's part of the checkpoint."""
+    try:
+        version, kl_state = state["version"], dict(state["kl"])
+        summary = Summary({str(name): float(value) for name, value in state["summary"].items()})
+        progress = Progress(int(state["step"]), int(state["rejected_in_a_row"]), summary)
+        dict(state["controller"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the checkpoint's entry 'step_optim' is damaged ({type(error).__name__}: {error}); without that entry the "
+            "rest loads as a bare optimizer's"
+        ) from error
+    if version != VERSION:
+        raise ValueError(f"the checkpoint is of version {version}, this step_optim reads {VERSION}; upgrade it")
+    return progress, kl_state

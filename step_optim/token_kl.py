@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from step_optim.control import ControlSet
-from step_optim.isolation import has_fsdp, isolated, reshard, undone
+from step_optim.isolation import has_fsdp, isolated, reshard
 from step_optim.kl import Head, Rows
 from step_optim.logit_kl import LogitKL
 from step_optim.shard import Shard, batch_members
+from step_optim.undo import undone
 
 HEAD_TOLERANCE = 1e-3
 """Largest relative difference between a model's logits and a plain linear head's at which they count as one."""
@@ -154,7 +155,7 @@ class TokenKL(LogitKL):
 
     def _forward(self, batch: Batch) -> Tensor:
         extra = {"attention_mask": batch.mask, "use_cache": False}
-        out = _without_ddp(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
+        out = _plain(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         return logits
 
@@ -303,9 +304,15 @@ def _agree(logits: Tensor | None, truth: Tensor) -> bool:
     return float((logits.float() - truth.float()).abs().max()) <= tolerance
 
 
-def _without_ddp(model: nn.Module) -> Any:
-    """The module inside DistributedDataParallel, whose own forward synchronises buffers: not every process is in it."""
-    return model.module if type(model).__name__ == "DistributedDataParallel" else model
+def _plain(model: nn.Module) -> Any:
+    """The module inside `torch.compile` and DistributedDataParallel.
+
+    The forward of the latter synchronises buffers, and not every process is in it.
+    """
+    inside = {"DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+    while type(model).__name__ in inside:
+        model = getattr(model, inside[type(model).__name__])
+    return model
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -335,6 +342,6 @@ def _check_device(model: nn.Module, control: ControlSet) -> None:
 
 def _accepted_arguments(model: nn.Module) -> list[str]:
     """Which of the optional arguments of Hugging Face models this one takes."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(_plain(model).forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return [name for name in ("attention_mask", "use_cache") if takes_any or name in parameters]

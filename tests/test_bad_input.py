@@ -404,3 +404,19 @@ def test_a_budget_on_drift_that_a_step_closure_cannot_measure(unmoved) -> None:
     )
     with pytest.raises(ValueError, match=named("budget.reference", "measures drift")):
         optimizer.step(kl=lambda: 0.0)
+
+
+def test_another_controller_is_checked_like_the_first() -> None:
+    """Assigned later, a controller meets the same checks; what is refused leaves the old one in place."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = STEPOptimizer(torch.optim.SGD([parameter], lr=1.0), kl=lambda: 0.0, budget=1.0, controller=Gate())
+    first = optimizer.controller
+    with pytest.raises(TypeError, match=named("controller='gate'", "Gate()")):
+        optimizer.controller = "gate"
+    with pytest.raises(ValueError, match=named("controller=Project", "logits")):
+        optimizer.controller = Project()
+    with optimizer.window(), pytest.raises(RuntimeError, match="inside a window"):
+        optimizer.controller = Interpolate()
+    assert optimizer.controller is first
+    optimizer.controller = Interpolate()
+    assert isinstance(optimizer.controller, Interpolate)
