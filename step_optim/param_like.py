@@ -17,20 +17,37 @@ ParamLike: TypeAlias = "str | Sequence[str] | Callable[[Optimizer], Iterable[tup
 """Keys of ``state[parameter]``, or a function that lists (copy, parameter) pairs."""
 
 COPIES: Mapping[str, tuple[str, ...]] = {
+    # schedulefree
     "AdamWScheduleFree": ("z",),
     "SGDScheduleFree": ("z",),
     "RAdamScheduleFree": ("z",),
     "AdamWScheduleFreeClosure": ("z",),
     "SGDScheduleFreeClosure": ("z",),
     "RAdamScheduleFreeClosure": ("z",),
+    "AdamWScheduleFreePaper": ("z",),
     "AdamWScheduleFreeReference": ("x", "y", "z"),
     "SGDScheduleFreeReference": ("x", "y", "z"),
-    "ScheduleFreeWrapper": ("z",),
+    "ScheduleFreeWrapper": ("z",),  # pytorch_optimizer has one, too
     "ScheduleFreeWrapperReference": ("x", "y", "z"),
+    # pytorch_optimizer
+    "ScheduleFreeAdamW": ("z",),
+    "ScheduleFreeSGD": ("z",),
+    "ScheduleFreeRAdam": ("z",),
+    "A2Grad": ("x_k",),
+    "SRMM": ("mov_avg_param",),
+    "Lookahead": ("slow_params",),
+    "Ranger": ("slow_buffer",),
+    "Ranger21": ("lookahead_params",),
 }
-"""State keys of known optimizers, by class name."""
+"""State keys of known optimizers, by class name. `examples/optimizer_table.md` has what they are good for."""
 
-RECOMPUTED: Mapping[str, str] = {}
+RECOMPUTED: Mapping[str, str] = {
+    "FTRL": "computes the weights anew from sums of gradients",
+    "DAdaptAdaGrad": "computes the weights anew from sums of gradients",
+    "DAdaptSGD": "computes the weights anew from sums of gradients",
+    "MADGRAD": "computes the weights anew from sums of gradients",
+    "Nero": "normalises the weights in every step",
+}
 """Why no point between two weights of these optimizers can be kept, by class name."""
 
 LAYERWISE = ("Lomo", "AdaLomo", "LOMO", "AdaLOMO", "LayerWiseDummyOptimizer")
