@@ -164,6 +164,7 @@ class TokenKL(LogitKL):
         head, batch = _output_head(self.model), self._batch_list[-1]  # the shortest prompts
         with isolated([self.model]):
             truth = self._read_checked(batch)
+            self._vocabulary = truth.shape[-1]
             if _vocab_size(self.model) is None:
                 self.control.check_vocabulary(truth.shape[-1])
             if head is None or not _agree(self._try_rows(batch), truth):
@@ -215,33 +216,27 @@ class TokenKL(LogitKL):
             return state
         return state | {"weight": head.weight, "bias": head.bias}
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Refuse a pi_ref that was measured on another control set, or that is damaged."""
-        if not state:
-            return
+    def _read_origin(self, state: Mapping[str, Any]) -> Rows:
         if state["control"] != self.control.digest:
             raise ValueError(
                 "the checkpoint's pi_ref was measured on another control set; resume with the one of the run that "
                 "saved it (control.save, ControlSet.load)"
                 + (", and every process with the checkpoint that it saved itself" if self.sharded else "")
             )
-        if len(state["x"]) != self.control.response_tokens:
-            raise ValueError(
-                f"the checkpoint's pi_ref has {len(state['x'])} rows, the control set {self.control.response_tokens} "
-                "response tokens: it is damaged"
-            )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over pi_ref."""
-        self.check_state_dict(state)
-        if not state:
-            return
+        head = self._head(live=True)
         x = state["x"].to(self.control.device)
-        if "weight" in state:
+        width = self._vocabulary if head is None else head.weight.shape[1]
+        if x.shape != (self.control.response_tokens, width):
+            raise ValueError(
+                f"the checkpoint's pi_ref has the shape {tuple(x.shape)}, this model over {self.control.response_tokens} "
+                f"response tokens {(self.control.response_tokens, width)}: it is damaged, or of another model"
+            )
+        if head is not None and "weight" in state:
             weight, bias = state["weight"].to(x.device), state["bias"]
-            self._origin = Rows(x, Head(weight, None if bias is None else bias.to(x.device)))
-        else:
-            self._origin = Rows(x, self._head(live=True))
+            if weight.shape != head.weight.shape or (bias is None) != (head.bias is None):
+                raise ValueError(f"the checkpoint's pi_ref has a head of shape {tuple(weight.shape)}: of another model")
+            head = Head(weight, None if bias is None else bias.to(x.device).expand(len(weight)))
+        return Rows(x, head)
 
     def __repr__(self) -> str:
         return (
