@@ -225,17 +225,16 @@ class TokenKL(LogitKL):
             )
         head = self._head(live=True)
         x = state["x"].to(self.control.device)
-        width = self._vocabulary if head is None else head.weight.shape[1]
-        if x.shape != (self.control.response_tokens, width):
+        shape = self.control.response_tokens, self._vocabulary if head is None else head.weight.shape[1]
+        if head is not None and not state.keys().isdisjoint(("weight", "bias")):
+            saved = Head(state["weight"].to(x.device), None if state["bias"] is None else state["bias"].to(x.device))
+            if _shapes(saved) != _shapes(head):
+                raise ValueError(f"the checkpoint's pi_ref has a head of shapes {_shapes(saved)}, not {_shapes(head)}")
+            head = saved
+        if x.shape != shape:
             raise ValueError(
-                f"the checkpoint's pi_ref has the shape {tuple(x.shape)}, this model over {self.control.response_tokens} "
-                f"response tokens {(self.control.response_tokens, width)}: it is damaged, or of another model"
+                f"the checkpoint's pi_ref has the shape {tuple(x.shape)}, not {shape}, [response token, D]"
             )
-        if head is not None and "weight" in state:
-            weight, bias = state["weight"].to(x.device), state["bias"]
-            if weight.shape != head.weight.shape or (bias is None) != (head.bias is None):
-                raise ValueError(f"the checkpoint's pi_ref has a head of shape {tuple(weight.shape)}: of another model")
-            head = Head(weight, None if bias is None else bias.to(x.device).expand(len(weight)))
         return Rows(x, head)
 
     def __repr__(self) -> str:
@@ -243,6 +242,10 @@ class TokenKL(LogitKL):
             f"TokenKL({type(self.model).__name__}, {len(self.control)} prompts, {self.control.response_tokens} "
             f"response tokens, slices={list(self.members)}, readout={self.readout!r})"
         )
+
+
+def _shapes(head: Head) -> list[tuple[int, ...]]:
+    return [tuple(part.shape) for part in (head.weight, head.bias) if part is not None]
 
 
 class _Tap:
