@@ -91,6 +91,7 @@ class Tracer:
     def run(self, act: Callable[[], None]) -> BaseException | None:
         """Run something under the tracer; what it raised."""
         gc.disable()  # a finalizer of something else would be traced too
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             sys.settrace(self)
             try:
@@ -102,6 +103,7 @@ class Tracer:
         except (Boom, KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError) as error:
             return error.with_traceback(None)
         finally:
+            signal.signal(signal.SIGINT, handler)
             gc.enable()
         return None
 
