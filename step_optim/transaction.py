@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from step_optim.audit import Audit, FunctionKL, KLClosure
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
-from step_optim.isolation import RNGState, isolated, uninterrupted
+from step_optim.isolation import RNGState, isolated
 from step_optim.line import Line, loss_closure
 from step_optim.movement import Movement
 from step_optim.ranks import Ranks
 from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
 from step_optim.telemetry import StepRecord, TrialRecord
+from step_optim.undo import uninterrupted
 
 
 @dataclass

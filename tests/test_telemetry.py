@@ -495,6 +495,5 @@ def test_two_writers_in_one_process_end_in_one_readable_log(tmp_path) -> None:
     for _ in range(2):
         writer = JSONLWriter(path, lambda: {"who": "test"})
         writer(record)
-        writer.close()
     assert len(read_log(path)) == 1
     assert read_trace(path).header["who"] == "test"
