@@ -161,8 +161,9 @@ class STEPOptimizer(OptimizerWrapper):
         """Take the reference anew at the next step.
 
         Needed after an edit that cannot be noticed: of a part of a frozen
-        weight through `.data` (whole ones are; see `fingerprint`), or of the
-        observations that a `PolicyKL` function closes over.
+        weight through `.data` (whole ones are; see `fingerprint`), or of what a
+        `PolicyKL` function closes over: observations, or another module where
+        no ``model=`` is given.
 
         Args:
             restart_drift: also make the policy at the next step pi_ref. Needed
