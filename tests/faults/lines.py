@@ -59,7 +59,7 @@ class Tracer:
 
     def __init__(self, fault: str = "error", at: tuple[Place, int] | None = None) -> None:
         self.seen: Counter[Place] = Counter()
-        self.fired = False
+        self.fired = self.dropped = False
         self._fault, self._at = fault, at
         self._opcodes = fault == "signal"
         self._trip = _Trip()
@@ -88,10 +88,15 @@ class Tracer:
         self.seen[place] += 1
         return self._event
 
+    def _drop(self, _: Any) -> None:
+        """Python itself drops an interrupt that arrives in the callback of a weak reference."""
+        self.dropped = True
+
     def run(self, act: Callable[[], None]) -> BaseException | None:
         """Run something under the tracer; what it raised."""
         gc.disable()  # a finalizer of something else would be traced too
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        report, sys.unraisablehook = sys.unraisablehook, self._drop
         try:
             sys.settrace(self)
             try:
@@ -104,6 +109,7 @@ class Tracer:
             return error.with_traceback(None)
         finally:
             signal.signal(signal.SIGINT, handler)
+            sys.unraisablehook = report
             gc.enable()
         return None
 
@@ -189,7 +195,7 @@ class Lines:
             yield "the fault was not reached"
         if not (raised is None or isinstance(raised, FAULTS[fault])):
             yield f"raised {type(raised).__name__}: {raised}"
-        if raised is None and not self._may_pass(optimizer, fault):
+        if raised is None and not tracer.dropped and not self._may_pass(optimizer, fault):
             yield "the fault was swallowed"
         run = optimizer._run
         if run.open is not None:
