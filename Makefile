@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo quickstart test test-all check fmt clean help
+.PHONY: demo quickstart optimizers test test-all check fmt clean help
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -29,6 +29,9 @@ test: check  ## lint, types, doctests and every test that is not slow
 
 test-all: check  ## the slow tests too
 	$(BIN)/python -m pytest $(ARGS)
+
+optimizers: .venv/.tested  ## examples/optimizer_table.md: what STEP does for every optimizer
+	$(BIN)/python examples/optimizer_table.py $(ARGS)
 
 check: .venv/.tested  ## ruff and mypy
 	$(BIN)/ruff check .

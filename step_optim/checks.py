@@ -24,8 +24,8 @@ def check_inner(optimizer: Any) -> None:
     missing = [name for name in INTERFACE if not hasattr(optimizer, name)]
     if missing:  # a look-alike, schedulefree.ScheduleFreeWrapper say, will do
         raise TypeError(
-            f"optimizer={optimizer!r:.60} is no torch optimizer (it has no {missing[0]}); pass torch.optim.AdamW(...), "
-            "say"
+            f"optimizer={_shown(optimizer)} is no torch optimizer (it has no {missing[0]}); pass "
+            "torch.optim.AdamW(...), say"
         )
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError("optimizer is a STEPOptimizer already; pass the optimizer inside it, optimizer.optimizer")
@@ -40,11 +40,21 @@ def check_inner(optimizer: Any) -> None:
         )
 
 
-def check_line(optimizer: Optimizer, controller: Controller, shrink: str) -> None:
-    """Refuse a way to shrink, or a controller, that this optimizer's weights would not keep to."""
+def _shown(optimizer: Any) -> str:
+    try:
+        return f"{optimizer!r:.60}"
+    except AttributeError:  # torch's own repr wants parameter groups
+        return type(optimizer).__name__
+
+
+def check_line(optimizer: Optimizer, controller: Controller, shrink: str, budget: Budget) -> None:
+    """Refuse a way to shrink, or a controller, that this optimizer's weights would not keep to.
+
+    A budget that only measures takes nothing back.
+    """
     check_shrink(shrink, optimizer)
-    reason = why_recomputed(optimizer)
-    if reason is not None and shrink != "restep" and (controller.shrinks or controller.on_reject == "keep_state"):
+    reason = why_recomputed(optimizer) if shrink != "restep" and budget.limits_anything else None
+    if reason is not None and (controller.shrinks or controller.on_reject == "keep_state"):
         raise ValueError(
             f"{type(optimizer).__name__} {reason}: what a shrunk step took back would return with the next step. Use "
             "shrink='restep', or Gate() with on_reject='restore'"

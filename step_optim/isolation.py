@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit for bit: NaN equals itself, -0.0 does not equal 0.0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if a.device.type == "meta":  # no bits at all: an inner step has to say itself that it cannot work on these
+        return True
     a, b = a.detach(), b.detach()
     if a.is_complex():
         a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
@@ -74,6 +77,7 @@ class _Modes:
         self.modules: list[nn.Module] = []
         self._hook = RemovableHandle(_global_forward_pre_hooks)  # known before there is a hook that it removes
         self._seen: dict[int, tuple[nn.Module, bool, dict[str, tuple[Tensor, Tensor]]]] = {}
+        self._patched: list[tuple[Any, Any]] = []
 
     def quiet(self, module: nn.Module, _inputs: Any = None) -> None:
         """Save one module's flag and its own buffers, then switch it to eval mode."""
@@ -85,6 +89,13 @@ class _Modes:
         self.modules.append(module)
         module.training = False
 
+    def without_autocast(self, module: Any) -> None:
+        """Undo what accelerate does to ``forward``: it puts autocast inside, out of reach from out here."""
+        patched = vars(module).get("forward")
+        if type(getattr(patched, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":  # its outermost decorator
+            self._patched.append((module, patched))
+            module.forward = module._original_forward
+
     def watch(self) -> None:
         """Quiet every further module as it is called."""
         _global_forward_pre_hooks[self._hook.id] = self.quiet
@@ -93,6 +104,8 @@ class _Modes:
     def restore(self) -> None:
         """Put every flag and every buffer back, object and bits."""
         self._hook.remove()
+        for patched, forward in self._patched:
+            patched.forward = forward
         for module, training, buffers in reversed(self._seen.values()):  # a compiled module shares its inner one's flag
             reshard(module)
             module.training = training
@@ -136,9 +149,20 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
         for root in modules:
             for module in root.modules():
                 modes.quiet(module)
+                modes.without_autocast(module)
         modes.watch()
         settings.quiet(grad=grad)
         yield modes.modules
+
+
+_FIRES_TWICE = (
+    "ignore",
+    re.compile(r"Using `torch.compile\(module\)` when there are global hooks"),
+    UserWarning,
+    None,
+    0,
+)
+"""A compiled module warns of global hooks; `_Modes.quiet` is one that may fire twice."""
 
 
 class _Settings:
@@ -164,8 +188,8 @@ class _Settings:
         parametrize._cache_enabled, parametrize._cache = 0, {}
         if self._dynamo is not None:
             torch.compiler.set_stance("force_eager")
-            # A compiled module says that global hooks fire twice; `_Modes.quiet` is one that may.
-            warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
+            # Not by warnings.filterwarnings, after which every warning that was shown once is shown again.
+            warnings.filters.insert(0, _FIRES_TWICE)  # type: ignore[attr-defined]
 
     def restore(self) -> None:
         """Set all of them as they were."""

@@ -58,8 +58,9 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the data: of a subclass (DTensor, quantized state) or a sparse tensor, its parts."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from plain_tensors(getattr(tensor, name))
+        for part in (getattr(tensor, name) for name in names):
+            if isinstance(part, Tensor):  # a DTensor names its device mesh, too
+                yield from plain_tensors(part)
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout is torch.strided:

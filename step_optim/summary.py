@@ -10,7 +10,7 @@ from step_optim.telemetry import StepRecord
 
 
 class Summary:
-    """Running totals of a run; they survive a checkpoint.
+    """Running totals of a run. They survive a checkpoint, but for the times: equal runs have equal checkpoints.
 
     >>> Summary().figures()["steps"]
     0
@@ -72,7 +72,7 @@ class Summary:
 
     def state_dict(self) -> dict[str, float]:
         """Plain numbers, which the constructor takes."""
-        return dict(self._sums)
+        return {name: value for name, value in self._sums.items() if not name.endswith("_seconds")}
 
 
 def _per(total: float, count: float) -> float | None:

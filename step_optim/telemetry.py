@@ -215,8 +215,13 @@ def _mend(file: FileIO) -> None:
 Sink = Callable[[StepRecord], None]
 
 
-def open_log(log: Any, header: Callable[[], Mapping[str, Any]]) -> Sink:
+def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[[], bool] = lambda: True) -> Sink:
     """Read the argument ``log=``: None, a path, an object with ``log(dict, step=...)``, or a callable(dict, step).
+
+    Args:
+        log: that argument.
+        header: makes the first line of a file.
+        first: whether this process writes the file, if there are several.
 
     Raises:
         TypeError: none of these.
@@ -226,7 +231,8 @@ def open_log(log: Any, header: Callable[[], Mapping[str, Any]]) -> Sink:
     if isinstance(log, (str, Path)):
         if not str(log) or Path(log).is_dir():
             raise ValueError(f"log={str(log)!r} is no file; give a path like 'runs/step.jsonl', or None for no log")
-        return JSONLWriter(log, header)
+        write = JSONLWriter(log, header)
+        return lambda record: write(record) if first() else None
     if callable(getattr(log, "log", None)):
         return lambda record: log.log(record.flat(), step=record.step)
     if callable(log):

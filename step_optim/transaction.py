@@ -17,7 +17,7 @@ from step_optim.audit import Audit, FunctionKL, KLClosure
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
 from step_optim.isolation import RNGState, isolated
-from step_optim.line import Line
+from step_optim.line import Line, loss_closure
 from step_optim.movement import Movement
 from step_optim.ranks import Ranks
 from step_optim.snapshot import Weights
@@ -97,11 +97,11 @@ class Transaction:
         finally:
             self.seconds[phase] += time.perf_counter() - start
 
-    def propose(self, closure: Any, inner: dict[str, Any]) -> Any:
+    def propose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the inner step: theta~ = OptStep(theta_t, gradient)."""
-        self.rewind = self.rewind and closure is None
+        self.rewind = self.rewind and loss_closure(args, kwargs) is None
         with self.clock("inner"), self.state.watch_groups():
-            return self.line.propose(closure, inner)
+            return self.line.propose(args, kwargs)
 
     def moved(self) -> bool:
         """Whether any bit of the weights, on any rank, differs from theta_t."""
@@ -129,7 +129,8 @@ class Transaction:
             return self._point(audit, alpha=1.0)
 
     def _audit(self) -> Audit:
-        with self.state.watch_groups(), nullcontext() if self.kl.isolates else isolated(self.kl.modules()):
+        isolation = nullcontext() if self.kl.isolates else isolated(self.kl.modules())
+        with self.kl.together(), self.state.watch_groups(), isolation:
             return self._pooled(self.kl.audit())
 
     def _pooled(self, audit: Audit) -> Audit:

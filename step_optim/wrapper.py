@@ -6,7 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
+
+from step_optim import hooks
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -18,6 +21,15 @@ _HOOKS = (
 )
 
 
+def _of_the_inner(name: str) -> property:
+    """An attribute that is read, set and deleted on the inner optimizer."""
+    return property(
+        lambda self: getattr(self._inner, name),
+        lambda self, value: setattr(self._inner, name, value),
+        lambda self: delattr(self._inner, name),
+    )
+
+
 class OptimizerWrapper(Optimizer):
     """Forwards everything to an inner optimizer.
 
@@ -26,8 +38,11 @@ class OptimizerWrapper(Optimizer):
     of the parameter groups, which goes stale with the first load_state_dict.
     """
 
-    # GradScaler would hand grad_scale and found_inf to the wrapper, where no kernel reads them.
+    # GradScaler itself unscales, and skips the steps that overflow: those are no proposals. What a user sets for a
+    # fused kernel goes where the kernel reads it.
     _step_supports_amp_scaling = False
+    grad_scale = _of_the_inner("grad_scale")
+    found_inf = _of_the_inner("found_inf")
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._inner = optimizer
@@ -77,6 +92,26 @@ class OptimizerWrapper(Optimizer):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Write a public attribute that only the inner optimizer has (`rho`, `d0`, ...) where it is read."""
+        if self._is_inner_attribute(name):
+            setattr(self._inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute where `__setattr__` writes it."""
+        if self._is_inner_attribute(name):
+            delattr(self._inner, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_inner_attribute(self, name: str) -> bool:
+        # Hosts keep notes of their own here (Lightning, schedulers): those have private or new names.
+        inner = self.__dict__.get("_inner")
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        return inner is not None and not own and hasattr(inner, name)
+
     def zero_grad(self, set_to_none: bool | None = None, **kwargs: Any) -> None:
         """Reset the gradients of the inner optimizer's parameters."""
         if set_to_none is not None:  # accelerate looks for the name in the signature
@@ -98,23 +133,24 @@ class OptimizerWrapper(Optimizer):
         self.train(False)
 
     def _run_hooks(self, name: str, *args: Any) -> list[Any]:
-        """Run the wrapper's own instance hooks; global hooks are the inner optimizer's to fire, once."""
+        """Run the wrapper's own instance hooks."""
         return [hook(self, *args) for hook in list(getattr(self, name).values())]
 
-    def _step_arguments(self, closure: Any) -> tuple[Any, ...]:
-        """The positional arguments of step(), as torch hands them to hooks."""
-        return (self,) if closure is None else (self, closure)
-
-    def _run_step_pre_hooks(self, closure: Any, inner: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Run the hooks before a step; one may replace the arguments by returning (args, kwargs)."""
-        for hook in list(self._optimizer_step_pre_hooks.values()):
-            replaced = hook(self, self._step_arguments(closure), inner)
+    def _run_step_pre_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """Run the hooks before a step, in torch's order; one may replace the arguments by returning (args, kwargs)."""
+        args = (self, *args)
+        for hook in [*hooks.pre_hooks(), *self._optimizer_step_pre_hooks.values()]:
+            replaced = hook(self, args, kwargs)
             if replaced is not None:
                 if not isinstance(replaced, tuple) or len(replaced) != 2:
                     raise RuntimeError(f"a step pre-hook returned {replaced!r:.60}; return None or (args, kwargs)")
-                (_, *rest), inner = replaced
-                closure = rest[0] if rest else None
-        return closure, inner
+                args, kwargs = replaced
+        return args[1:], kwargs
+
+    def _run_step_post_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the hooks after a step, in torch's order."""
+        for hook in [*self._optimizer_step_post_hooks.values(), *hooks.post_hooks()]:
+            hook(self, (self, *args), kwargs)
 
     def _own_state(self) -> dict[str, Any]:
         """What the wrapper adds to the checkpoint: plain values and tensors."""
@@ -158,6 +194,10 @@ class OptimizerWrapper(Optimizer):
 
 
 def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a ``step`` so that torch does not wrap it: the inner step fires the global hooks already."""
+    """Mark a ``step`` so that torch does not wrap it: it runs the hooks by itself, around the decision.
+
+    And keep it out of compiled code, where no audit can run; the inner step
+    may be compiled.
+    """
     step.hooked = True  # type: ignore[attr-defined]
-    return step
+    return _disable_dynamo(step)

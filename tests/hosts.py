@@ -124,10 +124,10 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]
 
 
-def check_transparent(loop: Loop, **options: Any) -> Stepped:
+def check_transparent(loop: Loop, stepped: type[Stepped] = Stepped, **options: Any) -> Stepped:
     """At an infinite budget nothing tells the wrapped run from the bare one, although every step was measured."""
     alone = run(loop, bare)
-    measured = Stepped(Budget(mean=math.inf), **options)
+    measured = stepped(Budget(mean=math.inf), **options)
     assert differing(run(loop, measured), alone) == []
     assert differing(run(loop, bare), alone) == []  # otherwise the comparison says nothing
     assert measured.optimizers
@@ -137,9 +137,15 @@ def check_transparent(loop: Loop, **options: Any) -> Stepped:
     return measured
 
 
-def check_acting(loop: Loop, budget: float, controller: Callable[[], Controller], action: Action) -> Stepped:
+def check_acting(
+    loop: Loop,
+    budget: float,
+    controller: Callable[[], Controller],
+    action: Action,
+    stepped: type[Stepped] = Stepped,
+) -> Stepped:
     """At a finite budget the controller acts, and nothing over budget was committed (`check_record`)."""
-    held = Stepped(Budget(mean=budget), controller)
+    held = stepped(Budget(mean=budget), controller)
     run(loop, held)
     assert action in held.actions()
     assert all(record.triggered == (record.candidate.mean > budget) for record in held.records)
@@ -147,11 +153,11 @@ def check_acting(loop: Loop, budget: float, controller: Callable[[], Controller]
     return held
 
 
-def check_host(loop: Loop) -> tuple[Stepped, Stepped, Stepped]:
+def check_host(loop: Loop, stepped: type[Stepped] = Stepped) -> tuple[Stepped, Stepped, Stepped]:
     """All that a host has to show: measured only, shrunk to half the typical movement, and rejected at zero."""
-    measured = check_transparent(loop)
+    measured = check_transparent(loop, stepped)
     budget = statistics.median(r.candidate.mean for r in measured.records if r.candidate.mean > 0) / 2
-    shrunk = check_acting(loop, budget, Interpolate, Action.SHRINK)
-    rejected = check_acting(loop, 0.0, Gate, Action.REJECT)
+    shrunk = check_acting(loop, budget, Interpolate, Action.SHRINK, stepped)
+    rejected = check_acting(loop, 0.0, Gate, Action.REJECT, stepped)
     assert rejected.actions() <= {Action.REJECT, Action.UNCHANGED}
     return measured, shrunk, rejected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import subprocess
 import sys
@@ -87,6 +88,26 @@ def test_custom_rl_holds_its_budget(tmp_path, controller):
         assert all(record.accepted.mean <= 1e-3 for record in records)
 
 
+def test_grpo_of_trl_gets_a_trust_region_in_three_lines(tmp_path):
+    """With TRL's defaults bare steps leave the budget while its clipping never acts; with STEP they keep to it."""
+    trl = pytest.importorskip("trl")
+    defaults = {field.name: field.default for field in dataclasses.fields(trl.GRPOConfig)}
+    assert (defaults["beta"], defaults["num_iterations"]) == (0.0, 1)
+    source = ROOT / "examples" / "trl_grpo.py"
+    marked = source.read_text().split("# ----")[1].splitlines()[1:]
+    assert sum(bool(line.strip()) for line in marked) == 3
+
+    shown = run(str(source), "--steps", "3", "--log", str(tmp_path / "logs"), directory=tmp_path)
+    bare, held = (read_log(tmp_path / "logs" / f"{name}.jsonl") for name in ("bare", "step"))
+    assert len(bare) == len(held) == 3
+    assert {record.action for record in bare} == {Action.COMMIT}
+    assert max(record.accepted.mean for record in bare) > 0.01
+    assert all(record.accepted.mean <= 0.01 for record in held)
+    assert Action.SHRINK in {record.action for record in held}
+    assert shown.count("clipping acted on 0%") == 2
+    assert f"bare {max(record.accepted.mean for record in bare):.5f}, budget 0.01000" in shown
+
+
 def test_the_package_is_typed_and_imports_no_integration():
     """py.typed is there; importing step_optim loads torch, but neither transformers nor bitsandbytes nor peft."""
     assert (importlib.resources.files("step_optim") / "py.typed").is_file()
@@ -98,3 +119,12 @@ def test_all_public_names_exist_and_are_documented():
     """Everything in __all__ can be imported and has a docstring."""
     for name in step_optim.__all__:
         assert getattr(step_optim, name).__doc__, name
+
+
+@pytest.mark.parametrize("options", [[], ["--fsdp"]])
+def test_several_processes_shrink_together(tmp_path, options):
+    """Two ranks, each with a part of the data and of the control set: one story, one set of weights."""
+    shown = run(str(ROOT / "examples" / "ddp.py"), "--steps", "4", *options, directory=tmp_path)
+    assert "shrink, alpha 0." in shown
+    assert "commit, alpha 1.000" in shown
+    assert shown.endswith("weights on 2 ranks: the same\n")

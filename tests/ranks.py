@@ -1,0 +1,116 @@
+"""Run a function in several processes at once: gloo, one thread each, kept for the next test. A hang is a failure."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import os
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 60
+"""Seconds until processes that have not answered are taken to hang."""
+
+
+class Hang(AssertionError):
+    """Some processes did not answer in time; the message has their stacks."""
+
+
+class Workers:
+    """A few processes that wait for something to do."""
+
+    def __init__(self, size: int = 4) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="step_optim_ranks_"))
+        self._jobs = 0
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        context = mp.get_context("spawn")
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, self._stacks(rank)), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        atexit.register(self.stop)
+
+    def _stacks(self, rank: int) -> str:
+        return str(self._folder / f"stacks{rank}")
+
+    def run(self, job: Callable[..., Any], size: int, backend: str, **arguments: Any) -> list[Any]:
+        """Return what ``job(**arguments)`` returns in each of ``size`` processes, in the order of their ranks.
+
+        Raises:
+            Hang: one does not return.
+            RuntimeError: one raises.
+        """
+        self._jobs += 1
+        store = self._folder / f"store{self._jobs}"
+        for rank in range(size):
+            group = {"backend": backend, "init_method": f"file://{store}", "rank": rank, "world_size": size}
+            self._pipes[rank].send((job, group, arguments))
+        answers: dict[int, Any] = {}
+        while len(answers) < size:
+            waiting = {self._pipes[rank]: rank for rank in range(size) if rank not in answers}
+            ready = wait(list(waiting), timeout=TIMEOUT)
+            if not ready:
+                raise Hang(self._what_they_do(list(waiting.values())))
+            for pipe in ready:
+                answers[waiting[pipe]] = pipe.recv()
+        errors = [f"rank {rank}:\n{text}" for rank, (text, _) in sorted(answers.items()) if text]
+        if errors:
+            raise RuntimeError("\n".join(errors))
+        return [answers[rank][1] for rank in range(size)]
+
+    def _what_they_do(self, ranks: list[int]) -> str:
+        for rank in ranks:
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        self._processes[ranks[0]].join(1)
+        stacks = [f"rank {rank}:\n{Path(self._stacks(rank)).read_text()}" for rank in ranks]
+        self.stop()
+        return "\n".join(stacks)
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+
+
+def _serve(pipe: Connection, stacks: str) -> None:
+    torch.set_num_threads(1)
+    with Path(stacks).open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file)
+        while True:
+            job, group, arguments = pipe.recv()
+            error, result = "", None
+            if group["backend"] == "nccl":
+                torch.cuda.set_device(group["rank"])
+            dist.init_process_group(**group)
+            try:
+                result = job(**arguments)
+            except BaseException:
+                error = traceback.format_exc()
+            dist.destroy_process_group()
+            pipe.send((error, result))
+
+
+_workers: list[Workers] = []
+
+
+def on_ranks(job: Callable[..., Any], size: int, *, backend: str = "gloo", **arguments: Any) -> list[Any]:
+    """Run a module-level function in ``size`` processes; those of the first call are kept."""
+    if not _workers:
+        _workers.append(Workers())
+    try:
+        return _workers[0].run(job, size, backend, **arguments)
+    except Hang:
+        _workers.clear()
+        raise
