@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.faults.campaign import Size
 from tests.faults.portrait import Portrait
-from tests.faults.worlds import SCENARIOS, World
+from tests.faults.worlds import World, build
 from tests.strategies import bits
 
 WRONG: dict[str, Callable[[Any], Any]] = {
@@ -42,7 +42,7 @@ class Checkpoints:
 
     def __init__(self, scenario: str) -> None:
         self.name = f"checkpoint/{scenario}"
-        self._build = SCENARIOS[scenario]
+        self._scenario = scenario
 
     def cases(self, size: Size, draw: random.Random) -> Iterable[str]:
         """Every entry of any depth missing or wrong in all ways; files cut at many lengths."""
@@ -66,7 +66,7 @@ class Checkpoints:
         return list(_load(world, whole, checkpoint, good, in_kl="kl" in path))
 
     def _run(self, folder: Path, steps: int) -> World:
-        world = self._build(folder)
+        world = build(self._scenario, folder)
         for step in range(steps):
             world.step(step)
         return world

@@ -20,7 +20,7 @@ import step_optim
 from step_optim import Action, STEPOptimizer, read_log
 from tests.faults.campaign import Size
 from tests.faults.portrait import Portrait, ambient_restored
-from tests.faults.worlds import SCENARIOS, World
+from tests.faults.worlds import World, build
 
 PACKAGE = str(Path(step_optim.__file__).parent)
 FOLLOW = 1
@@ -137,7 +137,7 @@ class Lines:
 
     def __init__(self, scenario: str) -> None:
         self.name = f"line/{scenario}"
-        self._build = SCENARIOS[scenario]
+        self._scenario = scenario
         self._known: Undisturbed | None = None
 
     def cases(self, size: Size, draw: random.Random) -> Iterator[str]:
@@ -157,7 +157,7 @@ class Lines:
             yield _name(*at, "signal")
 
     def _trace(self, folder: str, fault: str) -> Counter[Place]:
-        world = self._build(Path(folder))
+        world = build(self._scenario, Path(folder))
         for step in range(world.warm):
             world.step(step)
         world.prepare(world.warm)
@@ -171,7 +171,7 @@ class Lines:
         at, fault = _read_name(case)
         with ambient_restored():
             whole = self._undisturbed(folder)
-            world = self._build(folder)
+            world = build(self._scenario, folder)
             try:
                 return list(self._problems(world, whole, at, fault))
             except (Exception, KeyboardInterrupt) as error:
@@ -179,7 +179,7 @@ class Lines:
 
     def _undisturbed(self, folder: Path) -> Undisturbed:
         if self._known is None:
-            self._known = Undisturbed(self._build(folder))
+            self._known = Undisturbed(build(self._scenario, folder))
         return self._known
 
     def _problems(self, world: World, whole: Undisturbed, at: tuple[Place, int], fault: str) -> Iterator[str]:

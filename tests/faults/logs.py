@@ -13,7 +13,7 @@ from step_optim import read_log
 from step_optim.telemetry import JSONLWriter, StepRecord
 from tests.faults.campaign import Size
 from tests.faults.portrait import Portrait
-from tests.faults.worlds import SCENARIOS
+from tests.faults.worlds import build
 
 STEPS = 4
 GARBAGE = 600
@@ -21,7 +21,7 @@ GARBAGE = 600
 
 def _log(scenario: str, folder: Path) -> bytes:
     """The log of a short run."""
-    world = SCENARIOS[scenario](folder)
+    world = build(scenario, folder)
     for step in range(STEPS):
         world.step(step)
     return world.log.read_bytes()
@@ -143,10 +143,10 @@ class FullDisk:
     def run(self, case: str, folder: Path) -> list[str]:
         """Make one step on the full disk: it stands, its error is raised, and the log goes on afterwards."""
         hit, room = map(int, case.split("/"))
-        whole = SCENARIOS[self._scenario](folder / "whole")
+        whole = build(self._scenario, folder / "whole")
         for step in range(STEPS):
             whole.step(step)
-        world, problems = SCENARIOS[self._scenario](folder / "hit"), []
+        world, problems = build(self._scenario, folder / "hit"), []
         lost = False
         for step in range(STEPS):
             world.prepare(step)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from step_optim import hooks, undo
 from tests.faults.worlds import World
 from tests.strategies import bits
 
@@ -83,6 +84,8 @@ def _ambient() -> Any:
         torch.is_autocast_cache_enabled(),
         parametrize._cache_enabled,
         len(parametrize._cache),
+        sorted(hooks._PASSED_OVER),
+        len(undo._open.undos),
     )
 
 
@@ -97,6 +100,8 @@ def ambient_restored() -> Iterator[None]:
     try:
         yield
     finally:
+        undo._open.undos.clear()
+        hooks._PASSED_OVER.clear()
         module._global_forward_pre_hooks.clear()
         module._global_forward_pre_hooks.update(hooks)
         torch.set_grad_enabled(grad)

@@ -13,7 +13,7 @@ from torch import Tensor
 from step_optim import Action
 from tests.faults.campaign import Size
 from tests.faults.portrait import Portrait
-from tests.faults.worlds import SCENARIOS, World
+from tests.faults.worlds import World, build
 from tests.strategies import bits
 
 BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -25,7 +25,7 @@ class Values:
 
     def __init__(self, scenario: str) -> None:
         self.name = f"value/{scenario}"
-        self._build = SCENARIOS[scenario]
+        self._scenario = scenario
 
     def cases(self, size: Size, draw: random.Random) -> Iterable[str]:
         """Every place, value and extent."""
@@ -42,7 +42,7 @@ class Values:
         return list(_tensor(world, bare, whole, place, extent == "all", BAD[bad]))
 
     def _prepared(self, folder: Path) -> World:
-        world = self._build(folder)
+        world = build(self._scenario, folder)
         world.warm = max(world.warm, 1)  # there has to be some state
         for step in range(world.warm):
             world.step(step)
