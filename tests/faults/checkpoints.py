@@ -51,7 +51,7 @@ class Checkpoints:
         paths = ["/".join(path) for path in _paths({"step_optim": world.optimizer.state_dict()["step_optim"]})]
         cases = [f"{path}/{how}" for path in paths for how in ("missing", *WRONG)]
         cases += [f"file/{part}" for part in range(0, 100, 4)]
-        return draw.sample(cases, 25) if size is Size.QUICK else cases
+        return draw.sample(cases, 12) if size is Size.QUICK else cases
 
     def run(self, case: str, folder: Path) -> list[str]:
         """Load it: an error changes nothing; without one the run goes on as after the undamaged checkpoint."""

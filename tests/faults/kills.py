@@ -122,7 +122,7 @@ class Kills:
         changes = range(self._undisturbed()["changes"])
         cases = [str(change) for change in changes]
         cases += [f"{change}/{draw.randrange(8)}" for change in changes]
-        return draw.sample(cases, 4) if size is Size.QUICK else cases
+        return draw.sample(cases, 3) if size is Size.QUICK else cases
 
     def _undisturbed(self) -> dict[str, Any]:
         if not self._whole:

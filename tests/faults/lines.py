@@ -25,7 +25,7 @@ from tests.faults.worlds import World, build
 PACKAGE = str(Path(step_optim.__file__).parent)
 FOLLOW = 1
 """Undisturbed steps after the one with the fault."""
-SAMPLE = {Size.QUICK: 8, Size.NORMAL: 300}
+SAMPLE = {Size.QUICK: 4, Size.NORMAL: 300}
 """How many bytecodes of a scenario are hit, and in a quick run how many lines."""
 
 

@@ -93,7 +93,7 @@ def _ambient() -> Any:
 def ambient_restored() -> Iterator[None]:
     """One case that fails must not spoil those after it."""
     module = torch.nn.modules.module
-    hooks, grad, enabled = dict(module._global_forward_pre_hooks), torch.is_grad_enabled(), parametrize._cache_enabled
+    before, grad, enabled = dict(module._global_forward_pre_hooks), torch.is_grad_enabled(), parametrize._cache_enabled
     nesting = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     casts = [(device, torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")]
@@ -103,7 +103,7 @@ def ambient_restored() -> Iterator[None]:
         undo._open.undos.clear()
         hooks._PASSED_OVER.clear()
         module._global_forward_pre_hooks.clear()
-        module._global_forward_pre_hooks.update(hooks)
+        module._global_forward_pre_hooks.update(before)
         torch.set_grad_enabled(grad)
         parametrize._cache_enabled, parametrize._cache = enabled, {}
         for device, flag in casts:

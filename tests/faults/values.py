@@ -31,7 +31,7 @@ class Values:
         """Every place, value and extent."""
         names = [f"{place}/{extent}/{bad}" for place in PLACES for extent in ("one", "all") for bad in BAD]
         names += [f"loss/all/{bad}" for bad in BAD]
-        return draw.sample(names, 4) if size is Size.QUICK else names
+        return draw.sample(names, 3) if size is Size.QUICK else names
 
     def run(self, case: str, folder: Path) -> list[str]:
         """Take the step with the bad value, and the same step again without it."""
