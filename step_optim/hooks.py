@@ -9,6 +9,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from step_optim.undo import undone
+
 Hook = Callable[[Optimizer, Any, Any], Any]
 
 _PASSED_OVER: set[int] = set()
@@ -47,8 +49,6 @@ def inner_step(optimizer: Optimizer) -> Iterator[None]:
         for key, hook in list(hooks.items()):
             if not isinstance(hook, _Outside):
                 hooks[key] = _Outside(hook)
-    _PASSED_OVER.add(id(optimizer))
-    try:
+    with undone(lambda: _PASSED_OVER.discard(id(optimizer))):
+        _PASSED_OVER.add(id(optimizer))
         yield
-    finally:
-        _PASSED_OVER.discard(id(optimizer))

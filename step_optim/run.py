@@ -122,7 +122,7 @@ class Run:
 def _read(state: Mapping[str, Any]) -> tuple[Progress, Mapping[str, Any]]:
     """Read how far a run was, and its KL closure's part of the checkpoint."""
     try:
-        version, kl_state = state["version"], dict(state["kl"])
+        version, kl_state = _count(state["version"]), {str(name): value for name, value in state["kl"].items()}
         summary = Summary({str(name): float(value) for name, value in state["summary"].items()})
         summary.figures()
         progress = Progress(_count(state["step"]), _count(state["rejected_in_a_row"]), summary)
@@ -138,6 +138,6 @@ def _read(state: Mapping[str, Any]) -> tuple[Progress, Mapping[str, Any]]:
 
 
 def _count(value: Any) -> int:
-    if int(value) < 0:
-        raise ValueError(f"{value} steps")
-    return int(value)
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r:.60} counts nothing")
+    return value

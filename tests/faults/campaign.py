@@ -74,7 +74,10 @@ def run(groups: Iterable[Group], size: Size, seed: int, *, quiet: bool = False) 
 
 def one(group: Group, case: str, folder: Path, tally: Tally) -> list[str]:
     """Run one case; return its failure, if it failed."""
-    problems = group.run(case, folder)
+    try:
+        problems = group.run(case, folder)
+    except Exception as error:  # a fault that nothing foresaw
+        problems = [f"{type(error).__name__}: {error}"]
     tally.cases[group.name] += 1
     if not problems:
         return []

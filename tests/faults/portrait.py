@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from step_optim import hooks, undo
 from tests.faults.worlds import World
 from tests.strategies import bits
 
@@ -83,6 +84,8 @@ def _ambient() -> Any:
         torch.is_autocast_cache_enabled(),
         parametrize._cache_enabled,
         len(parametrize._cache),
+        sorted(hooks._PASSED_OVER),
+        len(undo._open.undos),
     )
 
 
@@ -90,15 +93,17 @@ def _ambient() -> Any:
 def ambient_restored() -> Iterator[None]:
     """One case that fails must not spoil those after it."""
     module = torch.nn.modules.module
-    hooks, grad, enabled = dict(module._global_forward_pre_hooks), torch.is_grad_enabled(), parametrize._cache_enabled
+    before, grad, enabled = dict(module._global_forward_pre_hooks), torch.is_grad_enabled(), parametrize._cache_enabled
     nesting = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     casts = [(device, torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")]
     try:
         yield
     finally:
+        undo._open.undos.clear()
+        hooks._PASSED_OVER.clear()
         module._global_forward_pre_hooks.clear()
-        module._global_forward_pre_hooks.update(hooks)
+        module._global_forward_pre_hooks.update(before)
         torch.set_grad_enabled(grad)
         parametrize._cache_enabled, parametrize._cache = enabled, {}
         for device, flag in casts:

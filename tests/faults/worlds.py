@@ -75,7 +75,6 @@ def _world(
     problem: Problem, folder: Path, budget: Budget | float, controller: Any = None, warm: int = WARM, **options: Any
 ) -> World:
     log = folder / "run.jsonl"
-    log.unlink(missing_ok=True)
     optimizer = STEPOptimizer(
         problem.optimizer, kl=problem.kl, budget=budget, controller=controller, log=log, **options
     )
@@ -189,3 +188,11 @@ SCENARIOS: dict[str, Callable[[Path], World]] = {
     "plain function": _plain,
     "distribution": _gaussian,
 }
+
+
+def build(scenario: str, folder: Path, *, fresh: bool = True) -> World:
+    """Build a run, from its start unless its log is there to be gone on with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        (folder / "run.jsonl").unlink(missing_ok=True)
+    return SCENARIOS[scenario](folder)
