@@ -67,6 +67,7 @@ class Transaction:
         self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
         self._here: Point | None = None
         self._rng: RNGState | None = None
+        self.ranks.begin()
 
     def begin(self) -> bool:
         """Take theta_t. True if these are the weights that were last committed."""
@@ -129,7 +130,9 @@ class Transaction:
 
     def _audit(self) -> Audit:
         with self.state.watch_groups(), nullcontext() if self.kl.isolates else isolated(self.kl.modules()):
-            return self._pooled(self.kl.audit())
+            with self.ranks.together():
+                audit = self.kl.audit()
+            return self._pooled(audit)
 
     def _pooled(self, audit: Audit) -> Audit:
         return replace(audit, movement=Movement.pooled(self.ranks.exchange(audit.movement)))
