@@ -41,9 +41,18 @@ def movement(kind: str, shard: bool) -> Any:
 
 
 def failing(
-    kind: str, where: str, error: str = "RuntimeError", on_error: str = "raise", culprit: int = 1, **options: Any
+    kind: str,
+    where: str,
+    error: str = "RuntimeError",
+    on_error: str = "raise",
+    culprit: int = 1,
+    nth: int = 1,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train four steps; in the third one rank fails. Return what each step was here, and the weights."""
+    """Train four steps; in the third one rank fails, ``"forward"`` in the midst of the audit's ``nth``.
+
+    Return what each step was here, and the weights.
+    """
     errors = {"RuntimeError": RuntimeError, "KeyboardInterrupt": KeyboardInterrupt, "MemoryError": MemoryError}
     guilty = dist.get_rank() == culprit
     now = -1
@@ -70,13 +79,12 @@ def failing(
         return kl
 
     run = Training(kind, shard=True, measure=measured, on_error=on_error, **({"budget": INF} | options))
-    # In the midst of the audit's second forward.
     forwards: list[int] = []
 
     def in_the_head(module: torch.nn.Module, _inputs: Any) -> None:
         if not module.training and now == 2:
             forwards.append(1)
-            if len(forwards) == 2:
+            if len(forwards) == nth:
                 fail("forward")
 
     run.plain.lm_head.register_forward_pre_hook(in_the_head)

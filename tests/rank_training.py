@@ -34,6 +34,13 @@ def batch(step: int, *, own: bool) -> Tensor:
     return ids[dist.get_rank() :: dist.get_world_size()] if own else ids
 
 
+class Capped(Bigram):
+    """Logits are capped behind the head, so that an audit reads the logits of each micro-batch by themselves."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return 3 * torch.tanh(super().forward(input_ids) / 3)
+
+
 class Training:
     """A run of one rank.
 
@@ -43,7 +50,7 @@ class Training:
         controller: its name.
         shard: whether the control set is sharded.
         own: whether each rank trains on its own part of the data.
-        exact: gradients from whole weights in every process, which no all-reduce has rounded.
+        exact: gradients from whole weights in every process, which no all-reduce has rounded; and a `Capped` model.
         measure: what to make of the TokenKL.
         device: where.
         **options: of `STEPOptimizer`.
@@ -66,7 +73,7 @@ class Training:
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
         torch.manual_seed(0)
         self.device = torch.device(device)
-        self.plain = Bigram().to(self.device)
+        self.plain = (Capped if exact else Bigram)().to(self.device)
         self.own, self.exact = own, exact
         if kind == "fsdp":
             fully_shard(self.plain.lm_head)
@@ -93,7 +100,7 @@ class Training:
 
     def _exact_loss(self, ids: Tensor) -> Tensor:
         weights = {name: _whole(p).requires_grad_() for name, p in self.plain.named_parameters()}
-        loss = _loss(torch.func.functional_call(Bigram(), weights, (ids[:, :-1],)), ids)
+        loss = _loss(torch.func.functional_call(Capped(), weights, (ids[:, :-1],)), ids)
         gradients = torch.autograd.grad(loss, list(weights.values()))
         for p, gradient in zip(self.plain.parameters(), gradients, strict=True):
             p.grad = _like(p, gradient)

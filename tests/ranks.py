@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -69,6 +70,8 @@ class Workers:
         for rank in range(size):
             group = {"backend": backend, "init_method": f"file://{store}", "rank": rank, "world_size": size}
             self._pipes[rank].send((job, group, arguments))
+        for rank in range(size):
+            assert self._pipes[rank].recv() == "connected"
         answers: dict[int, Any] = {}
         while len(answers) < size:
             waiting = {self._pipes[rank]: rank for rank in range(size) if rank not in answers}
@@ -77,7 +80,10 @@ class Workers:
             if not ready:
                 raise Hang(_errors(answers) + self._what_they_do(list(waiting.values())))
             for pipe in ready:
-                answers[waiting[pipe]] = _received(pipe)
+                try:
+                    answers[waiting[pipe]] = pipe.recv()
+                except EOFError:
+                    raise Hang(f"{_errors(answers)}rank {waiting[pipe]} has ended") from None
         if errors := _errors(answers):
             raise RuntimeError(errors)
         return [answers[rank][1] for rank in range(size)]
@@ -85,7 +91,10 @@ class Workers:
     def _what_they_do(self, ranks: list[int]) -> str:
         for rank in ranks:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
-        self._processes[ranks[0]].join(1)
+        for _ in range(100):  # they write their stacks when they are given the processor
+            if all(Path(self._stacks(rank)).stat().st_size for rank in ranks):
+                break
+            time.sleep(0.1)
         stacks = [f"rank {rank} hangs:\n{Path(self._stacks(rank)).read_text()}" for rank in ranks]
         self.stop()
         return "\n".join(stacks)
@@ -96,14 +105,6 @@ class Workers:
             process.kill()
             process.join()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _received(pipe: Connection) -> tuple[str, Any]:
-    try:
-        error, result = pipe.recv()
-    except EOFError:
-        return "the process has ended", None
-    return error, result
 
 
 def _errors(answers: dict[int, Any]) -> str:
@@ -121,6 +122,7 @@ def _serve(pipe: Connection, stacks: str) -> None:
             if group["backend"] == "nccl":
                 torch.cuda.set_device(group["rank"])
             dist.init_process_group(**group)
+            pipe.send("connected")
             try:
                 result = job(**arguments)
             except BaseException:
@@ -138,6 +140,6 @@ def on_ranks(job: Callable[..., Any], size: int, *, backend: str = "gloo", **arg
         _workers.append(Workers())
     try:
         return _workers[0].run(job, size, backend, **arguments)
-    except (Hang, RuntimeError):  # what they are left in is not for the next test
+    except Hang:  # what they are left in is not for the next call
         _workers.pop().stop()
         raise

@@ -13,7 +13,7 @@ from tests.ranks import on_ranks
 
 KINDS = ["ddp", "fsdp"]
 
-SCHEDULE = [math.inf, 4e-3, 1e-12, 4e-3, 1e-12, math.inf]
+SCHEDULE = [math.inf, 1e-3, 1e-12, 1e-3, 1e-12, math.inf]
 """Budgets under which a step is committed, shrunk or rejected."""
 
 WEIGHTS, KL = 1e-5, 1e-3

@@ -31,7 +31,7 @@ from tests.test_distributed import KINDS, same
 )
 def test_a_failure_of_one_rank_is_a_failure_of_all(kind, where, error, on_error):
     """The step is undone everywhere, all ranks hear of it, and the next one is a step like any other."""
-    results = on_ranks(jobs.failing, 2, kind=kind, where=where, error=error, on_error=on_error)
+    results = on_ranks(jobs.failing, 2, kind=kind, where=where, error=error, on_error=on_error, nth=2)
     expected = same(on_ranks(jobs.without_step, 2, kind=kind, left_out=2))
     for rank, result in enumerate(results):
         failed = result["outcomes"][2]
