@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_TWO_HOOKS = (
+    "ignore",
+    re.compile(r"Using `torch.compile\(module\)` when there are global hooks"),
+    UserWarning,
+    None,
+    0,
+)
+"""A compiled module says that global hooks fire twice; `_Modes.quiet` is one that may."""
 
 UNDO_ATTEMPTS = 5
 """How often an undo that fails (out of memory for a temporary, say) is begun again."""
@@ -208,10 +218,14 @@ def _no_compiled_code() -> Iterator[None]:
     if "torch._dynamo.eval_frame" not in sys.modules:
         yield
         return
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        # A compiled module says that global hooks fire twice; `_Modes.quiet` is one that may.
-        warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
-        yield
+    # Not catch_warnings: that makes python forget what it has shown already, and show it again at every step.
+    filters: Any = warnings.filters
+    filters.insert(0, _TWO_HOOKS)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        filters.remove(_TWO_HOOKS)
 
 
 @contextmanager
