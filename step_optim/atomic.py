@@ -76,6 +76,5 @@ class Atomic:
     def _undo(self, error: BaseException, *, fatal: bool) -> StepRecord:
         self._transaction.restore()
         self._run.drift = None
-        self._transaction.kl.join()
         self._transaction.ranks.confess(error, fatal=fatal)
         return self._transaction.failed(error)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -69,14 +68,6 @@ class KLClosure(ABC):
 
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Surround a measurement that all processes make together, in case that this one fails in it; see `join`."""
-        yield
-
-    def join(self) -> None:
-        """Take part, after a failure in this process, in the collectives for which the others wait."""
 
     def fingerprint(self, own: Collection[int] = ()) -> Any:
         """Changes when weights that the measurement reads were written; what it cannot see needs `refresh`.

@@ -106,6 +106,8 @@ class _Modes:
         self._hook.remove()
         for patched, forward in self._patched:
             patched.forward = forward
+        for module in self.modules:
+            end_forward(module)
         for module, training, buffers in reversed(self._seen.values()):  # a compiled module shares its inner one's flag
             reshard(module)
             module.training = training
@@ -211,6 +213,20 @@ def reshard(module: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(module, fsdp.FSDPModule):
         module.reshard()
+
+
+def end_forward(module: nn.Module) -> None:
+    """Let FSDP2 forget a forward that an exception has broken off: the next one would take itself for its rest.
+
+    It would not be resharded, and its backward pass would gather weights in
+    another order than the other processes do. (Before torch 2.13 it cannot.)
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule) or not hasattr(module, "reset_iter_state"):
+        return
+    state = module._get_fsdp_state()
+    if state._is_root and state._state_ctx.iter_forward_root is not None:
+        module.reset_iter_state()
 
 
 def has_fsdp(model: nn.Module) -> bool:

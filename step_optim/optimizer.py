@@ -272,7 +272,7 @@ class STEPOptimizer(OptimizerWrapper):
         anchored, run.anchored = run.anchored, None  # until it is certain again
         known = transaction.begin() and anchored is not None and anchored == transaction.fingerprint()
         if not all(ranks.same(transaction.limits, known)):
-            with transaction.clock("audit"), closure.together():
+            with transaction.clock("audit"), ranks.together():
                 closure.anchor()
             run.drift = None
         run.modules = closure.used or run.modules

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,20 @@ def _mend(file: FileIO) -> None:
 Sink = Callable[[StepRecord], None]
 
 
+class _FirstWriter:
+    """Writes the log in the first process; the others do not touch the file."""
+
+    def __init__(self, open_file: Callable[[], JSONLWriter], first: Callable[[], bool]) -> None:
+        self._open, self._first = open_file, first
+        self._writer = open_file() if first() else None
+
+    def __call__(self, record: StepRecord) -> None:
+        if self._first():
+            if self._writer is None:  # the processes are other ones by now
+                self._writer = self._open()
+            self._writer(record)
+
+
 def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[[], bool] = lambda: True) -> Sink:
     """Read the argument ``log=``: None, a path, an object with ``log(dict, step=...)``, or a callable(dict, step).
 
@@ -231,8 +246,7 @@ def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[
     if isinstance(log, (str, Path)):
         if not str(log) or Path(log).is_dir():
             raise ValueError(f"log={str(log)!r} is no file; give a path like 'runs/step.jsonl', or None for no log")
-        write = JSONLWriter(log, header)
-        return lambda record: write(record) if first() else None
+        return _FirstWriter(partial(JSONLWriter, log, header), first)
     if callable(getattr(log, "log", None)):
         return lambda record: log.log(record.flat(), step=record.step)
     if callable(log):

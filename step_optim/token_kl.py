@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,9 +97,7 @@ class TokenKL(LogitKL):
         self._live_head: Head | None = None
         part = Shard.of(control, micro_batch, shard)
         self.model, self.control = model, part.control
-        self.sharded, self._gathers = part.sharded, has_fsdp(model)
-        self._spare_forwards = part.spare if self._gathers else 0
-        self._owed = 0
+        self.sharded, self._spare_forwards = part.sharded, part.spare if has_fsdp(model) else 0
         self.prompts, self.members = len(self.control), part.members
         lengths = torch.tensor([len(response) for response in self.control.responses])
         self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts), lengths).to(control.device)
@@ -155,25 +153,7 @@ class TokenKL(LogitKL):
             logits = self._forward(batch)
         return tap.hidden if readout == "hidden" else logits[0]
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Count the forwards: in each of them FSDP2 gathers weights from all processes."""
-        self._owed = len(self._batch_list) + self._spare_forwards if self._gathers else 0
-        yield
-        self._owed = 0
-
-    def join(self) -> None:
-        """Make the forwards that are still to come; what they compute is of no interest."""
-        with isolated(self.modules()):
-            while self._owed:
-                with suppress(Exception):
-                    self._forward(self._batch_list[-1])
-
     def _forward(self, batch: Batch) -> Tensor:
-        if self._gathers:
-            for module in self.model.modules():
-                reshard(module)  # every forward gathers everything, whatever a process has done before: see `join`
-        self._owed = max(0, self._owed - 1)
         extra = {"attention_mask": batch.mask, "use_cache": False}
         out = _plain(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
         logits: Tensor = out if isinstance(out, Tensor) else out.logits

@@ -68,6 +68,7 @@ class Transaction:
         self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
         self._here: Point | None = None
         self._rng: RNGState | None = None
+        self.ranks.begin()
 
     def begin(self) -> bool:
         """Take theta_t. True if these are the weights that were last committed."""
@@ -130,8 +131,10 @@ class Transaction:
 
     def _audit(self) -> Audit:
         isolation = nullcontext() if self.kl.isolates else isolated(self.kl.modules())
-        with self.kl.together(), self.state.watch_groups(), isolation:
-            return self._pooled(self.kl.audit())
+        with self.state.watch_groups(), isolation:
+            with self.ranks.together():
+                audit = self.kl.audit()
+            return self._pooled(audit)
 
     def _pooled(self, audit: Audit) -> Audit:
         return replace(audit, movement=Movement.pooled(self.ranks.exchange(audit.movement)))
