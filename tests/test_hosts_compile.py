@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from step_optim import ControlSet, Interpolate, PolicyKL, STEPOptimizer, TokenKL
+from step_optim.isolation import isolated
 from tests.hosts import check_host, everything
 from tests.loops import OBSERVATIONS, Net, adamw, train
 from tests.models import tiny_llama
@@ -132,3 +135,15 @@ def test_a_compiled_inner_step():
         return everything(model, optimizer, losses=losses)
 
     check_host(loop)
+
+
+def test_an_audit_does_not_make_python_repeat_its_warnings():
+    """What is shown once in a bare run is shown once with an audit at every step."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            warnings.warn("once is enough", UserWarning, stacklevel=1)
+            with isolated():
+                pass
+    assert "torch._dynamo.eval_frame" in sys.modules
+    assert len(shown) == 1
