@@ -137,6 +137,7 @@ def test_a_compiled_inner_step():
     check_host(loop)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_an_audit_does_not_make_python_repeat_its_warnings():
     """What is shown once in a bare run is shown once with an audit at every step."""
     with warnings.catch_warnings(record=True) as shown:
