@@ -51,6 +51,7 @@ class Training:
         shard: whether the control set is sharded.
         own: whether each rank trains on its own part of the data.
         exact: gradients from whole weights in every process, which no all-reduce has rounded; and a `Capped` model.
+        micro_batch: of the audit; 2 makes 4 batches, 3 makes 3.
         measure: what to make of the TokenKL.
         device: where.
         **options: of `STEPOptimizer`.
@@ -65,6 +66,7 @@ class Training:
         shard: bool = False,
         own: bool = False,
         exact: bool = False,
+        micro_batch: int = 2,
         measure: Callable[[TokenKL], Any] = lambda kl: kl,
         device: str = "cpu",
         **options: Any,
@@ -83,7 +85,7 @@ class Training:
         self.inner = torch.optim.AdamW(self.model.parameters(), lr=0.05)
         self.optimizer: Any = self.inner
         if budget is not None:
-            kl = TokenKL(self.model, control_set().to(self.device), micro_batch=2, shard=shard)
+            kl = TokenKL(self.model, control_set().to(self.device), micro_batch=micro_batch, shard=shard)
             self.optimizer = STEPOptimizer(
                 self.inner, measure(kl), budget=_budget(budget), controller=CONTROLLERS[controller](), **options
             )

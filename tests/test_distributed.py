@@ -91,14 +91,19 @@ def test_more_ranks_are_close_to_one_where_gradients_are_reduced(kind, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_sharded_control_set_measures_what_one_process_measures(kind, size):
-    """All prompts, every slice, drift: to the bit, whatever the number of ranks."""
-    ((_, alone),) = on_ranks(jobs.movement, 1, kind="plain", shard=True)
-    for sharded, record in on_ranks(jobs.movement, size, kind=kind, shard=True):
+@pytest.mark.parametrize(("size", "micro_batch"), [(2, 2), (4, 2), (2, 3)])
+def test_a_sharded_control_set_measures_what_one_process_measures(kind, size, micro_batch):
+    """All prompts, every slice, drift: to the bit, whatever the number of ranks, of unequal parts too."""
+    ((_, alone),) = on_ranks(jobs.movement, 1, kind="plain", micro_batch=micro_batch)
+    for sharded, record in on_ranks(jobs.movement, size, kind=kind, micro_batch=micro_batch):
         assert sharded
         for name in ("candidate", "accepted", "reference_drift"):
             assert record[name] == alone[name]
+
+
+def test_gradients_are_averaged_by_the_number_of_prompts():
+    """The weighted mean of all ranks, of real and complex tensors."""
+    assert same(on_ranks(jobs.averaged, 2)) == [[1.75, 1.75], [0.75j]]
 
 
 def test_unequal_budgets_are_an_error_everywhere():
