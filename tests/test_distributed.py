@@ -90,6 +90,16 @@ def test_more_ranks_are_close_to_one_where_gradients_are_reduced(kind, size):
         assert_close(result, alone)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "root"])
+def test_a_frozen_head_may_be_sharded(kind):
+    """FSDP2 takes its whole weight away behind every forward, and the audit does without."""
+    options = {"budget": [1e-4] * 6, "frozen_head": True}
+    alone = on_ranks(jobs.train, 1, kind="plain", **options)[0]
+    assert "shrink" in {record["action"] for record in alone["records"]}
+    for result in on_ranks(jobs.train, 2, kind=kind, own=True, shard=True, **options):
+        assert_close(result, alone)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "micro_batch"), [(2, 2), (4, 2), (2, 3)])
 def test_a_sharded_control_set_measures_what_one_process_measures(kind, size, micro_batch):
