@@ -173,9 +173,9 @@ class Ranks:
             error: what was raised.
             fatal: whether it is going to be raised out of `step()`, here and so everywhere.
         """
-        if self._group() is None or self._failed is not None:
+        if self._group() is None:
             return
-        with suppress(PeerFailed):  # its own, or of others in the same moment
+        with suppress(PeerFailed):  # they know of one already; or hear of this one, and perhaps of others
             self._hear(_Failure(f"{type(error).__name__}: {error}", fatal))
 
     def agree(self, value: T) -> T:

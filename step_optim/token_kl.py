@@ -169,10 +169,10 @@ class TokenKL(LogitKL):
                 self.control.check_vocabulary(truth.shape[-1])
             if head is None or not _agree(self._try_rows(batch), truth):
                 return "full"
-            if type(head) is not nn.Linear or hasattr(
-                head.weight, "placements"
-            ):  # a sharded head is in its forward only
-                return "rows"
+            for module in self.model.modules():
+                reshard(module)
+            if type(head) is not nn.Linear or hasattr(head.weight, "placements"):
+                return "rows"  # under FSDP2 the whole head is there in a forward only
             if head.weight.shape[0] != truth.shape[-1]:
                 return "rows"
             plain = Head(head.weight.float(), None if head.bias is None else head.bias.float())

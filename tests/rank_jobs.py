@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL
+from step_optim.ranks import Ranks
+from step_optim.transaction import Transaction
 from tests.rank_training import INF, Training, local, story
 from tests.strategies import Policy
 
@@ -33,9 +35,9 @@ def train(kind: str, *, steps: int = 6, budget: Any = None, **options: Any) -> d
     return {"records": records, "weights": run.weights(), "values": run.values(), "state": run.state()}
 
 
-def movement(kind: str, shard: bool) -> Any:
+def movement(kind: str, **options: Any) -> Any:
     """Measure a change of the weights which is the same everywhere."""
-    run = Training(kind, budget=INF, shard=shard, exact=True)
+    run = Training(kind, budget=INF, shard=True, exact=True, **options)
     kl = run.optimizer._run.kl
     run.step(0)
     run.step(1)
@@ -83,13 +85,13 @@ def failing(
     run = Training(kind, shard=True, measure=measured, on_error=on_error, **({"budget": INF} | options))
     forwards: list[int] = []
 
-    def in_the_head(module: torch.nn.Module, _inputs: Any) -> None:
+    def in_the_embedding(module: torch.nn.Module, _inputs: Any) -> None:
         if not module.training and now == 2:
             forwards.append(1)
             if len(forwards) == nth:
                 fail("forward")
 
-    run.plain.lm_head.register_forward_pre_hook(in_the_head)
+    run.plain.embed.register_forward_pre_hook(in_the_embedding)
     plain_step = run.inner.step
 
     def inner_step(*args: Any, **kwargs: Any) -> Any:
@@ -107,7 +109,12 @@ def failing(
         fail("loss")
         return loss
 
+    def describe(self: Transaction, *args: Any) -> Any:
+        fail("describe")
+        return plain_describe(self, *args)
+
     outcomes, exact = [], True
+    plain_describe, Transaction.describe = Transaction.describe, describe  # type: ignore[method-assign]
     for now in range(4):
         if where != "loss":
             run.loss(now)
@@ -119,6 +126,7 @@ def failing(
             outcomes.append(f"{type(raised).__name__}: {raised}")
         if outcomes[-1] != "commit":
             exact = exact and run.picture() == before
+    Transaction.describe = plain_describe  # type: ignore[method-assign]
     return {"outcomes": outcomes, "exact": exact, "weights": run.weights(), "last": run.optimizer.last.step}
 
 
@@ -177,6 +185,12 @@ def uneven() -> list[dict[str, Any]]:
         run.step(step)
         stories.append(story(run.optimizer.last))
     return stories
+
+
+def averaged() -> list[Any]:
+    """Average tensors of this rank, weighted with its number."""
+    mine = [torch.full((2,), 1.0 + dist.get_rank()), torch.tensor([complex(0, dist.get_rank())])]
+    return [tensor.tolist() for tensor in Ranks().average(mine, weight=1 + 2 * dist.get_rank())]
 
 
 def unequal_budgets() -> str:

@@ -51,6 +51,8 @@ class Training:
         shard: whether the control set is sharded.
         own: whether each rank trains on its own part of the data.
         exact: gradients from whole weights in every process, which no all-reduce has rounded; and a `Capped` model.
+        frozen_head: whether the head is not trained.
+        micro_batch: of the audit; 2 makes 4 batches, 3 makes 3.
         measure: what to make of the TokenKL.
         device: where.
         **options: of `STEPOptimizer`.
@@ -65,6 +67,8 @@ class Training:
         shard: bool = False,
         own: bool = False,
         exact: bool = False,
+        frozen_head: bool = False,
+        micro_batch: int = 2,
         measure: Callable[[TokenKL], Any] = lambda kl: kl,
         device: str = "cpu",
         **options: Any,
@@ -74,16 +78,17 @@ class Training:
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.plain = (Capped if exact else Bigram)().to(self.device)
+        self.plain.lm_head.requires_grad_(not frozen_head)
         self.own, self.exact = own, exact
         if kind == "fsdp":
             fully_shard(self.plain.lm_head)
         if kind in ("fsdp", "root"):
             fully_shard(self.plain)
         self.model: nn.Module = DistributedDataParallel(self.plain) if kind == "ddp" else self.plain
-        self.inner = torch.optim.AdamW(self.model.parameters(), lr=0.05)
+        self.inner = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.05)
         self.optimizer: Any = self.inner
         if budget is not None:
-            kl = TokenKL(self.model, control_set().to(self.device), micro_batch=2, shard=shard)
+            kl = TokenKL(self.model, control_set().to(self.device), micro_batch=micro_batch, shard=shard)
             self.optimizer = STEPOptimizer(
                 self.inner, measure(kl), budget=_budget(budget), controller=CONTROLLERS[controller](), **options
             )

@@ -27,6 +27,7 @@ from tests.test_distributed import KINDS, same
         ("fsdp", "inner", "RuntimeError"),
         ("ddp", "loss", "RuntimeError"),
         ("fsdp", "loss", "KeyboardInterrupt"),
+        ("ddp", "describe", "KeyboardInterrupt"),
     ],
 )
 def test_a_failure_of_one_rank_is_a_failure_of_all(kind, where, error, on_error):
