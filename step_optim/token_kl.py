@@ -164,6 +164,8 @@ class TokenKL(LogitKL):
 
     def join(self) -> None:
         """Make the forwards that are still to come; what they compute is of no interest."""
+        if not self._owed:
+            return
         with isolated(self.modules()):
             while self._owed:
                 with suppress(Exception):
