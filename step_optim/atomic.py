@@ -41,9 +41,15 @@ class Atomic:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         """End the step, unless that is done; True if the error is settled by a rejection."""
+        try:
+            finish(self._depth)
+        finally:
+            torch.set_grad_enabled(self._grad)
+            settled = self._end(error)
+        return settled
+
+    def _end(self, error: BaseException | None) -> bool:
         transaction, run = self._transaction, self._run
-        finish(self._depth)
-        torch.set_grad_enabled(self._grad)
         if transaction.over:
             return False
         stands, record = transaction.record is not None, transaction.record

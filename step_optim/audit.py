@@ -209,9 +209,8 @@ class ReferenceKL(KLClosure):
         self._origin = None
 
     def fingerprint(self, own: Collection[int] = ()) -> Any:
-        """Of every parameter and buffer of the model's modules and of those that were used; see `fingerprint`."""
-        present = [module for root in self.modules() for module in root.modules()]  # one may have been replaced
-        return fingerprint(dict.fromkeys([*present, *self.used]), own)
+        """Of every parameter and buffer of the modules that were used; see `fingerprint.fingerprint`."""
+        return fingerprint(self.used, own)
 
     @property
     def measures_drift(self) -> bool:

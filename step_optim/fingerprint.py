@@ -17,17 +17,20 @@ model at every step (134M weights on one CPU thread: 0.9 s against 8 ms)."""
 
 
 def fingerprint(modules: Iterable[nn.Module], own: Collection[int] = ()) -> Any:
-    """Identity, place, version, requires_grad and bits of every parameter and buffer of some modules.
+    """Identity, place, version, requires_grad and bits of every parameter and buffer of some modules; their children.
 
     An ordinary write counts up a tensor's version. One through `.data`, and
     the kernels of some optimizers, do not, so bits are summed up besides: all
     of a trained tensor, `SAMPLE` evenly spread elements of a frozen one. What
-    stays unseen is an edit of a *part* of a *frozen* tensor through `.data`.
+    stays unseen is an edit of a *part* of a *frozen* tensor through `.data`, and
+    what is no tensor and no module (a scaling factor).
 
     Args:
         modules: those whose own parameters and buffers count (not their children's).
         own: ids of the parameters whose bits the caller compares itself.
     """
+    modules = list(modules)
+    children = [id(child) for module in modules for child in module._modules.values()]
     tensors = list(_tensors(modules))
     marks = [
         (id(tensor), tensor.data_ptr(), tensor._version, needs_grad)
@@ -38,7 +41,7 @@ def fingerprint(modules: Iterable[nn.Module], own: Collection[int] = ()) -> Any:
     for tensor, needs_grad, identity in tensors:
         if identity not in own and tensor.numel() > 0 and tensor.device.type != "meta":
             sums.setdefault(tensor.device, []).append(_sum_of_bits(tensor if needs_grad else _sample(tensor)))
-    return marks, [torch.stack(parts).tolist() for parts in sums.values()]
+    return children, marks, [torch.stack(parts).tolist() for parts in sums.values()]
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[Tensor, bool, int]]:

@@ -161,9 +161,9 @@ class STEPOptimizer(OptimizerWrapper):
         """Take the reference anew at the next step.
 
         Needed after an edit that cannot be noticed: of a part of a frozen
-        weight through `.data` (whole ones are; see `fingerprint`), or of what a
-        `PolicyKL` function closes over: observations, or another module where
-        no ``model=`` is given.
+        weight through `.data` (whole ones are; see `fingerprint`), of a plain
+        attribute of a module (a scaling factor), or of what a `PolicyKL`
+        function closes over: observations, or another model.
 
         Args:
             restart_drift: also make the policy at the next step pi_ref. Needed

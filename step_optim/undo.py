@@ -30,8 +30,10 @@ def depth() -> int:
 def finish(depth: int) -> None:
     """Undo what was opened since there was this much to undo."""
     while len(_open.undos) > depth:
-        uninterrupted(_open.undos[-1])
-        _open.undos.pop()
+        try:
+            uninterrupted(_open.undos[-1])
+        finally:  # what fails for good must not keep the others from being undone
+            _open.undos.pop()
 
 
 @contextmanager

@@ -291,3 +291,26 @@ def test_an_error_that_is_raised_is_in_the_log_too():
     problem.backward(0)
     problem.kl.fn = Bomb(problem.kl.fn, 2, RuntimeError("boom"))
     survives(problem, optimizer, RuntimeError("boom"))
+
+
+def test_an_audit_that_cannot_be_cleaned_up_does_not_keep_the_step_from_being_undone(monkeypatch):
+    """A device that fails for good while module flags are put back costs those flags, not the weights."""
+    problem = token_problem(5)
+    optimizer = wrap(problem, Budget(mean=math.inf))
+    problem.backward(0)
+    optimizer.step()
+    problem.backward(1)
+    before = picture(problem.model, optimizer)
+
+    def broken(*_):
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="device lost"):
+        patched.setattr("step_optim.isolation._Modes.restore", broken)
+        optimizer.step()
+    after = picture(problem.model, optimizer)
+    assert (after["parameters"], after["state"]) == (before["parameters"], before["state"])
+    assert "device lost" in optimizer.last.error
+    torch.nn.modules.module._global_forward_pre_hooks.clear()
+    optimizer.step()
+    assert optimizer.last.action is Action.COMMIT

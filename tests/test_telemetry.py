@@ -1,6 +1,8 @@
 """Telemetry: records that survive JSON, logs that survive a kill, summaries that survive a checkpoint."""
 
+import contextlib
 import copy
+import dataclasses
 import json
 import math
 import signal
@@ -14,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_optim import Action, Budget, Gate, Limits, Movement, STEPOptimizer, StepRecord, read_log, summarise
+from step_optim import Action, Budget, Gate, Limits, Movement, STEPOptimizer, StepRecord, read_log, summarise, telemetry
 from step_optim.summary import Summary
 from step_optim.telemetry import JSONLWriter, TrialRecord, read_trace
 
@@ -312,6 +314,58 @@ def test_a_log_torn_in_its_header(tmp_path) -> None:
         assert read_log(path) == []
         run(1, log=path)
         assert len(read_log(path)) == 1
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path) -> None:
+    """A record that was read before a log is written on is read afterwards."""
+    path = tmp_path / "run.jsonl"
+    run(3, log=path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [record.step for record in read_log(path)] == [0, 1, 2]
+    JSONLWriter(path, dict)(dataclasses.replace(read_log(path)[-1], step=3))
+    assert [record.step for record in read_log(path)] == [0, 1, 2, 3]
+
+
+def test_a_record_is_one_write_of_a_whole_line(tmp_path, monkeypatch) -> None:
+    """Between two writes there are whole lines only; the header comes with the first record."""
+    path, writes = tmp_path / "run.jsonl", []
+    append = telemetry._append
+    monkeypatch.setattr(telemetry, "_append", lambda file, data: writes.append(data) or append(file, data))
+    run(3, log=path)
+    assert [write.count(b"\n") for write in writes] == [2, 1, 1]
+    assert all(write.endswith(b"\n") for write in writes)
+    assert b"".join(writes) == path.read_bytes()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_ends_half_way_is_cut_off_before_the_next(tmp_path, monkeypatch, failing, error) -> None:
+    """A disk that was full for a while costs the records of that while, the header excepted, and glues nothing."""
+    path = tmp_path / "run.jsonl"
+    writer, whole = JSONLWriter(path, lambda: {"who": "test"}), telemetry._append
+    record = StepRecord(0, Action.COMMIT, Movement(0.1), Movement(0.1), Limits(mean=1.0))
+
+    def half(file, data) -> None:
+        file.write(data[: len(data) // 2 + 20])
+        raise error
+
+    for step in range(3):
+        monkeypatch.setattr(telemetry, "_append", half if step == failing else whole)
+        with pytest.raises(type(error)) if step == failing else contextlib.nullcontext():
+            writer(dataclasses.replace(record, step=step))
+        assert [r.step for r in read_log(path)] == [s for s in range(step + 1) if s != failing]
+    assert all(strict(line) for line in path.read_text().splitlines())
+    assert read_trace(path).header["who"] == "test"
+
+
+@pytest.mark.parametrize("line", ["{}", '{"step": "x", "action": "commit"}', '{"step_optim": "new"}', "[" * 100_000])
+def test_a_line_that_is_no_record_is_refused_by_its_number(tmp_path, line) -> None:
+    """Valid JSON that is not ours, and what no JSON reader takes, are errors that name the place."""
+    path = tmp_path / "run.jsonl"
+    run(2, log=path)
+    path.write_text(path.read_text() + line + "\n" + path.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(ValueError, match=r"run\.jsonl.*(line 4|schema 'new')"):
+        read_log(path)
 
 
 @pytest.mark.parametrize("content", ["my thesis\n", '{"epoch": 1}\n', "\x00\x01"])
