@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from step_optim.controllers import Controller, Gate, Outcome, Trial
@@ -30,9 +31,12 @@ class Part(Controller):
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
+        self.line: list[Tensor] = []
 
     def decide(self, trial: Trial) -> Outcome:
         """Accept the point at alpha."""
+        ends = zip(trial.weights.previous, trial.weights.candidate, strict=True)
+        self.line = [torch.lerp(previous, candidate, self.alpha) for previous, candidate in ends]
         return trial.accept(trial.at(self.alpha))
 
 
@@ -93,6 +97,7 @@ class Sticking:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.off_the_line = ""
         self.committed = [follow(Probe(setup), depth, _commit) for depth in DEPTHS]
 
     def weights_only(self) -> float:
@@ -100,7 +105,7 @@ class Sticking:
         return self._smallest(follow(Probe(self.setup), depth, _put_weights_back) for depth in DEPTHS)
 
     def half(self, **options: Any) -> float:
-        """Have `STEPOptimizer` commit half of the step."""
+        """Have `STEPOptimizer` commit half of the step; note it if that is not on the line."""
         paths = [self._part(depth, 0.5, QUIET, options) for depth in DEPTHS]
         share = self._smallest(paths)
         return share if share >= STICKS or not self._near_weights(options) else max(share, self._midway(paths, options))
@@ -131,8 +136,29 @@ class Sticking:
         return min((share for share in found if not math.isnan(share)), default=math.nan)
 
     def _part(self, depth: int, alpha: float, quiet: Sequence[int], options: dict[str, Any]) -> Path:
-        probe = Probe(self.setup, {"controller": Part(alpha)} | options)
-        return follow(probe, depth, Probe.over_budget, quiet)
+        part = Part(alpha)
+        probe = Probe(self.setup, {"controller": part} | options)
+
+        def move(probe: Probe, seed: int) -> None:
+            probe.over_budget(seed)
+            if "shrink" not in options:
+                self._check_line(probe, part)
+
+        return follow(probe, depth, move, quiet)
+
+    def _check_line(self, probe: Probe, part: Part) -> None:
+        """The weights are the interpolated ones to the bit; or to one rounding, if masters were interpolated."""
+        moved = [p.detach() for p in probe.parameters if p.requires_grad]
+        for p, point in zip(moved, part.line, strict=False):
+            off = (p - point).abs()
+            if off.any() and not (self._has_masters(probe) and (off <= torch.finfo(p.dtype).eps * p.abs()).all()):
+                self.off_the_line = f"half a step is off the line between the weights by {float(off.max()):.1e}"
+
+    def _has_masters(self, probe: Probe) -> bool:
+        tensors = (t for state in probe.inner.state.values() for t in state.values() if isinstance(t, Tensor))
+        return any(
+            t.element_size() > p.element_size() and t.shape == p.shape for t in tensors for p in probe.parameters
+        )
 
     def restep(self) -> str:
         """Why the step at a sixteenth of its learning rate is not about a sixteenth of it; empty if it is."""
