@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from step_optim.controllers import Controller, Gate, Outcome, Trial
-from step_optim.param_like import known_copies
+from step_optim.testing.copying import are_copies
 from step_optim.testing.probe import Probe, Setup, brief
 from step_optim.testing.verdict import STICKS
 
@@ -49,12 +49,16 @@ class Path:
     later: list[Tensor]
 
     def sticks(self, committed: Path) -> float:
-        """Smallest share of the way from here to the committed step that is still there later."""
+        """Smallest share of the way from here to the committed step that is still there later, neither less nor more.
+
+        <committed' - this', committed - this> / ‖committed - this‖², with the weights after zero-gradient steps primed.
+        """
         way = committed.end - self.end
         length = float(way @ way)
         if length == 0:  # nothing was taken back
             return math.nan
-        return min(float((c - t) @ way) / length for c, t in zip(committed.later, self.later, strict=True))
+        shares = [float((c - t) @ way) / length for c, t in zip(committed.later, self.later, strict=True)]
+        return min(1 - abs(1 - share) for share in shares)
 
     def midway(self, none: Path, whole: Path) -> float:
         """1 if this leads half-way between two other ends; less by what is missing or too much."""
@@ -108,7 +112,9 @@ class Sticking:
         """Have `STEPOptimizer` commit half of the step; note it if that is not on the line."""
         paths = [self._part(depth, 0.5, QUIET, options) for depth in DEPTHS]
         share = self._smallest(paths)
-        return share if share >= STICKS or not self._near_weights(options) else max(share, self._midway(paths, options))
+        if share >= STICKS or math.isnan(share) or not are_copies(self.setup, options.get("param_like")):
+            return share
+        return max(share, self._midway(paths, options))
 
     def _midway(self, paths: list[Path], options: dict[str, Any]) -> float:
         """How exactly half a step leads half-way between no step (but its moments) and the whole step.
@@ -118,18 +124,6 @@ class Sticking:
         rejecting = {"controller": Gate(on_reject="keep_state")} | options
         nothing = [follow(Probe(self.setup, rejecting), depth, Probe.over_budget) for depth in DEPTHS]
         return min(path.midway(none, whole) for path, none, whole in zip(paths, nothing, self.committed, strict=True))
-
-    def _near_weights(self, options: dict[str, Any]) -> bool:
-        """Whether the state to be moved along is there, and near the weights: copies of them, not moments."""
-        probe = Probe(self.setup).train_all(range(2))
-        given = options.get("param_like")
-        keys = known_copies(probe.inner) if given is None else () if callable(given) else given
-        pairs = [
-            (p, probe.inner.state.get(p, {}).get(key)) for key in keys for p in probe.parameters if p.requires_grad
-        ]
-        return bool(pairs) and all(
-            copy is not None and float((copy - p).detach().norm()) < float(p.detach().norm()) / 2 for p, copy in pairs
-        )
 
     def _smallest(self, paths: Iterable[Path]) -> float:
         found = [path.sticks(whole) for path, whole in zip(paths, self.committed, strict=True)]
@@ -171,16 +165,15 @@ class Sticking:
         return f"lr/16 makes {worst:.2f} of the step" if abs(worst - LITTLE) > 0.1 else ""
 
     def candidates(self) -> Iterator[tuple[str, ...]]:
-        """Sets of state keys with tensors of the parameter's shape: one, all, then some of them."""
+        """Sets of state keys with tensors of the parameter's shape, small ones first."""
         probe = Probe(self.setup).train_all(range(2))
         first = max(probe.parameters, key=Tensor.numel)
         state = probe.inner.state.get(first, {})
         keys = [key for key, value in state.items() if isinstance(value, Tensor) and _is_alike(value, first)]
-        sizes = sorted(range(1, len(keys) + 1), key=lambda size: (size > 1, size < len(keys), size))
-        return (chosen for size in sizes for chosen in itertools.combinations(keys, size))
+        return (chosen for size in range(1, len(keys) + 1) for chosen in itertools.combinations(keys, size))
 
     def needed(self) -> tuple[str, ...]:
-        """The state keys that make half a step last; empty if no set of them does."""
+        """The fewest state keys that make half a step last; none if no set of them does."""
         for keys in self.candidates():
             try:
                 if STICKS <= self.half(param_like=keys) < math.inf:
