@@ -144,7 +144,7 @@ def markdown(results: Results) -> Iterator[str]:
     yield "finds, with " + ", ".join(f"{name} {version(name).split('+')[0]}" for name in LIBRARIES) + ", on CPU.\n"
     yield from counts("outcome", results, cell)
     yield from counts("of the exact ones", results, lambda verdict: shrinking(verdict).split(" with")[0].split(";")[0])
-    yield "*exact*: rejected steps leave no trace, to the bit; an infinite budget changes nothing; a checkpoint continues"
+    yield "*exact*: rejected steps leave no trace, to the bit; an infinite budget changes nothing; a checkpoint goes on"
     yield "as the bare optimizer's does. *interpolate*: half a step stays half a step, once the state named is moved"
     yield 'along; *refused*: it would not, and `shrink="interpolate"` raises. *restep*: a step at a sixteenth of its'
     yield 'learning rate is about a sixteenth of it, so that `shrink="restep"` can be used. `Gate` works for all.\n'

@@ -196,7 +196,9 @@ def schedulefree_optim() -> Iterator[Entry]:
             yield Entry(
                 "schedulefree",
                 f"{name}({base.__name__})",
-                lambda p, wrapper=wrapper, base=base: wrapper(base(p, lr=1e-2), momentum=0.9),
+                lambda p, wrapper=wrapper, base=base: wrapper(
+                    base(p, lr=0.3 if base is torch.optim.SGD else 1e-2), momentum=0.9
+                ),
             )
 
 

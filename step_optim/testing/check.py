@@ -95,11 +95,14 @@ def _is_training(moved: Tensor) -> str:
 
 
 def _keys(probe: Probe, param_like: ParamLike | None) -> tuple[str, ...]:
-    """The keys of copies that are really there."""
+    """The keys of copies that are really there; the name of a function that finds some."""
     given = known_copies(probe.inner) if param_like is None else param_like
-    keys = () if callable(given) else (given,) if isinstance(given, str) else given
+    if callable(given):
+        return (getattr(given, "__name__", repr(given)),) if list(given(probe.inner)) else ()
     states = [probe.inner.state.get(p, {}) for p in probe.parameters]
-    return tuple(key for key in keys if any(key in state for state in states))
+    return tuple(
+        key for key in ((given,) if isinstance(given, str) else given) if any(key in state for state in states)
+    )
 
 
 def _tried(check: Callable[[Setup], str], setup: Setup) -> Finding:

@@ -26,9 +26,9 @@ def are_copies(setup: Setup, param_like: ParamLike | None) -> bool:
         setup: how to train.
         param_like: where they are; None for those that `STEPOptimizer` knows.
     """
-    probe = Probe(setup).train_all(range(2))
+    probe = Probe(setup).train_all(range(DEPTH))
     before = [copy.clone() for copy, _ in _pairs(probe, param_like)]
-    probe.train_all(range(2, QUIET))
+    probe.train_all(range(DEPTH, DEPTH + QUIET))
     now = [copy for copy, _ in _pairs(probe, param_like)]
     if not before or len(before) != len(now) or any(torch.equal(a, b) for a, b in zip(before, now, strict=True)):
         return False

@@ -160,9 +160,11 @@ class Sticking:
             paths = [self._part(depth, LITTLE, (), {"shrink": "restep"}) for depth in DEPTHS]
         except Exception as error:
             return brief(error)
-        parts = [path.part(committed) for path, committed in zip(paths, self.committed, strict=True)]
-        worst = max((part for part in parts if not math.isnan(part)), key=lambda part: abs(part - LITTLE), default=0.0)
-        return f"lr/16 makes {worst:.2f} of the step" if abs(worst - LITTLE) > 0.1 else ""
+        found = [path.part(committed) for path, committed in zip(paths, self.committed, strict=True)]
+        parts = [part for part in found if not math.isnan(part)]
+        if all(abs(part - LITTLE) <= 0.1 for part in parts):
+            return ""
+        return f"lr/16 makes {min(parts):.2f} to {max(parts):.2f} of the step"
 
     def candidates(self) -> Iterator[tuple[str, ...]]:
         """Sets of state keys with tensors of the parameter's shape, small ones first."""
