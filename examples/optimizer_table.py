@@ -64,7 +64,8 @@ def titles(part: str = "") -> list[str]:
 class Workers:
     """Processes that try optimizers: one that crashes takes its own row with it, and no other."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, check: Callable[[str], list[Verdict]] = check_all) -> None:
+        self._check = check
         self._idle: Queue[ProcessPoolExecutor] = Queue()
         for _ in range(jobs):
             self._idle.put(self._new())
@@ -77,7 +78,7 @@ class Workers:
     def _run(self, title: str) -> list[Verdict]:
         process = self._idle.get()
         try:
-            return process.submit(check_all, title).result()
+            return process.submit(self._check, title).result()
         except BrokenProcessPool:
             process = self._new()
             return [Verdict(title, dtype, runs=Finding("the process crashed")) for dtype in DTYPES]

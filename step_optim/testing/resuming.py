@@ -61,21 +61,24 @@ def check_resuming(setup: Setup, steps: int) -> tuple[Finding, Finding]:
     survived = torch.equal(bare.weights, Probe(setup).train_all(range(steps)).weights)
     found = Finding("" if survived else "the bare optimizer continues otherwise than without saving")
     try:
-        return found, Finding(_wrapped(setup, bare, saved, steps))
+        ours = Checkpoint.of(Probe(setup, WRAPPED).train_all(range(SAVED_AT)))
     except Exception as error:
-        return found, Finding(brief(error))
+        return found, Finding(f"not saved: {brief(error)}")
+    return found, Finding(_wrapped(setup, bare, saved, ours, steps))
 
 
-def _wrapped(setup: Setup, bare: Probe, theirs: Checkpoint, steps: int) -> str:
-    ours = Checkpoint.of(Probe(setup, WRAPPED).train_all(range(SAVED_AT)))
+def _wrapped(setup: Setup, bare: Probe, theirs: Checkpoint, ours: Checkpoint, steps: int) -> str:
     ways = {
         "saved and loaded": (WRAPPED, ours),
         "its checkpoint in the bare optimizer": (BARE, ours),
         "with the bare optimizer's checkpoint": (WRAPPED, theirs),
     }
     for way, (options, checkpoint) in ways.items():
-        resumed = _resumed(setup, options, checkpoint, steps, weights_only=theirs.is_plain)
-        difference = bare.picture().difference(resumed.picture())
+        try:
+            resumed = _resumed(setup, options, checkpoint, steps, weights_only=theirs.is_plain)
+            difference = bare.picture().difference(resumed.picture())
+        except Exception as error:
+            difference = brief(error)
         if difference:
             return f"{way}: {difference}"
     return ""

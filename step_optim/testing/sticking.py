@@ -31,12 +31,13 @@ class Part(Controller):
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-        self.line: list[Tensor] = []
+        self.line: list[tuple[Tensor, Tensor]] = []
+        """The weights at alpha, and their size."""
 
     def decide(self, trial: Trial) -> Outcome:
         """Accept the point at alpha."""
         ends = zip(trial.weights.previous, trial.weights.candidate, strict=True)
-        self.line = [torch.lerp(previous, candidate, self.alpha) for previous, candidate in ends]
+        self.line = [(torch.lerp(a, b, self.alpha), torch.maximum(a.abs(), b.abs())) for a, b in ends]
         return trial.accept(trial.at(self.alpha))
 
 
@@ -141,11 +142,11 @@ class Sticking:
         return follow(probe, depth, move, quiet)
 
     def _check_line(self, probe: Probe, part: Part) -> None:
-        """The weights are the interpolated ones to the bit; or to one rounding, if masters were interpolated."""
+        """The weights are the interpolated ones to the bit; or to their rounding, if masters were interpolated."""
         moved = [p.detach() for p in probe.parameters if p.requires_grad]
-        for p, point in zip(moved, part.line, strict=False):
+        for p, (point, size) in zip(moved, part.line, strict=False):
             off = (p - point).abs()
-            if off.any() and not (self._has_masters(probe) and (off <= torch.finfo(p.dtype).eps * p.abs()).all()):
+            if off.any() and not (self._has_masters(probe) and (off <= 2 * torch.finfo(p.dtype).eps * size).all()):
                 self.off_the_line = f"half a step is off the line between the weights by {float(off.max()):.1e}"
 
     def _has_masters(self, probe: Probe) -> bool:
