@@ -20,11 +20,10 @@ SOME = (
     "torchao.AdamW4bit",
     "pytorch_optimizer.Lookahead(AdamW)",
     "pytorch_optimizer.MADGRAD",
-    "pytorch_optimizer.Kron",
     "pytorch_optimizer.LOMO",
     "pytorch_optimizer.SAM(AdamW)",
 )
-"""Line searches, 8-bit state, tensor subclasses, slow weights, sums, preconditioners, steps in the backward pass."""
+"""Line searches, 8-bit state, tensor subclasses, slow weights, sums, steps in the backward pass."""
 
 
 @pytest.fixture
