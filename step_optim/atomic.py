@@ -6,11 +6,14 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
 
+import torch
+
 from step_optim.controllers.gate import GateStalled
 from step_optim.ranks import PeerFailed
 from step_optim.run import Run
 from step_optim.telemetry import Sink, StepRecord
 from step_optim.transaction import Transaction
+from step_optim.undo import depth, finish
 
 
 class Atomic:
@@ -29,6 +32,7 @@ class Atomic:
     def __init__(self, transaction: Transaction, run: Run, sink: Sink, on_error: str) -> None:
         self._transaction, self._run, self._sink = transaction, run, sink
         self._rejects = on_error == "reject"
+        self._depth, self._grad = depth(), torch.is_grad_enabled()
 
     def __enter__(self) -> None:
         """Nothing has happened yet."""
@@ -38,6 +42,8 @@ class Atomic:
     ) -> bool:
         """End the step, unless that is done; True if the error is settled by a rejection."""
         transaction, run = self._transaction, self._run
+        finish(self._depth)
+        torch.set_grad_enabled(self._grad)
         if transaction.over:
             return False
         stands, record = transaction.record is not None, transaction.record
@@ -45,7 +51,7 @@ class Atomic:
         if record is None:
             assert error is not None
             record = self._undo(error, fatal=not settled)
-        notes, run.notes = dict(run.notes), {}
+        notes = dict(run.notes)
         record = replace(
             record,
             seconds=dict(transaction.seconds),
@@ -53,7 +59,7 @@ class Atomic:
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
-        run.progress, run.open, transaction.over = run.progress.after(record), None, True
+        run.progress, run.open, run.notes, transaction.over = run.progress.after(record), None, {}, True
         if stands:
             run.remember(transaction)
         transaction.release()
@@ -70,6 +76,5 @@ class Atomic:
     def _undo(self, error: BaseException, *, fatal: bool) -> StepRecord:
         self._transaction.restore()
         self._run.drift = None
-        self._transaction.kl.join()
         self._transaction.ranks.confess(error, fatal=fatal)
         return self._transaction.failed(error)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -69,14 +68,6 @@ class KLClosure(ABC):
 
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Surround a measurement that all processes make together, in case that this one fails in it; see `join`."""
-        yield
-
-    def join(self) -> None:
-        """Take part, after a failure in this process, in the collectives for which the others wait."""
 
     def fingerprint(self, own: Collection[int] = ()) -> Any:
         """Changes when weights that the measurement reads were written; what it cannot see needs `refresh`.
@@ -218,8 +209,9 @@ class ReferenceKL(KLClosure):
         self._origin = None
 
     def fingerprint(self, own: Collection[int] = ()) -> Any:
-        """Of every parameter and buffer of the modules that were used; see `fingerprint.fingerprint`."""
-        return fingerprint(self.used, own)
+        """Of every parameter and buffer of the model's modules and of those that were used; see `fingerprint`."""
+        present = [module for root in self.modules() for module in root.modules()]  # one may have been replaced
+        return fingerprint(dict.fromkeys([*present, *self.used]), own)
 
     @property
     def measures_drift(self) -> bool:

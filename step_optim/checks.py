@@ -47,11 +47,14 @@ def _shown(optimizer: Any) -> str:
         return type(optimizer).__name__
 
 
-def check_line(optimizer: Optimizer, controller: Controller, shrink: str) -> None:
-    """Refuse a way to shrink, or a controller, that this optimizer's weights would not keep to."""
+def check_line(optimizer: Optimizer, controller: Controller, shrink: str, budget: Budget) -> None:
+    """Refuse a way to shrink, or a controller, that this optimizer's weights would not keep to.
+
+    A budget that only measures takes nothing back.
+    """
     check_shrink(shrink, optimizer)
-    reason = why_recomputed(optimizer)
-    if reason is not None and shrink != "restep" and (controller.shrinks or controller.on_reject == "keep_state"):
+    reason = why_recomputed(optimizer) if shrink != "restep" and budget.limits_anything else None
+    if reason is not None and (controller.shrinks or controller.on_reject == "keep_state"):
         raise ValueError(
             f"{type(optimizer).__name__} {reason}: what a shrunk step took back would return with the next step. Use "
             "shrink='restep', or Gate() with on_reject='restore'"

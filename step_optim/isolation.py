@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from step_optim.undo import undone
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-UNDO_ATTEMPTS = 5
-"""How often an undo that fails (out of memory for a temporary, say) is begun again."""
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -74,8 +75,9 @@ class _Modes:
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
-        self._hook: Any = None
+        self._hook = RemovableHandle(_global_forward_pre_hooks)  # known before there is a hook that it removes
         self._seen: dict[int, tuple[nn.Module, bool, dict[str, tuple[Tensor, Tensor]]]] = {}
+        self._patched: list[tuple[Any, Any]] = []
 
     def quiet(self, module: nn.Module, _inputs: Any = None) -> None:
         """Save one module's flag and its own buffers, then switch it to eval mode."""
@@ -87,15 +89,25 @@ class _Modes:
         self.modules.append(module)
         module.training = False
 
+    def without_autocast(self, module: Any) -> None:
+        """Undo what accelerate does to ``forward``: it puts autocast inside, out of reach from out here."""
+        patched = vars(module).get("forward")
+        if type(getattr(patched, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":  # its outermost decorator
+            self._patched.append((module, patched))
+            module.forward = module._original_forward
+
     def watch(self) -> None:
         """Quiet every further module as it is called."""
-        self._hook = register_module_forward_pre_hook(self.quiet)
+        _global_forward_pre_hooks[self._hook.id] = self.quiet
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put every flag and every buffer back, object and bits."""
-        if self._hook is not None:
-            self._hook.remove()
+        self._hook.remove()
+        for patched, forward in self._patched:
+            patched.forward = forward
+        for module in self.modules:
+            end_forward(module)
         for module, training, buffers in reversed(self._seen.values()):  # a compiled module shares its inner one's flag
             reshard(module)
             module.training = training
@@ -128,35 +140,69 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
     Yields:
         The modules used so far; complete at the end.
     """
-    rng = RNGState.capture()
-    modes = _Modes()
-    try:
+    rng, modes, settings = RNGState.capture(), _Modes(), _Settings()
+
+    def undo() -> None:
+        modes.restore()
+        settings.restore()
+        rng.restore()
+
+    with undone(undo):
         for root in modules:
             for module in root.modules():
                 modes.quiet(module)
+                modes.without_autocast(module)
         modes.watch()
-        with torch.set_grad_enabled(grad), _no_autocast(), _no_cached_parametrizations(), _no_compiled_code():
-            yield modes.modules
-    finally:
-
-        def undo() -> None:
-            modes.restore()
-            rng.restore()
-
-        uninterrupted(undo)
+        settings.quiet(grad=grad)
+        yield modes.modules
 
 
-def uninterrupted(undo: Callable[[], None]) -> None:
-    """Run an idempotent undo to its end; what interrupts it starts it again, and is raised when it is done."""
-    interrupt: BaseException | None = None
-    for _ in range(UNDO_ATTEMPTS):
-        try:
-            undo()
-            break
-        except BaseException as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
+_FIRES_TWICE = (
+    "ignore",
+    re.compile(r"Using `torch.compile\(module\)` when there are global hooks"),
+    UserWarning,
+    None,
+    0,
+)
+"""A compiled module warns of global hooks; `_Modes.quiet` is one that may fire twice."""
+
+
+class _Settings:
+    """Settings of the process and the thread that change what a forward computes.
+
+    Their own context managers are not used: an interrupt between two of those would leave some of them open.
+    """
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._autocast = [(device, torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")]
+        self._parametrize = parametrize._cache_enabled, parametrize._cache
+        self._dynamo = sys.modules.get("torch._dynamo.eval_frame")  # only what was imported can have compiled anything
+        self._stance = getattr(self._dynamo, "_stance", None)
+        self._warnings = list(warnings.filters)
+
+    def quiet(self, *, grad: bool) -> None:
+        """Switch off autocast, parametrizations' caches and compiled code; autograd on or off."""
+        torch.set_grad_enabled(grad)
+        for device, _ in self._autocast:
+            torch.set_autocast_enabled(device, False)
+        torch.clear_autocast_cache()  # casts of other weights
+        parametrize._cache_enabled, parametrize._cache = 0, {}
+        if self._dynamo is not None:
+            torch.compiler.set_stance("force_eager")
+            # Not by warnings.filterwarnings, after which every warning that was shown once is shown again.
+            warnings.filters.insert(0, _FIRES_TWICE)  # type: ignore[attr-defined]
+
+    def restore(self) -> None:
+        """Set all of them as they were."""
+        torch.set_grad_enabled(self._grad)
+        for device, enabled in self._autocast:
+            torch.set_autocast_enabled(device, enabled)
+        torch.clear_autocast_cache()
+        parametrize._cache_enabled, parametrize._cache = self._parametrize
+        if self._dynamo is not None:
+            self._dynamo._stance = self._stance  # type: ignore[attr-defined]
+            warnings.filters[:] = self._warnings  # type: ignore[index]
 
 
 def reshard(module: nn.Module) -> None:
@@ -169,41 +215,21 @@ def reshard(module: nn.Module) -> None:
         module.reshard()
 
 
+def end_forward(module: nn.Module) -> None:
+    """Let FSDP2 forget a forward that an exception has broken off: the next one would take itself for its rest.
+
+    It would not be resharded, and its backward pass would gather weights in
+    another order than the other processes do. (Before torch 2.13 it cannot.)
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule) or not hasattr(module, "reset_iter_state"):
+        return
+    state = module._get_fsdp_state()
+    if state._is_root and state._state_ctx.iter_forward_root is not None:
+        module.reset_iter_state()
+
+
 def has_fsdp(model: nn.Module) -> bool:
     """Whether a forward of this model gathers weights from other processes."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
-
-
-@contextmanager
-def _no_cached_parametrizations() -> Iterator[None]:
-    """Compute parametrized weights anew, also inside a user's ``torch.nn.utils.parametrize.cached()``."""
-    enabled, cache = parametrize._cache_enabled, parametrize._cache
-    parametrize._cache_enabled, parametrize._cache = 0, {}
-    try:
-        yield
-    finally:
-        parametrize._cache_enabled, parametrize._cache = enabled, cache
-
-
-@contextmanager
-def _no_compiled_code() -> Iterator[None]:
-    """Run the python code of what `torch.compile` has compiled, if anything was."""
-    if "torch._dynamo.eval_frame" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        # A compiled module says that global hooks fire twice; `_Modes.quiet` is one that may.
-        warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
-        yield
-
-
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    """No autocast, and none of the casts that a surrounding region has cached: they are of other weights."""
-    torch.clear_autocast_cache()
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        torch.clear_autocast_cache()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from step_optim.hooks import inner_step
 from step_optim.isolation import RNGState
 from step_optim.param_like import Copies
 from step_optim.snapshot import Weights
 from step_optim.state import Gradients, OptimizerState
 
 SHRINKS = ("interpolate", "restep")
+
+
+def loss_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
+    """Return the loss closure among the arguments of a step."""
+    return args[0] if args else kwargs.get("closure")
 
 
 class Line:
@@ -32,9 +38,10 @@ class Line:
         """Begin at theta_t."""
         self._copies.mark()
 
-    def propose(self, closure: Callable[[], Any] | None, inner: dict[str, Any]) -> Any:
-        """Run the inner step: theta~ = OptStep(theta_t, gradient). The loss closure goes to it untouched."""
-        return self._optimizer.step(**inner) if closure is None else self._optimizer.step(closure, **inner)
+    def propose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run the inner step: theta~ = OptStep(theta_t, gradient). Its arguments go to it untouched."""
+        with inner_step(self._optimizer):
+            return self._optimizer.step(*args, **kwargs)
 
     def keep_candidate(self) -> None:
         """Remember the candidate, which is where the weights are."""
@@ -95,14 +102,15 @@ class Restep(Line):
         """Let the gradients go."""
         self._gradients.release()
 
-    def propose(self, closure: Callable[[], Any] | None, inner: dict[str, Any]) -> Any:
+    def propose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the inner step, and remember how to run it again without evaluating the loss again.
 
         Raises:
             RuntimeError: the inner optimizer evaluates the loss more than once.
         """
+        closure = loss_closure(args, kwargs)
         if closure is None:
-            self._again = lambda: self._optimizer.step(**inner)
+            self._again = lambda: super(Restep, self).propose(args, kwargs)
             return self._again()
         losses: list[Any] = []
 
@@ -116,8 +124,13 @@ class Restep(Line):
             self._before_step()
             return losses[0]
 
-        self._again = lambda: self._optimizer.step(lambda: losses[0], **inner)
-        return self._optimizer.step(evaluated, **inner)
+        def step(loss: Callable[[], Any]) -> Any:
+            if args:
+                return super(Restep, self).propose((loss, *args[1:]), kwargs)
+            return super(Restep, self).propose(args, kwargs | {"closure": loss})
+
+        self._again = lambda: step(lambda: losses[0])
+        return step(evaluated)
 
     def go(self, alpha: float) -> None:
         """Write the point alpha, and the state that belongs to it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,30 @@ class LogitKL(ReferenceKL):
         x = torch.cat([part for _, part in parts])
         order = torch.cat([rows for rows, _ in parts])
         return Rows(torch.empty_like(x).index_copy_(0, order, x), self._head(live=False))
+
+    @abstractmethod
+    def _read_origin(self, state: Mapping[str, Any]) -> Any:
+        """Read pi_ref from what `state_dict` returned, which may be of another run, or damaged in any way."""
+
+    def _loaded(self, state: Mapping[str, Any]) -> Any:
+        try:
+            origin = self._read_origin(state)
+            damage = "NaN in it" if any(value.isnan().any() for value in _values(state)) else None
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint's pi_ref is damaged ({type(error).__name__}: {error})") from error
+        if damage:
+            raise ValueError(f"the checkpoint's pi_ref is damaged ({damage})")
+        return origin
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse a pi_ref of another control set or another policy, or one that is damaged."""
+        if state:
+            self._loaded(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over pi_ref."""
+        if state:
+            self._origin = self._loaded(state)
 
     def _per_prompt(self, rows: Tensor) -> Tensor:
         return statistic.prompt_means(rows, self._prompt_of_row, self.prompts)
@@ -124,3 +148,11 @@ class LogitKL(ReferenceKL):
             weight = strength.to(rows.device)[self._prompt_of_row[rows], None].to(previous.dtype)
             there = candidate[rows].logits()
             return torch.where(there == previous, previous, torch.lerp(previous, there, weight))
+
+
+def _values(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _values(value)

@@ -97,11 +97,12 @@ class STEPOptimizer(OptimizerWrapper):
         if on_error not in ("raise", "reject"):
             raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'reject'")
         controller = check_controller(Interpolate() if controller is None else controller)
-        check_line(optimizer, controller, shrink)
+        budget = Budget.of(budget)
+        check_line(optimizer, controller, shrink, budget)
         super().__init__(optimizer)
         self._on_error, self._shrink, self._log = on_error, shrink, log
         self._param_like = known_copies(optimizer) if param_like is None else param_like
-        self._run = Run(Budget.of(budget), controller)
+        self._run = Run(budget, controller)
         self._parts = self._make_parts(Ranks(process_group))
         self._sink = open_log(log, self._header, lambda: self._parts.ranks.first)
         if kl is not None:
@@ -127,7 +128,7 @@ class STEPOptimizer(OptimizerWrapper):
     @controller.setter
     def controller(self, controller: Controller) -> None:
         self._refuse_inside_window("another controller")
-        check_line(self._inner, check_controller(controller), self._shrink)
+        check_line(self._inner, check_controller(controller), self._shrink, self.budget)
         if self._run.kl is not None:
             check_measures(self._run.kl, controller, self._inner, self._parts.ranks)
         self._run.controller = controller
@@ -151,6 +152,7 @@ class STEPOptimizer(OptimizerWrapper):
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
         new = Budget.of(budget)
+        check_line(self._inner, self.controller, self._shrink, new)
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
         self._run.budget = new
@@ -159,8 +161,9 @@ class STEPOptimizer(OptimizerWrapper):
         """Take the reference anew at the next step.
 
         Needed after an edit that cannot be noticed: of a part of a frozen
-        weight through `.data` (whole ones are; see `fingerprint`), or of the
-        observations that a `PolicyKL` function closes over.
+        weight through `.data` (whole ones are; see `fingerprint`), or of what a
+        `PolicyKL` function closes over: observations, or another module where
+        no ``model=`` is given.
 
         Args:
             restart_drift: also make the policy at the next step pi_ref. Needed
@@ -176,7 +179,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._refuse_inside_window("add_param_group()")
         super().add_param_group(param_group)
         try:
-            check_line(self._inner, self.controller, self._shrink)
+            check_line(self._inner, self.controller, self._shrink, self.budget)
             if self._run.kl is not None:
                 self._run.kl.check_parameters(self.param_groups[-1]["params"])
         except ValueError:
@@ -199,20 +202,15 @@ class STEPOptimizer(OptimizerWrapper):
         self._run.notes |= {name: plain_note(name, value) for name, value in given.items() if value is not None}
 
     @hooked
-    def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        *,
-        kl: KLClosure | Callable[[], Any] | None = None,
-        **inner: Any,
-    ) -> Any:
+    def step(self, *args: Any, kl: KLClosure | Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Propose, audit, decide: the paper's Algorithm 1.
 
         Args:
-            closure: torch's loss closure; it goes to the inner optimizer
-                untouched. A `KLClosure` in its place is taken as ``kl``.
+            *args: torch's loss closure; it goes to the inner optimizer
+                untouched, by position or as ``closure=``. A `KLClosure` in its
+                place is taken as ``kl``.
             kl: the KL closure of this step only.
-            **inner: further arguments of the inner step.
+            **kwargs: further arguments of the inner step.
 
         Returns:
             What the inner step returned: the loss closure's loss, or None.
@@ -222,21 +220,23 @@ class STEPOptimizer(OptimizerWrapper):
             Exception: whatever was raised in between, with all weights and state as before. Only an error of the log
                 comes after the decision: the step is then complete, as `last` has it.
         """
-        if isinstance(closure, KLClosure):
-            closure, kl = None, closure
+        if args and isinstance(args[0], KLClosure):
+            kl, args = args[0], args[1:]
+        elif isinstance(kwargs.get("closure"), KLClosure):
+            kl = kwargs.pop("closure")
         window = self._run.open
         if kl is not None and window is not None:
             raise RuntimeError("step(kl=...) inside a window: the window is audited as one; pass window(kl=...)")
-        closure, inner = self._run_step_pre_hooks(closure, inner)
+        args, kwargs = self._run_step_pre_hooks(args, kwargs)
         if window is not None:  # inside a window this is one more part of its candidate
-            loss = window.propose(closure, inner)
+            loss = window.propose(args, kwargs)
         else:
             transaction = self._transaction(kl)
             with self._atomic(transaction), self._atomic(transaction):
                 self._begin(transaction)  # theta_t, and its policy as the reference
-                loss = transaction.propose(closure, inner)  # theta~ = OptStep(theta_t, gradient)
+                loss = transaction.propose(args, kwargs)  # theta~ = OptStep(theta_t, gradient)
                 self._decide(transaction)  # theta_t+1
-        self._run_hooks("_optimizer_step_post_hooks", self._step_arguments(closure), inner)
+        self._run_step_post_hooks(args, kwargs)
         return loss
 
     @contextmanager
@@ -272,7 +272,7 @@ class STEPOptimizer(OptimizerWrapper):
         anchored, run.anchored = run.anchored, None  # until it is certain again
         known = transaction.begin() and anchored is not None and anchored == transaction.fingerprint()
         if not all(ranks.same(transaction.limits, known)):
-            with transaction.clock("audit"), closure.together():
+            with transaction.clock("audit"), ranks.together():
                 closure.anchor()
             run.drift = None
         run.modules = closure.used or run.modules

@@ -113,17 +113,7 @@ class PolicyKL(LogitKL):
             return {"x": self._origin.x}
         return {"tensors": {path: tensor.detach().clone() for path, tensor in _tensors(self._origin).items()}}
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Refuse a pi_ref of another shape."""
-        if state:
-            self._loaded(state)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over pi_ref."""
-        if state:
-            self._origin = self._loaded(state)
-
-    def _loaded(self, state: Mapping[str, Any]) -> Rows | Distribution:
+    def _read_origin(self, state: Mapping[str, Any]) -> Rows | Distribution:
         with isolated(self.modules()):
             now = self._policy()
         kept = {"x": now.x} if isinstance(now, Rows) else _tensors(now)

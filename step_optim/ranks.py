@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -31,6 +35,11 @@ class _Failure:
     fatal: bool
 
 
+@dataclass(frozen=True)
+class _Knock:
+    """Sent before a forward that needs all processes; it answers to no other message."""
+
+
 class Ranks:
     """The processes that train one policy together.
 
@@ -51,6 +60,19 @@ class Ranks:
             raise ValueError(f"process_group={process_group!r} is unknown; use 'world', a ProcessGroup, or None")
         self._given = process_group
         self._own: Any = None
+        self._failed: PeerFailed | None = None
+        """A failure that all processes know of; this step cannot go on."""
+
+    def begin(self) -> None:
+        """Begin a new step: an earlier failure is over."""
+        self._failed = None
+
+    def _members(self) -> Any:
+        """The group of all members, whatever its backend; None if there are no others."""
+        if self._given is None or not dist.is_available() or not dist.is_initialized():
+            return None
+        group = dist.group.WORLD if self._given == WORLD else self._given
+        return None if dist.get_world_size(group) == 1 else group
 
     def _group(self) -> Any:
         """The group to talk in; None if there is nobody to talk to.
@@ -59,26 +81,23 @@ class Ranks:
         never be taken for a collective of the model, and costs no
         synchronisation with a device.
         """
-        if self._given is None or not dist.is_available() or not dist.is_initialized():
-            return None
-        if self._given != WORLD:
-            return self._given
-        if dist.get_world_size() == 1:
-            return None
-        if self._own is None or self._own[0] is not dist.group.WORLD:  # the world may be made anew
-            self._own = (dist.group.WORLD, dist.new_group(backend="gloo"))
+        members = self._members()
+        if members is None or self._given != WORLD:
+            return members
+        if self._own is None or self._own[0] is not members:  # the world may be made anew
+            self._own = (members, dist.new_group(backend="gloo"))
         return self._own[1]
 
     @property
     def size(self) -> int:
         """How many processes there are; 1 without torch.distributed."""
-        group = self._group()
+        group = self._members()
         return 1 if group is None else dist.get_world_size(group)
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes the log."""
-        group = self._group()
+        """Whether this is the process that writes the log. It can be asked without the others."""
+        group = self._members()
         return group is None or dist.get_rank(group) == 0
 
     def exchange(self, value: T) -> list[T]:
@@ -87,18 +106,54 @@ class Ranks:
         Raises:
             PeerFailed: a process told of its failure instead.
         """
-        group = self._group()
-        if group is None:
+        if self._group() is None:
             return [value]
+        while True:
+            heard = self._hear(value)
+            if not any(isinstance(message, _Knock) for message in heard):  # those that knock are still on their way
+                return heard
+
+    def _hear(self, message: Any) -> list[Any]:
+        if self._failed is not None:  # somebody has swallowed it; nobody listens any more
+            raise self._failed
+        group = self._group()
         heard: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(heard, (None, value), group)
-        failures = {rank: failure for rank, (failure, _) in enumerate(heard) if failure is not None}
+        dist.all_gather_object(heard, message, group)
+        failures = {rank: failure for rank, failure in enumerate(heard) if isinstance(failure, _Failure)}
         if failures:
-            raise PeerFailed(
+            self._failed = PeerFailed(
                 "; ".join(f"rank {rank}: {failure.message}" for rank, failure in failures.items()),
                 fatal=any(failure.fatal for failure in failures.values()),
             )
-        return [value for _, value in heard]
+            raise self._failed
+        return heard
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run forwards in which modules talk: FSDP2's gather weights, those of DDP broadcast buffers.
+
+        A process that has failed does not come. So each knocks before it
+        enters such a module: one that hears of a failure stays out, where it
+        would wait for ever.
+
+        Raises:
+            PeerFailed: in the forward.
+        """
+        if self._group() is None:
+            yield
+            return
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        talkative = (DistributedDataParallel,) if fsdp is None else (DistributedDataParallel, fsdp.FSDPModule)
+
+        def knock(module: nn.Module, _inputs: Any) -> None:
+            if isinstance(module, talkative):
+                self._hear(_Knock())
+
+        hook = register_module_forward_pre_hook(knock)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def same(self, value: Any, vote: bool) -> list[bool]:
         """Exchange votes among processes that have the same value.
@@ -118,11 +173,10 @@ class Ranks:
             error: what was raised.
             fatal: whether it is going to be raised out of `step()`, here and so everywhere.
         """
-        group = self._group()
-        if group is None or isinstance(error, PeerFailed):
+        if self._group() is None or self._failed is not None:
             return
-        heard: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(heard, (_Failure(f"{type(error).__name__}: {error}", fatal), None), group)
+        with suppress(PeerFailed):  # its own, or of others in the same moment
+            self._hear(_Failure(f"{type(error).__name__}: {error}", fatal))
 
     def agree(self, value: T) -> T:
         """Return the first process's value everywhere: what each has computed by itself may differ in its last bits."""
@@ -134,12 +188,11 @@ class Ranks:
         if group is None:
             return list(tensors)
         total = sum(self.exchange(weight))
-        means = []
-        for tensor in tensors:
-            wide = (tensor * (weight / total)).cpu()
-            dist.all_reduce(torch.view_as_real(wide) if wide.is_complex() else wide, group=group)
-            means.append(wide.to(tensor.device, tensor.dtype))
-        return means
+        parts = [(tensor * (weight / total)).cpu() for tensor in tensors]
+        self.exchange(None)  # all have come so far; nobody can tell of a failure in between the following
+        for part in parts:
+            dist.all_reduce(torch.view_as_real(part) if part.is_complex() else part, group=group)
+        return [part.to(tensor.device) for part, tensor in zip(parts, tensors, strict=True)]
 
     def __deepcopy__(self, memo: Any) -> Ranks:
         """The same processes; a group is not a value that can be copied."""

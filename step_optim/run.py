@@ -122,11 +122,12 @@ class Run:
 def _read(state: Mapping[str, Any]) -> tuple[Progress, Mapping[str, Any]]:
     """Read how far a run was, and its KL closure's part of the checkpoint."""
     try:
-        version, kl_state = state["version"], dict(state["kl"])
+        version, kl_state = _count(state["version"]), {str(name): value for name, value in state["kl"].items()}
         summary = Summary({str(name): float(value) for name, value in state["summary"].items()})
-        progress = Progress(int(state["step"]), int(state["rejected_in_a_row"]), summary)
+        summary.figures()
+        progress = Progress(_count(state["step"]), _count(state["rejected_in_a_row"]), summary)
         dict(state["controller"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint's entry 'step_optim' is damaged ({type(error).__name__}: {error}); without that entry the "
             "rest loads as a bare optimizer's"
@@ -134,3 +135,9 @@ def _read(state: Mapping[str, Any]) -> tuple[Progress, Mapping[str, Any]]:
     if version != VERSION:
         raise ValueError(f"the checkpoint is of version {version}, this step_optim reads {VERSION}; upgrade it")
     return progress, kl_state
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r:.60} counts nothing")
+    return value

@@ -119,7 +119,7 @@ class Weights:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._store = TensorStore()
-        self._shards: list[int] = []
+        self._shards_of: dict[int, int] = {}
         self._candidate: list[Tensor] | None = None
 
     @property
@@ -143,6 +143,10 @@ class Weights:
         """The parameter objects themselves, for autograd."""
         return [copy.tensor for copy in self._store.copies]
 
+    @property
+    def _shards(self) -> list[int]:
+        return [self._shards_of[id(copy.tensor)] for copy in self._store.copies]
+
     @torch.no_grad()
     def capture(self) -> bool:
         """Take the current weights as theta_t. True if they were it already, bit for bit."""
@@ -153,11 +157,10 @@ class Weights:
         if known == {id(p) for p in unique.values()} and all(copy.unchanged for copy in self._store.copies):
             return True
         self._store.capture(parameters)
-        self._shards = [self._shards_of[id(copy.tensor)] for copy in self._store.copies]
         return False
 
     def _parameters(self) -> Iterator[Tensor]:
-        self._shards_of: dict[int, int] = {}
+        self._shards_of = {}
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 for plain in plain_tensors(parameter):

@@ -10,7 +10,10 @@ from step_optim.telemetry import StepRecord
 
 
 class Summary:
-    """Running totals of a run. They survive a checkpoint, but for the times: equal runs have equal checkpoints.
+    """Running totals of a run.
+
+    They survive a checkpoint, but for the times, which are this process's:
+    equal runs have equal checkpoints. A log has the times of the whole run.
 
     >>> Summary().figures()["steps"]
     0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from step_optim.budget import Limits
 from step_optim.controllers.base import Action
@@ -88,7 +91,7 @@ class StepRecord:
     def from_dict(cls, plain: Mapping[str, Any]) -> StepRecord:
         """Read what `to_dict` returned; fields of newer versions are ignored."""
         values = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
-        values["action"] = Action(values["action"])
+        values["step"], values["action"] = int(values["step"]), Action(values["action"])
         values["candidate"], values["accepted"] = (
             _movement(values["candidate"]),
             _movement(values["accepted"]),
@@ -155,16 +158,18 @@ _FIRST = b'{"step_optim"'
 
 
 class JSONLWriter:
-    """Appends one JSON object a line and flushes it, so that a killed run loses at most the step in flight.
+    """Appends one JSON object a line. Every record is one write of a whole line: a killed run loses the step in flight.
 
-    A new writer on an existing log starts a new segment (a resumed run); a
-    torn last line is cut off first. Any other existing file is refused.
+    A write that is interrupted or fails (a full disk) may leave a torn last
+    line. Readers leave it out, and the next write cuts it off first; if it
+    lacks nothing but its end, it is kept. A new writer on an existing log
+    starts a new segment (a resumed run). Any other existing file is refused.
     """
 
     def __init__(self, path: str | Path, header: Callable[[], Mapping[str, Any]]) -> None:
-        self._file: TextIO | None = None
         self.path = Path(path)
         self._header = header
+        self._begun = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as existing:  # a path that cannot be written is refused now, not after a step
             existing.seek(0)
@@ -173,37 +178,56 @@ class JSONLWriter:
             raise ValueError(f"log={str(path)!r} exists and is no step_optim log; choose another path")
 
     def __call__(self, record: StepRecord) -> None:
-        """Write one record."""
-        if self._file is None:
-            _cut_torn_line(self.path)
-            self._file = self.path.open("a", encoding="utf-8")
-            self._write({"step_optim": SCHEMA, **self._header()})
-        self._write(record.to_dict())
-
-    def _write(self, value: Mapping[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(_jsonable(value), allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file; the next record opens it again, as a new segment."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __del__(self) -> None:
-        """Leave no open file behind."""
-        self.close()
+        """Write one record, after the header of the segment if it is the first."""
+        lines = _line(record.to_dict())
+        with self.path.open("a+b", buffering=0) as file:
+            _mend(file)
+            if not self._begun or file.seek(0, os.SEEK_END) == 0:
+                lines = _line({"step_optim": SCHEMA, **self._header()}) + lines
+            _append(file, lines)
+        self._begun = True
 
 
-def _cut_torn_line(path: Path) -> None:
-    with path.open("a+b") as file:
-        file.seek(0)
-        data = file.read()
-        file.truncate(data.rfind(b"\n") + 1)
+def _line(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(_jsonable(value), allow_nan=False) + "\n").encode()
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]  # on a disk that fills up, a write may end early; the next one says why
+
+
+def _mend(file: FileIO) -> None:
+    """Cut off a torn last line; end one that is whole."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    data = file.read()
+    start = data.rfind(b"\n") + 1
+    if _parses(data[start:].decode(errors="replace")) is None:
+        file.truncate(start)
+    else:
+        _append(file, b"\n")
 
 
 Sink = Callable[[StepRecord], None]
+
+
+class _FirstWriter:
+    """Writes the log in the first process; the others do not touch the file."""
+
+    def __init__(self, open_file: Callable[[], JSONLWriter], first: Callable[[], bool]) -> None:
+        self._open, self._first = open_file, first
+        self._writer = open_file() if first() else None
+
+    def __call__(self, record: StepRecord) -> None:
+        if self._first():
+            if self._writer is None:  # the processes are other ones by now
+                self._writer = self._open()
+            self._writer(record)
 
 
 def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[[], bool] = lambda: True) -> Sink:
@@ -222,8 +246,7 @@ def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[
     if isinstance(log, (str, Path)):
         if not str(log) or Path(log).is_dir():
             raise ValueError(f"log={str(log)!r} is no file; give a path like 'runs/step.jsonl', or None for no log")
-        write = JSONLWriter(log, header)
-        return lambda record: write(record) if first() else None
+        return _FirstWriter(partial(JSONLWriter, log, header), first)
     if callable(getattr(log, "log", None)):
         return lambda record: log.log(record.flat(), step=record.step)
     if callable(log):
@@ -259,11 +282,18 @@ def read_trace(path: str | Path) -> Trace:
         if plain is None:
             raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}; only the last line may be torn")
         if "step_optim" in plain:
-            if plain["step_optim"] > SCHEMA:
-                raise ValueError(f"{path} has schema {plain['step_optim']}, this version reads up to {SCHEMA}; upgrade")
+            if not isinstance(plain["step_optim"], int) or plain["step_optim"] > SCHEMA:
+                raise ValueError(
+                    f"{path} has schema {plain['step_optim']!r:.60}, this version reads up to {SCHEMA}; upgrade"
+                )
             header, starting = plain, True
             continue
-        record = StepRecord.from_dict(plain)
+        try:
+            record = StepRecord.from_dict(plain)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no record of a step ({type(error).__name__}: {error}): {line[:60]!r}"
+            ) from error
         if starting:
             records = {step: old for step, old in records.items() if step < record.step}
             starting = False
@@ -274,7 +304,7 @@ def read_trace(path: str | Path) -> Trace:
 def _parses(line: str) -> dict[str, Any] | None:
     try:
         plain = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return plain if isinstance(plain, dict) else None
 

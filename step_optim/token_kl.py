@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from step_optim.control import ControlSet
 from step_optim.isolation import has_fsdp, isolated, reshard
 from step_optim.kl import Head, Rows
 from step_optim.logit_kl import LogitKL
 from step_optim.shard import Shard, batch_members
+from step_optim.undo import undone
 
 HEAD_TOLERANCE = 1e-3
 """Largest relative difference between a model's logits and a plain linear head's at which they count as one."""
@@ -95,9 +97,7 @@ class TokenKL(LogitKL):
         self._live_head: Head | None = None
         part = Shard.of(control, micro_batch, shard)
         self.model, self.control = model, part.control
-        self.sharded, self._gathers = part.sharded, has_fsdp(model)
-        self._spare_forwards = part.spare if self._gathers else 0
-        self._owed = 0
+        self.sharded, self._spare_forwards = part.sharded, part.spare if has_fsdp(model) else 0
         self.prompts, self.members = len(self.control), part.members
         lengths = torch.tensor([len(response) for response in self.control.responses])
         self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts), lengths).to(control.device)
@@ -153,26 +153,9 @@ class TokenKL(LogitKL):
             logits = self._forward(batch)
         return tap.hidden if readout == "hidden" else logits[0]
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Count the forwards: in each of them FSDP2 gathers weights from all processes."""
-        self._owed = len(self._batch_list) + self._spare_forwards if self._gathers else 0
-        yield
-        self._owed = 0
-
-    def join(self) -> None:
-        """Make the forwards that are still to come; what they compute is of no interest."""
-        with isolated(self.modules()):
-            while self._owed:
-                with suppress(Exception):
-                    self._forward(self._batch_list[-1])
-
     def _forward(self, batch: Batch) -> Tensor:
-        self._owed = max(0, self._owed - 1)
         extra = {"attention_mask": batch.mask, "use_cache": False}
-        model = _plain(self.model)
-        with _without_accelerates_autocast(model):
-            out = model(batch.ids, **{name: extra[name] for name in self._arguments})
+        out = _plain(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         return logits
 
@@ -181,6 +164,7 @@ class TokenKL(LogitKL):
         head, batch = _output_head(self.model), self._batch_list[-1]  # the shortest prompts
         with isolated([self.model]):
             truth = self._read_checked(batch)
+            self._vocabulary = truth.shape[-1]
             if _vocab_size(self.model) is None:
                 self.control.check_vocabulary(truth.shape[-1])
             if head is None or not _agree(self._try_rows(batch), truth):
@@ -232,39 +216,36 @@ class TokenKL(LogitKL):
             return state
         return state | {"weight": head.weight, "bias": head.bias}
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Refuse a pi_ref that was measured on another control set, or that is damaged."""
-        if not state:
-            return
+    def _read_origin(self, state: Mapping[str, Any]) -> Rows:
         if state["control"] != self.control.digest:
             raise ValueError(
                 "the checkpoint's pi_ref was measured on another control set; resume with the one of the run that "
                 "saved it (control.save, ControlSet.load)"
                 + (", and every process with the checkpoint that it saved itself" if self.sharded else "")
             )
-        if len(state["x"]) != self.control.response_tokens:
-            raise ValueError(
-                f"the checkpoint's pi_ref has {len(state['x'])} rows, the control set {self.control.response_tokens} "
-                "response tokens: it is damaged"
-            )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over pi_ref."""
-        self.check_state_dict(state)
-        if not state:
-            return
+        head = self._head(live=True)
         x = state["x"].to(self.control.device)
-        if "weight" in state:
-            weight, bias = state["weight"].to(x.device), state["bias"]
-            self._origin = Rows(x, Head(weight, None if bias is None else bias.to(x.device)))
-        else:
-            self._origin = Rows(x, self._head(live=True))
+        shape = self.control.response_tokens, self._vocabulary if head is None else head.weight.shape[1]
+        if head is not None and not state.keys().isdisjoint(("weight", "bias")):
+            saved = Head(state["weight"].to(x.device), None if state["bias"] is None else state["bias"].to(x.device))
+            if _shapes(saved) != _shapes(head):
+                raise ValueError(f"the checkpoint's pi_ref has a head of shapes {_shapes(saved)}, not {_shapes(head)}")
+            head = saved
+        if x.shape != shape:
+            raise ValueError(
+                f"the checkpoint's pi_ref has the shape {tuple(x.shape)}, not {shape}, [response token, D]"
+            )
+        return Rows(x, head)
 
     def __repr__(self) -> str:
         return (
             f"TokenKL({type(self.model).__name__}, {len(self.control)} prompts, {self.control.response_tokens} "
             f"response tokens, slices={list(self.members)}, readout={self.readout!r})"
         )
+
+
+def _shapes(head: Head) -> list[tuple[int, ...]]:
+    return [tuple(part.shape) for part in (head.weight, head.bias) if part is not None]
 
 
 class _Tap:
@@ -287,11 +268,10 @@ def _head_on_rows(head: nn.Module, batch: Batch, *, hidden_only: bool, probe: Te
         tap.hidden = hidden if probe is None else probe.to(hidden.dtype)
         return (tap.hidden[None, : 1 if hidden_only else None], *inputs[1:])
 
-    hook: Any = head.register_forward_pre_hook(select)
-    try:
+    hook = RemovableHandle(head._forward_pre_hooks)  # known before there is a hook that it removes
+    with undone(hook.remove):
+        head._forward_pre_hooks[hook.id] = select
         yield tap
-    finally:
-        hook.remove()
 
 
 def _layout(control: ControlSet, micro_batch: int) -> Iterator[Batch]:
@@ -331,20 +311,6 @@ def _plain(model: nn.Module) -> Any:
     while type(model).__name__ in inside:
         model = getattr(model, inside[type(model).__name__])
     return model
-
-
-@contextmanager
-def _without_accelerates_autocast(model: Any) -> Iterator[None]:
-    """Accelerate puts autocast inside ``model.forward``, where switching it off outside does not reach."""
-    patched = vars(model).get("forward")
-    if type(getattr(patched, "__wrapped__", None)).__name__ != "ConvertOutputsToFp32":  # its outermost decorator
-        yield
-        return
-    try:
-        model.forward = model._original_forward
-        yield
-    finally:
-        model.forward = patched
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from step_optim.audit import Audit, FunctionKL, KLClosure
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
-from step_optim.isolation import RNGState, isolated, uninterrupted
-from step_optim.line import Line
+from step_optim.isolation import RNGState, isolated
+from step_optim.line import Line, loss_closure
 from step_optim.movement import Movement
 from step_optim.ranks import Ranks
 from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
 from step_optim.telemetry import StepRecord, TrialRecord
+from step_optim.undo import uninterrupted
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Transaction:
         self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
         self._here: Point | None = None
         self._rng: RNGState | None = None
+        self.ranks.begin()
 
     def begin(self) -> bool:
         """Take theta_t. True if these are the weights that were last committed."""
@@ -96,11 +98,11 @@ class Transaction:
         finally:
             self.seconds[phase] += time.perf_counter() - start
 
-    def propose(self, closure: Any, inner: dict[str, Any]) -> Any:
+    def propose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the inner step: theta~ = OptStep(theta_t, gradient)."""
-        self.rewind = self.rewind and closure is None
+        self.rewind = self.rewind and loss_closure(args, kwargs) is None
         with self.clock("inner"), self.state.watch_groups():
-            return self.line.propose(closure, inner)
+            return self.line.propose(args, kwargs)
 
     def moved(self) -> bool:
         """Whether any bit of the weights, on any rank, differs from theta_t."""
@@ -129,8 +131,10 @@ class Transaction:
 
     def _audit(self) -> Audit:
         isolation = nullcontext() if self.kl.isolates else isolated(self.kl.modules())
-        with self.kl.together(), self.state.watch_groups(), isolation:
-            return self._pooled(self.kl.audit())
+        with self.state.watch_groups(), isolation:
+            with self.ranks.together():
+                audit = self.kl.audit()
+            return self._pooled(audit)
 
     def _pooled(self, audit: Audit) -> Audit:
         return replace(audit, movement=Movement.pooled(self.ranks.exchange(audit.movement)))

@@ -9,6 +9,8 @@ from typing import Any
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from step_optim import hooks
+
 _HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -131,23 +133,24 @@ class OptimizerWrapper(Optimizer):
         self.train(False)
 
     def _run_hooks(self, name: str, *args: Any) -> list[Any]:
-        """Run the wrapper's own instance hooks; global hooks are the inner optimizer's to fire, once."""
+        """Run the wrapper's own instance hooks."""
         return [hook(self, *args) for hook in list(getattr(self, name).values())]
 
-    def _step_arguments(self, closure: Any) -> tuple[Any, ...]:
-        """The positional arguments of step(), as torch hands them to hooks."""
-        return (self,) if closure is None else (self, closure)
-
-    def _run_step_pre_hooks(self, closure: Any, inner: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Run the hooks before a step; one may replace the arguments by returning (args, kwargs)."""
-        for hook in list(self._optimizer_step_pre_hooks.values()):
-            replaced = hook(self, self._step_arguments(closure), inner)
+    def _run_step_pre_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """Run the hooks before a step, in torch's order; one may replace the arguments by returning (args, kwargs)."""
+        args = (self, *args)
+        for hook in [*hooks.pre_hooks(), *self._optimizer_step_pre_hooks.values()]:
+            replaced = hook(self, args, kwargs)
             if replaced is not None:
                 if not isinstance(replaced, tuple) or len(replaced) != 2:
                     raise RuntimeError(f"a step pre-hook returned {replaced!r:.60}; return None or (args, kwargs)")
-                (_, *rest), inner = replaced
-                closure = rest[0] if rest else None
-        return closure, inner
+                args, kwargs = replaced
+        return args[1:], kwargs
+
+    def _run_step_post_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the hooks after a step, in torch's order."""
+        for hook in [*self._optimizer_step_post_hooks.values(), *hooks.post_hooks()]:
+            hook(self, (self, *args), kwargs)
 
     def _own_state(self) -> dict[str, Any]:
         """What the wrapper adds to the checkpoint: plain values and tensors."""
@@ -191,7 +194,7 @@ class OptimizerWrapper(Optimizer):
 
 
 def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a ``step`` so that torch does not wrap it: the inner step fires the global hooks already.
+    """Mark a ``step`` so that torch does not wrap it: it runs the hooks by itself, around the decision.
 
     And keep it out of compiled code, where no audit can run; the inner step
     may be compiled.

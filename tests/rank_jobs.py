@@ -4,109 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import fully_shard
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from step_optim import Budget, ControlSet, Gate, Interpolate, Project, STEPOptimizer, TokenKL
-from tests.strategies import Bigram, bits
-
-CONTROLLERS = {"Gate": Gate, "Interpolate": Interpolate, "Project": lambda: Project(steps=1)}
-INF = math.inf
-
-
-def control_set() -> ControlSet:
-    """Eight prompts of several lengths in two slices."""
-    prompts = [[1, 2], [3], [4, 5, 6], [7], [8, 9], [2, 3, 4], [5], [6, 7]]
-    responses = [[7, 8, 9], [10], [11, 12], [1, 2, 3, 4], [5, 6], [3], [9, 8, 7], [4, 4]]
-    return ControlSet.from_ids(prompts, responses, slices={"a": [0, 1, 2], "b": [3, 4, 5, 6, 7]})
-
-
-def batch(step: int, *, own: bool) -> Tensor:
-    """Token ids [6, 5] of a step: the same on all ranks, or those of this rank."""
-    generator = torch.Generator().manual_seed(1000 * step + (dist.get_rank() if own else 999))
-    return torch.randint(0, 13, (6, 5), generator=generator)
-
-
-class Training:
-    """A model under DDP or FSDP2, an optimizer, and STEP around it unless it is bare."""
-
-    def __init__(
-        self,
-        kind: str,
-        *,
-        budget: Any = None,
-        controller: str = "Interpolate",
-        shard: bool = False,
-        own: bool = False,
-        measure: Callable[[TokenKL], Any] | None = None,
-        device: str = "cpu",
-        **options: Any,
-    ) -> None:
-        torch.manual_seed(0)
-        self.device = torch.device(device)
-        self.plain = Bigram().to(self.device)
-        self.kind, self.own = kind, own
-        if kind == "fsdp":
-            fully_shard(self.plain)
-        self.model: nn.Module = DistributedDataParallel(self.plain) if kind == "ddp" else self.plain
-        self.inner = torch.optim.AdamW(self.model.parameters(), lr=0.05)
-        self.optimizer: Any = self.inner
-        if budget is not None:
-            kl = TokenKL(self.model, control_set().to(self.device), micro_batch=2, shard=shard)
-            self.optimizer = STEPOptimizer(
-                self.inner,
-                kl if measure is None else measure(kl),
-                budget=budget,
-                controller=CONTROLLERS[controller](),
-                **options,
-            )
-
-    def loss(self, step: int) -> Tensor:
-        """Compute the loss of a step, with its gradients."""
-        self.optimizer.zero_grad()
-        ids = batch(step, own=self.own).to(self.device)
-        loss = nn.functional.cross_entropy(self.model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        return loss
-
-    def step(self, step: int) -> None:
-        """Train one step."""
-        self.loss(step)
-        self.optimizer.step()
-
-    def weights(self) -> list[Any]:
-        """The bits of the whole weights, gathered from all ranks."""
-        return [bits(_whole(p)) for p in self.plain.parameters()]
-
-    def state(self) -> Any:
-        """The bits of this rank's optimizer state."""
-        return [bits({name: _local(value) for name, value in state.items()}) for state in self.inner.state.values()]
-
-    def picture(self) -> Any:
-        """All that a rejection has to bring back, on this rank."""
-        gradients = [None if p.grad is None else bits(_local(p.grad)) for p in self.plain.parameters()]
-        return [bits(_local(p)) for p in self.plain.parameters()], self.state(), gradients
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
-def _local(tensor: Any) -> Any:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def story(record: Any) -> dict[str, Any]:
-    """A record without its times."""
-    return record.to_dict() | {"seconds": None}
+from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL
+from tests.rank_training import INF, Training, local, story
+from tests.strategies import Policy
 
 
 def train(kind: str, *, steps: int = 6, budget: Any = None, **options: Any) -> dict[str, Any]:
@@ -121,12 +30,12 @@ def train(kind: str, *, steps: int = 6, budget: Any = None, **options: Any) -> d
             records.append(story(run.optimizer.last))
             if records[-1]["action"] == "reject":
                 assert run.picture() == before
-    return {"records": records, "weights": run.weights(), "state": run.state()}
+    return {"records": records, "weights": run.weights(), "values": run.values(), "state": run.state()}
 
 
 def movement(kind: str, shard: bool) -> Any:
     """Measure a change of the weights which is the same everywhere."""
-    run = Training(kind, budget=INF, shard=shard)
+    run = Training(kind, budget=INF, shard=shard, exact=True)
     kl = run.optimizer._run.kl
     run.step(0)
     run.step(1)
@@ -136,21 +45,25 @@ def movement(kind: str, shard: bool) -> Any:
 def failing(
     kind: str,
     where: str,
-    error: str,
-    on_error: str,
-    *,
-    shard: bool = True,
+    error: str = "RuntimeError",
+    on_error: str = "raise",
     culprit: int = 1,
-    at: int = 2,
-    budget: float = INF,
+    nth: int = 1,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train four steps; in step ``at`` one rank fails. Return what each step was here, and the weights."""
+    """Train four steps; in the third one rank fails, ``"forward"`` in the midst of the audit's ``nth``.
+
+    Return what each step was here, and the weights.
+    """
     errors = {"RuntimeError": RuntimeError, "KeyboardInterrupt": KeyboardInterrupt, "MemoryError": MemoryError}
     guilty = dist.get_rank() == culprit
     now = -1
 
+    def fails(place: str) -> bool:
+        return guilty and place == where and now == 2
+
     def fail(place: str) -> None:
-        if guilty and place == where and now == at:
+        if fails(place):
             raise errors[error]("as planned")
 
     def measured(kl: TokenKL) -> TokenKL:
@@ -159,40 +72,48 @@ def failing(
         def audited() -> Any:
             fail("audit")
             result = audit()
-            if guilty and where == "nan" and now == at:
+            if fails("nan"):
                 bad = replace(result.movement, prompts=(math.nan,) * len(result.movement.prompts or ()), mean=math.nan)
                 return replace(result, movement=bad)
             return result
 
-        def forward(batch: Any) -> Tensor:
-            nonlocal forwards
-            forwards += 1
-            if forwards % 2 == 0:
-                fail("between forwards")
-            return plain_forward(batch)
-
-        forwards, plain_forward = 0, kl._forward
-        kl.audit, kl._forward = audited, forward  # type: ignore[method-assign]
+        kl.audit = audited  # type: ignore[method-assign]
         return kl
 
-    run = Training(kind, budget=budget, shard=shard, measure=measured, on_error=on_error)
+    run = Training(kind, shard=True, measure=measured, on_error=on_error, **({"budget": INF} | options))
+    forwards: list[int] = []
+
+    def in_the_head(module: torch.nn.Module, _inputs: Any) -> None:
+        if not module.training and now == 2:
+            forwards.append(1)
+            if len(forwards) == nth:
+                fail("forward")
+
+    run.plain.lm_head.register_forward_pre_hook(in_the_head)
     plain_step = run.inner.step
 
     def inner_step(*args: Any, **kwargs: Any) -> Any:
         result = plain_step(*args, **kwargs)
         fail("inner")
-        if guilty and where == "weights" and now == at:
+        if fails("weights"):
             with torch.no_grad():
-                _local(next(iter(run.plain.parameters()))).view(-1)[:1] = math.nan
+                local(next(iter(run.plain.parameters()))).view(-1)[:1] = math.nan
         return result
 
     run.inner.step = inner_step  # type: ignore[method-assign]
+
+    def closure() -> Any:
+        loss = run.loss(now)
+        fail("loss")
+        return loss
+
     outcomes, exact = [], True
     for now in range(4):
-        run.loss(now)
+        if where != "loss":
+            run.loss(now)
         before = run.picture()
         try:
-            run.optimizer.step()
+            run.optimizer.step(closure if where == "loss" else None)
             outcomes.append(str(run.optimizer.last.action))
         except BaseException as raised:
             outcomes.append(f"{type(raised).__name__}: {raised}")
@@ -209,6 +130,53 @@ def without_step(kind: str, left_out: int) -> list[Any]:
         if step != left_out:
             run.inner.step()
     return run.weights()
+
+
+def hiding(kind: str) -> list[str]:
+    """Fail in the audit of one rank, under a KL closure that makes errors its own: also that of another rank."""
+    now = -1
+
+    def measured(kl: TokenKL) -> TokenKL:
+        audit = kl.audit
+
+        def audited() -> Any:
+            try:
+                if dist.get_rank() == 1 and now == 1:
+                    raise RuntimeError("as planned")
+                return audit()
+            except RuntimeError as error:
+                raise ArithmeticError("no measurement") from error
+
+        kl.audit = audited  # type: ignore[method-assign]
+        return kl
+
+    run = Training(kind, budget=INF, shard=True, measure=measured, on_error="reject")
+    outcomes = []
+    for now in range(3):
+        run.step(now)
+        outcomes.append(str(run.optimizer.last.action))
+    return outcomes
+
+
+def uneven() -> list[dict[str, Any]]:
+    """Measure with a function that makes more forwards on one rank; FSDP2's root gathers its weights in the first."""
+
+    def measured(kl: TokenKL) -> Any:
+        run_forward = kl._read
+
+        def fn() -> float:
+            times = 3 if dist.get_rank() == 0 else 1
+            rows = [run_forward(kl._batch_list[0], "full") for _ in range(times)]
+            return float(rows[-1].square().mean())
+
+        return fn
+
+    run = Training("root", budget=INF, measure=measured)
+    stories = []
+    for step in range(3):
+        run.step(step)
+        stories.append(story(run.optimizer.last))
+    return stories
 
 
 def unequal_budgets() -> str:
@@ -232,14 +200,30 @@ def refused(kind: str, shard: bool) -> str:
     return "taken"
 
 
-def windowed(budget: float) -> dict[str, Any]:
+def windowed(kind: str, budget: float) -> dict[str, Any]:
     """Three inner steps in one window."""
-    run = Training("ddp", budget=budget, shard=True, own=True)
+    run = Training(kind, budget=budget, shard=True, own=True)
     before = run.weights()
     with run.optimizer.window():
         for step in range(3):
             run.step(step)
     return {"record": story(run.optimizer.last), "weights": run.weights(), "moved": run.weights() != before}
+
+
+def broken_window(kind: str) -> tuple[str, bool, list[Any]]:
+    """Fail on one rank at the end of a window; then train on."""
+    run = Training(kind, budget=INF, shard=True, own=True)
+    before, outcome = run.weights(), "no error"
+    try:
+        with run.optimizer.window():
+            run.step(0)
+            if dist.get_rank() == 1:
+                raise RuntimeError("as planned")
+    except RuntimeError as error:
+        outcome = f"{type(error).__name__}: {error}"
+    restored = run.weights() == before
+    run.step(1)
+    return outcome, restored, run.weights()
 
 
 def alone() -> dict[str, Any]:
@@ -249,35 +233,57 @@ def alone() -> dict[str, Any]:
     return story(run.optimizer.last)
 
 
+def in_pairs() -> dict[str, Any]:
+    """Ranks 0 and 1 train one policy together, 2 and 3 another."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = dist.get_rank() // 2
+    run = Training("plain", budget=[1e-4, INF][pair], process_group=pairs[pair])
+    run.step(0)
+    return story(run.optimizer.last)
+
+
 def logged(folder: str, group: Any = "world") -> int:
-    """Write a log to one path from every rank, or to a path of its own."""
-    name = "shared.jsonl" if group == "world" else f"own{dist.get_rank()}.jsonl"
-    run = Training("ddp", budget=INF, log=f"{folder}/{name}", process_group=group)
+    """Write a log from every rank, each to a path of its own."""
+    run = Training("ddp", budget=INF, log=f"{folder}/rank{dist.get_rank()}/log.jsonl", process_group=group)
     for step in range(3):
         run.step(step)
     return run.optimizer.last.step
 
 
-def resumed(kind: str, way: str, budget: float) -> tuple[Any, Any, Any]:
+def resumed(kind: str, folder: str, way: str, budget: float) -> tuple[Any, Any, Any]:
     """Train six steps; and three, save, load into a fresh run, three more."""
-    whole = Training(kind, budget=budget, shard=True)
+    whole, first, second = (Training(kind, budget=budget, shard=True) for _ in range(3))
     for step in range(6):
         whole.step(step)
-    first, second = (Training(kind, budget=budget, shard=True) for _ in range(2))
     for step in range(3):
         first.step(step)
     own = copy.deepcopy(first.optimizer.state_dict())
-    second.plain.load_state_dict(first.plain.state_dict())
     if way == "dcp":
-        state = get_optimizer_state_dict(first.model, first.optimizer)
-        set_optimizer_state_dict(second.model, second.optimizer, state)
-        second.optimizer.load_state_dict({"step_optim": own["step_optim"], **second.inner.state_dict()})
+        save(first, folder)
+        load(second, folder)
+        # torch.distributed.checkpoint knows nothing of STEP's own part: each rank keeps that by itself.
+        second.optimizer.load_state_dict({**second.inner.state_dict(), "step_optim": own["step_optim"]})
     else:
+        second.plain.load_state_dict(copy.deepcopy(first.plain.state_dict()))
         second.optimizer.load_state_dict(own)
     for step in range(3, 6):
         second.step(step)
     same = [story(run.optimizer.last) for run in (whole, second)]
     return (whole.weights(), whole.state()) == (second.weights(), second.state()), *same
+
+
+def save(run: Training, folder: str) -> None:
+    """Save model and optimizer with torch.distributed.checkpoint."""
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+
+
+def load(run: Training, folder: str) -> None:
+    """Load them into another run."""
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    state = {"model": model, "optimizer": optimizer}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def restepped() -> dict[str, Any]:
@@ -286,3 +292,26 @@ def restepped() -> dict[str, Any]:
     for step in range(3):
         run.step(step)
     return {"record": story(run.optimizer.last), "weights": run.weights(), "state": run.state()}
+
+
+def broadcasting() -> list[str]:
+    """Audit through DDP, whose forward broadcasts BatchNorm's buffers; in the second step one rank fails before it."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Policy(), find_unused_parameters=True)
+    observations = torch.randn(6, 5)
+    now = -1
+
+    def policy() -> torch.Tensor:
+        if dist.get_rank() == 1 and now == 1:
+            raise RuntimeError("as planned")
+        return model(observations)
+
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = STEPOptimizer(inner, PolicyKL(policy), budget=INF, on_error="reject")
+    actions = []
+    for now in range(3):
+        optimizer.zero_grad()
+        model(observations + now).square().mean().backward()
+        optimizer.step()
+        actions.append(str(optimizer.last.action))
+    return actions

@@ -108,6 +108,19 @@ def test_grpo_of_trl_gets_a_trust_region_in_three_lines(tmp_path):
     assert f"bare {max(record.accepted.mean for record in bare):.5f}, budget 0.01000" in shown
 
 
+@pytest.mark.parametrize("options", [(), ("--fsdp",)])
+def test_ddp_takes_one_decision_on_two_processes(tmp_path, options):
+    """The spike is shrunk, and both processes hold the same bits at the end; short enough to copy."""
+    source = ROOT / "examples" / "ddp.py"
+    assert len(source.read_text().splitlines()) <= 120
+    shown = run(str(source), "--ranks", "2", *options, directory=tmp_path)
+    actions = [line.split()[9] for line in shown.splitlines() if line.startswith("step")]
+    assert len(actions) == 8
+    assert actions[5] == "shrink"
+    assert "commit" in actions
+    assert "2 processes hold the same bits" in shown
+
+
 def test_the_package_is_typed_and_imports_no_integration():
     """py.typed is there; importing step_optim loads torch, but neither transformers nor bitsandbytes nor peft."""
     assert (importlib.resources.files("step_optim") / "py.typed").is_file()

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from step_optim import Action, Budget, Gate, TokenKL
+from step_optim import Action, Budget, Gate, PolicyKL, TokenKL
 from tests.hosts import bare, everything
 from tests.hosts_text import (
     SteppedText,
@@ -134,6 +134,21 @@ def test_audits_do_not_run_in_the_autocast_inside_of_forward(order):
         module.load_state_dict(policy().state_dict())
     assert torch.equal(prepared(prompt).logits, logits)
     assert not torch.equal(twin(prompt).logits, logits)
+
+
+def test_a_policy_kl_that_knows_its_model_does_not_run_in_that_autocast_either():
+    """With `model=`, what the function calls reads what it reads without accelerate."""
+    forget_accelerator()
+    model = policy()
+    twin = copy.deepcopy(model)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    prompt = ragged_control().prompts[0][None]
+    kl, alone = (PolicyKL(lambda m=m: m(prompt).logits[0], model=m) for m in (prepared, twin))
+    for measure, module in ((kl, model), (alone, twin)):
+        measure.anchor()
+        nudge(module, 1e-2)
+    assert kl() == alone()
+    assert kl().mean > 0
 
 
 def test_a_forward_that_was_replaced_after_prepare_is_the_policy_that_is_audited():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -132,3 +133,17 @@ def test_a_compiled_inner_step():
         return everything(model, optimizer, losses=losses)
 
     check_host(loop)
+
+
+def test_audits_do_not_make_warnings_repeat_themselves():
+    """A warning that is shown once stays so: no audit makes python forget what it has shown."""
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = STEPOptimizer(adamw(model), kl=PolicyKL(lambda: compiled(OBSERVATIONS)), budget=1.0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for step in range(3):
+            warnings.warn("seen once", stacklevel=1)
+            train(model, optimizer, range(step, step + 1))
+    texts = [str(warning.message) for warning in seen]
+    assert [text for text in texts if "hooks" in text or "once" in text] == ["seen once"]

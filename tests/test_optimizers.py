@@ -205,7 +205,7 @@ def test_the_wrapper_is_an_optimizer_to_everybody():
     train(net, optimizer, 0)
     handle.remove()
     scheduler.step()
-    assert calls == ["pre", "global", "commit"]
+    assert calls == ["pre", "commit", "global"]
     assert inner.param_groups[0]["lr"] == pytest.approx(1e-4)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     assert len(inner.param_groups) == 2

@@ -1,0 +1,67 @@
+"""Undoing that an interrupt cannot prevent, wherever it arrives."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Undo = Callable[[], None]
+
+ATTEMPTS = 5
+"""How often an undo that fails (out of memory for a temporary, say) is begun again."""
+
+
+class _Open(threading.local):
+    """What is still to be undone in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.undos: list[Undo] = []
+
+
+_open = _Open()
+
+
+def depth() -> int:
+    """Return how much there is to undo now; for `finish`."""
+    return len(_open.undos)
+
+
+def finish(depth: int) -> None:
+    """Undo what was opened since there was this much to undo."""
+    while len(_open.undos) > depth:
+        uninterrupted(_open.undos[-1])
+        _open.undos.pop()
+
+
+@contextmanager
+def undone(undo: Undo) -> Iterator[None]:
+    """Undo afterwards what the body does.
+
+    An interrupt may hit a context manager on its way out, before it has begun
+    to clean up; python then cleans up when it collects the garbage, which may
+    be never. So a step ends by finishing whatever is still open in it, and
+    nothing is undone later than that.
+
+    Args:
+        undo: may be called before there is anything to undo, and again afterwards.
+    """
+    _open.undos.append(undo)
+    try:
+        yield
+    finally:
+        if undo in _open.undos:
+            finish(_open.undos.index(undo))
+
+
+def uninterrupted(undo: Undo) -> None:
+    """Run an undo to its end; what interrupts it begins it again, and is raised when it is done."""
+    interrupt: BaseException | None = None
+    for _ in range(ATTEMPTS):
+        try:
+            undo()
+            break
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -1,0 +1,21 @@
+"""All groups of cases."""
+
+from __future__ import annotations
+
+from tests.faults.campaign import Group
+from tests.faults.checkpoints import Checkpoints
+from tests.faults.kills import Kills
+from tests.faults.lines import Lines
+from tests.faults.logs import FullDisk, Logs
+from tests.faults.values import Values
+from tests.faults.worlds import SCENARIOS
+
+GROUPS: list[Group] = [
+    *(Lines(name) for name in SCENARIOS),
+    *(Kills(name) for name in ("commit tokens", "shrink policy", "reject", "keep_state", "project", "window", "ASGD")),
+    *(Values(name) for name in SCENARIOS),
+    Logs("shrink"),
+    Logs("project"),
+    FullDisk("commit tokens"),
+    *(Checkpoints(name) for name in ("commit tokens", "shrink policy", "ASGD", "distribution", "plain function")),
+]
