@@ -27,6 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 HERE = Path(__file__).parent
 LIBRARIES = ("torch", "bitsandbytes", "torchao", "schedulefree", "transformers", "pytorch_optimizer")
 
+CRASHED = Finding("the process crashed, bare or wrapped")
+
 Results = dict[str, list[Verdict]]
 
 
@@ -81,7 +83,7 @@ class Workers:
             return process.submit(self._check, title).result()
         except BrokenProcessPool:
             process = self._new()
-            return [Verdict(title, dtype, runs=Finding("the process crashed")) for dtype in DTYPES]
+            return [Verdict(title, dtype, runs=CRASHED) for dtype in DTYPES]
         finally:
             self._idle.put(process)
 
@@ -96,7 +98,7 @@ class Workers:
 def cell(verdict: Verdict) -> str:
     """The verdict on one dtype; what stands behind it is in the other columns."""
     if not verdict.runs:
-        return "does not run bare"
+        return "CRASHED" if verdict.runs == CRASHED else "does not run bare"
     if not verdict.accepted:
         return "refuse"
     return "exact" if verdict.exact else "NOT EXACT"

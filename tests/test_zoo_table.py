@@ -101,4 +101,4 @@ def test_a_crash_costs_one_row(table):
     """A process that dies leaves a verdict, and the next one is tried in another."""
     workers = table.Workers(1, check=os._exit)
     found = dict(workers.run([1, 2]))
-    assert [verdict.runs.why for verdicts in found.values() for verdict in verdicts] == ["the process crashed"] * 4
+    assert [table.cell(verdict) for verdicts in found.values() for verdict in verdicts] == ["CRASHED"] * 4
