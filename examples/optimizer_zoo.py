@@ -176,7 +176,8 @@ def bitsandbytes_optim() -> Iterator[Entry]:
 def torchao_optim() -> Iterator[Entry]:
     """All of torchao's low-bit optimizers; the copies of CPUOffloadOptimizer need an accelerator."""
     for name, cls in classes(torchao.optim):
-        yield Entry("torchao", name, of(cls, lr=1e-3))
+        if name != "CPUOffloadOptimizer":
+            yield Entry("torchao", name, of(cls, lr=1e-3))
     yield Entry(
         "torchao", "_AdamW(bf16_stochastic_round)", of(torchao.optim._AdamW, lr=1e-3, bf16_stochastic_round=True)
     )
@@ -196,7 +197,9 @@ def schedulefree_optim() -> Iterator[Entry]:
             yield Entry(
                 "schedulefree",
                 f"{name}({base.__name__})",
-                lambda p, wrapper=wrapper, base=base: wrapper(base(p, lr=1e-2), momentum=0.9),
+                lambda p, wrapper=wrapper, base=base: wrapper(
+                    base(p, lr=0.3 if base is torch.optim.SGD else 1e-2), momentum=0.9
+                ),
             )
 
 
@@ -209,7 +212,7 @@ def transformers_optim() -> Iterator[Entry]:
 
 
 def pytorch_optimizer_optim() -> Iterator[Entry]:
-    """All that pytorch_optimizer lists, and the wrappers that it does not list."""
+    """All that pytorch_optimizer lists, and the wrappers that it does not list (but GSAM, which keeps its own loss)."""
     for name in pytorch_optimizer.get_supported_optimizers():
         cls = pytorch_optimizer.load_optimizer(name)
         if cls.__module__.startswith("torch."):

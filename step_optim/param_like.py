@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,46 +17,70 @@ from step_optim.state import OptimizerState
 ParamLike: TypeAlias = "str | Sequence[str] | Callable[[Optimizer], Iterable[tuple[Tensor, Tensor]]]"
 """Keys of ``state[parameter]``, or a function that lists (copy, parameter) pairs."""
 
-COPIES: Mapping[str, tuple[str, ...]] = {
-    # schedulefree
-    "AdamWScheduleFree": ("z",),
-    "SGDScheduleFree": ("z",),
-    "RAdamScheduleFree": ("z",),
-    "AdamWScheduleFreeClosure": ("z",),
-    "SGDScheduleFreeClosure": ("z",),
-    "RAdamScheduleFreeClosure": ("z",),
-    "AdamWScheduleFreePaper": ("z",),
-    "AdamWScheduleFreeReference": ("x", "y", "z"),
-    "SGDScheduleFreeReference": ("x", "y", "z"),
-    "ScheduleFreeWrapper": ("z",),  # pytorch_optimizer has one, too
-    "ScheduleFreeWrapperReference": ("x", "y", "z"),
-    # pytorch_optimizer
-    "ScheduleFreeAdamW": ("z",),
-    "ScheduleFreeSGD": ("z",),
-    "ScheduleFreeRAdam": ("z",),
-    "A2Grad": ("x_k",),
-    "SRMM": ("mov_avg_param",),
-    "Lookahead": ("slow_params",),
-    "Ranger": ("slow_buffer",),
-    "Ranger21": ("lookahead_params",),
-}
-"""State keys of known optimizers, by class name. `examples/optimizer_table.md` has what they are good for."""
 
+def slow_weights(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Those of timm's Lookahead, which keeps them in the state of the optimizer inside it."""
+    state = optimizer._base_optimizer.state  # type: ignore[attr-defined]
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if "lookahead_slow_buff" in state.get(parameter, {}):
+            yield state[parameter]["lookahead_slow_buff"], parameter
+
+
+COPIES: Mapping[str, ParamLike] = {
+    "schedulefree.AdamWScheduleFree": ("z",),
+    "schedulefree.AdamWScheduleFreeClosure": ("z",),
+    "schedulefree.AdamWScheduleFreePaper": ("z",),
+    "schedulefree.AdamWScheduleFreeReference": ("x", "y", "z"),
+    "schedulefree.RAdamScheduleFree": ("z",),
+    "schedulefree.RAdamScheduleFreeClosure": ("z",),
+    "schedulefree.SGDScheduleFree": ("z",),
+    "schedulefree.SGDScheduleFreeClosure": ("z",),
+    "schedulefree.SGDScheduleFreeReference": ("x", "y", "z"),
+    "schedulefree.ScheduleFreeWrapper": ("z",),
+    "schedulefree.ScheduleFreeWrapperReference": ("x", "y", "z"),
+    "pytorch_optimizer.A2Grad": ("x_k",),
+    "pytorch_optimizer.Lookahead": ("slow_params",),
+    "pytorch_optimizer.Ranger": ("slow_buffer",),
+    "pytorch_optimizer.Ranger21": ("lookahead_params",),
+    "pytorch_optimizer.ScheduleFreeAdamW": ("z",),
+    "pytorch_optimizer.ScheduleFreeRAdam": ("z",),
+    "pytorch_optimizer.ScheduleFreeSGD": ("z",),
+    "pytorch_optimizer.ScheduleFreeWrapper": ("z",),
+    "pytorch_optimizer.SRMM": ("mov_avg_param",),
+    # Found by check_optimizer, too, but in no table: their libraries are no dependency of the tests.
+    "madgrad.MirrorMADGRAD": ("z",),
+    "pytorch_ranger.Ranger": ("slow_buffer",),
+    "pytorch_ranger.RangerQH": ("slow_buffer",),
+    "pytorch_ranger.RangerVA": ("slow_buffer",),
+    "timm.Lookahead": slow_weights,
+    "torch_optimizer.A2GradExp": ("x_k",),
+    "torch_optimizer.A2GradInc": ("x_k",),
+    "torch_optimizer.A2GradUni": ("x_k",),
+    "torch_optimizer.Lookahead": ("slow_param",),
+}
+"""Where known optimizers have copies, by library and class: libraries give one name to different classes.
+
+Each was found by `step_optim.testing.check_optimizer`: without it, less than 0.8 of half a step stays half a step.
+"""
+
+_SUMS = "computes the weights anew from sums of gradients"
 RECOMPUTED: Mapping[str, str] = {
-    "FTRL": "computes the weights anew from sums of gradients",
-    "DAdaptAdaGrad": "computes the weights anew from sums of gradients",
-    "DAdaptSGD": "computes the weights anew from sums of gradients",
-    "MADGRAD": "computes the weights anew from sums of gradients",
-    "Nero": "normalises the weights in every step",
+    "pytorch_optimizer.DAdaptAdaGrad": _SUMS,
+    "pytorch_optimizer.DAdaptSGD": _SUMS,
+    "pytorch_optimizer.FTRL": _SUMS,
+    "pytorch_optimizer.MADGRAD": _SUMS,
+    "pytorch_optimizer.Nero": "normalises the weights in every step",
+    "dadaptation.DAdaptAdaGrad": _SUMS,
+    "dadaptation.DAdaptSGD": _SUMS,
+    "madgrad.MADGRAD": _SUMS,
+    "timm.MADGRAD": _SUMS,
+    "torch_optimizer.MADGRAD": _SUMS,
 }
-"""Why no point between two weights of these optimizers can be kept, by class name."""
-
-LAYERWISE = ("Lomo", "AdaLomo", "LOMO", "AdaLOMO", "LayerWiseDummyOptimizer")
-"""Optimizers that step inside the backward pass: there is no candidate to audit."""
+"""Why no point between two weights of these optimizers can be kept: no state moved along makes half a step last."""
 
 
-def known_copies(optimizer: Optimizer) -> tuple[str, ...]:
-    """Return the state keys that hold copies of the weights, for an optimizer that is known to have them."""
+def known_copies(optimizer: Optimizer) -> ParamLike:
+    """Return where the copies of the weights are, for an optimizer that is known to have them."""
     return next((COPIES[name] for name in _names(optimizer) if name in COPIES), ())
 
 
@@ -65,15 +90,18 @@ def why_recomputed(optimizer: Optimizer) -> str | None:
 
 
 def steps_in_backward(optimizer: Optimizer) -> bool:
-    """Whether the weights move before `step()` is called."""
+    """Whether the weights move before `step()` is called: there is no candidate to audit."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return any(name in LAYERWISE for name in _names(optimizer)) or any(
-        hasattr(p, "_in_backward_optimizers") for p in parameters
+    return (
+        hasattr(optimizer, "fused_backward")  # LOMO and AdaLOMO, of any library
+        or "transformers.LayerWiseDummyOptimizer" in _names(optimizer)
+        or any(hasattr(p, "_in_backward_optimizers") for p in parameters)
     )
 
 
 def _names(optimizer: Optimizer) -> list[str]:
-    return [cls.__name__ for cls in type(optimizer).__mro__]
+    """Library and class, of the class itself and of those that it derives from."""
+    return [f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(optimizer).__mro__]
 
 
 class Copies:
@@ -116,8 +144,10 @@ class Copies:
 
     def _named(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
         if self._find is not None:
-            for number, (copy, parameter) in enumerate(self._find(self._optimizer)):
-                yield number, copy, parameter
+            seen: Counter[int] = Counter()  # a copy keeps its number when one of another parameter is created
+            for copy, parameter in self._find(self._optimizer):
+                yield seen[id(parameter)], copy, parameter
+                seen[id(parameter)] += 1
             return
         for parameter in (p for group in self._optimizer.param_groups for p in group["params"]):
             state = self._optimizer.state.get(parameter, {})

@@ -9,6 +9,6 @@
 
 from step_optim.testing.check import check_optimizer
 from step_optim.testing.probe import Factory, TrainStep, train_step
-from step_optim.testing.verdict import Verdict
+from step_optim.testing.verdict import Finding, Kind, Verdict
 
-__all__ = ["Factory", "TrainStep", "Verdict", "check_optimizer", "train_step"]
+__all__ = ["Factory", "Finding", "Kind", "TrainStep", "Verdict", "check_optimizer", "train_step"]

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from step_optim.controllers import Controller, Gate, Outcome, Trial
-from step_optim.param_like import known_copies
+from step_optim.testing.copying import are_copies
 from step_optim.testing.probe import Probe, Setup, brief
 from step_optim.testing.verdict import STICKS
 
@@ -30,9 +31,13 @@ class Part(Controller):
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
+        self.line: list[tuple[Tensor, Tensor]] = []
+        """The weights at alpha, and their size."""
 
     def decide(self, trial: Trial) -> Outcome:
         """Accept the point at alpha."""
+        ends = zip(trial.weights.previous, trial.weights.candidate, strict=True)
+        self.line = [(torch.lerp(a, b, self.alpha), torch.maximum(a.abs(), b.abs())) for a, b in ends]
         return trial.accept(trial.at(self.alpha))
 
 
@@ -45,12 +50,16 @@ class Path:
     later: list[Tensor]
 
     def sticks(self, committed: Path) -> float:
-        """Smallest share of the way from here to the committed step that is still there later."""
+        """Smallest share of the way from here to the committed step that is still there later, neither less nor more.
+
+        <committed' - this', committed - this> / ‖committed - this‖², with the weights after zero-gradient steps primed.
+        """
         way = committed.end - self.end
         length = float(way @ way)
         if length == 0:  # nothing was taken back
             return math.nan
-        return min(float((c - t) @ way) / length for c, t in zip(committed.later, self.later, strict=True))
+        shares = [float((c - t) @ way) / length for c, t in zip(committed.later, self.later, strict=True)]
+        return min(1 - abs(1 - share) for share in shares)
 
     def midway(self, none: Path, whole: Path) -> float:
         """1 if this leads half-way between two other ends; less by what is missing or too much."""
@@ -93,6 +102,7 @@ class Sticking:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.off_the_line = ""
         self.committed = [follow(Probe(setup), depth, _commit) for depth in DEPTHS]
 
     def weights_only(self) -> float:
@@ -100,10 +110,12 @@ class Sticking:
         return self._smallest(follow(Probe(self.setup), depth, _put_weights_back) for depth in DEPTHS)
 
     def half(self, **options: Any) -> float:
-        """Have `STEPOptimizer` commit half of the step."""
+        """Have `STEPOptimizer` commit half of the step; note it if that is not on the line."""
         paths = [self._part(depth, 0.5, QUIET, options) for depth in DEPTHS]
         share = self._smallest(paths)
-        return share if share >= STICKS or not self._near_weights(options) else max(share, self._midway(paths, options))
+        if share >= STICKS or math.isnan(share) or not are_copies(self.setup, options.get("param_like")):
+            return share
+        return max(share, self._midway(paths, options))
 
     def _midway(self, paths: list[Path], options: dict[str, Any]) -> float:
         """How exactly half a step leads half-way between no step (but its moments) and the whole step.
@@ -114,25 +126,34 @@ class Sticking:
         nothing = [follow(Probe(self.setup, rejecting), depth, Probe.over_budget) for depth in DEPTHS]
         return min(path.midway(none, whole) for path, none, whole in zip(paths, nothing, self.committed, strict=True))
 
-    def _near_weights(self, options: dict[str, Any]) -> bool:
-        """Whether the state to be moved along is there, and near the weights: copies of them, not moments."""
-        probe = Probe(self.setup).train_all(range(2))
-        given = options.get("param_like")
-        keys = known_copies(probe.inner) if given is None else () if callable(given) else given
-        pairs = [
-            (p, probe.inner.state.get(p, {}).get(key)) for key in keys for p in probe.parameters if p.requires_grad
-        ]
-        return bool(pairs) and all(
-            copy is not None and float((copy - p).detach().norm()) < float(p.detach().norm()) / 2 for p, copy in pairs
-        )
-
     def _smallest(self, paths: Iterable[Path]) -> float:
         found = [path.sticks(whole) for path, whole in zip(paths, self.committed, strict=True)]
         return min((share for share in found if not math.isnan(share)), default=math.nan)
 
     def _part(self, depth: int, alpha: float, quiet: Sequence[int], options: dict[str, Any]) -> Path:
-        probe = Probe(self.setup, {"controller": Part(alpha)} | options)
-        return follow(probe, depth, Probe.over_budget, quiet)
+        part = Part(alpha)
+        probe = Probe(self.setup, {"controller": part} | options)
+
+        def move(probe: Probe, seed: int) -> None:
+            probe.over_budget(seed)
+            if "shrink" not in options:
+                self._check_line(probe, part)
+
+        return follow(probe, depth, move, quiet)
+
+    def _check_line(self, probe: Probe, part: Part) -> None:
+        """The weights are the interpolated ones to the bit; or to their rounding, if masters were interpolated."""
+        moved = [p.detach() for p in probe.parameters if p.requires_grad]
+        for p, (point, size) in zip(moved, part.line, strict=False):
+            off = (p - point).abs()
+            if off.any() and not (self._has_masters(probe) and (off <= 2 * torch.finfo(p.dtype).eps * size).all()):
+                self.off_the_line = f"half a step is off the line between the weights by {float(off.max()):.1e}"
+
+    def _has_masters(self, probe: Probe) -> bool:
+        tensors = (t for state in probe.inner.state.values() for t in state.values() if isinstance(t, Tensor))
+        return any(
+            t.element_size() > p.element_size() and t.shape == p.shape for t in tensors for p in probe.parameters
+        )
 
     def restep(self) -> str:
         """Why the step at a sixteenth of its learning rate is not about a sixteenth of it; empty if it is."""
@@ -140,21 +161,22 @@ class Sticking:
             paths = [self._part(depth, LITTLE, (), {"shrink": "restep"}) for depth in DEPTHS]
         except Exception as error:
             return brief(error)
-        parts = [path.part(committed) for path, committed in zip(paths, self.committed, strict=True)]
-        worst = max((part for part in parts if not math.isnan(part)), key=lambda part: abs(part - LITTLE), default=0.0)
-        return f"lr/16 makes {worst:.2f} of the step" if abs(worst - LITTLE) > 0.1 else ""
+        found = [path.part(committed) for path, committed in zip(paths, self.committed, strict=True)]
+        parts = [part for part in found if not math.isnan(part)]
+        if all(abs(part - LITTLE) <= 0.1 for part in parts):
+            return ""
+        return f"lr/16 makes {min(parts):.2f} to {max(parts):.2f} of the step"
 
     def candidates(self) -> Iterator[tuple[str, ...]]:
-        """Sets of state keys with tensors of the parameter's shape: one, all, then some of them."""
+        """Sets of state keys with tensors of the parameter's shape, small ones first."""
         probe = Probe(self.setup).train_all(range(2))
         first = max(probe.parameters, key=Tensor.numel)
         state = probe.inner.state.get(first, {})
         keys = [key for key, value in state.items() if isinstance(value, Tensor) and _is_alike(value, first)]
-        sizes = sorted(range(1, len(keys) + 1), key=lambda size: (size > 1, size < len(keys), size))
-        return (chosen for size in sizes for chosen in itertools.combinations(keys, size))
+        return (chosen for size in range(1, len(keys) + 1) for chosen in itertools.combinations(keys, size))
 
     def needed(self) -> tuple[str, ...]:
-        """The state keys that make half a step last; empty if no set of them does."""
+        """The fewest state keys that make half a step last; none if no set of them does."""
         for keys in self.candidates():
             try:
                 if STICKS <= self.half(param_like=keys) < math.inf:
