@@ -28,12 +28,19 @@ def depth() -> int:
 
 
 def finish(depth: int) -> None:
-    """Undo what was opened since there was this much to undo."""
-    while len(_open.undos) > depth:
+    """Undo what was opened since there was this much to undo.
+
+    What fails stays on the list, for another call, and does not keep the rest from being undone.
+    """
+    failed: BaseException | None = None
+    for undo in reversed(_open.undos[depth:]):
         try:
-            uninterrupted(_open.undos[-1])
-        finally:  # what fails for good must not keep the others from being undone
-            _open.undos.pop()
+            uninterrupted(undo)
+            _open.undos.remove(undo)
+        except BaseException as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 @contextmanager
