@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from step_optim.control import ControlSet
 from step_optim.isolation import has_fsdp, isolated, reshard
 from step_optim.kl import Head, Rows
+from step_optim.language_models import accepted_arguments, check_device, output_head, plain, vocab_size_of
 from step_optim.logit_kl import LogitKL
 from step_optim.shard import Shard, batch_members
 from step_optim.undo import undone
@@ -89,8 +89,8 @@ class TokenKL(LogitKL):
             raise TypeError(f"control={control!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch} must be at least 1 prompt")
-        _check_device(model, control)
-        vocab_size = _vocab_size(model)
+        check_device(model, control)
+        vocab_size = vocab_size_of(model)
         if vocab_size is not None:
             control.check_vocabulary(vocab_size)
         self._refuse_strangers = check_parameters
@@ -102,7 +102,7 @@ class TokenKL(LogitKL):
         lengths = torch.tensor([len(response) for response in self.control.responses])
         self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts), lengths).to(control.device)
         self._batch_list = list(_layout(self.control, micro_batch))
-        self._arguments = _accepted_arguments(model)
+        self._arguments = accepted_arguments(model)
         self.readout = self._find_readout()
         """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
 
@@ -133,7 +133,7 @@ class TokenKL(LogitKL):
         """The live head if it is frozen, the same object every time; a copy if training will move it."""
         if self.readout != "hidden":
             return None
-        module = _output_head(self.model)
+        module = output_head(self.model)
         if self._live_head is None or self._live_head.weight is not module.weight:
             self._live_head = Head(module.weight, module.bias)
         if live or not any(p.requires_grad for p in module.parameters()):
@@ -149,23 +149,23 @@ class TokenKL(LogitKL):
         """
         if readout == "full":
             return rearrange(self._forward(batch), "b t v -> (b t) v")[batch.positions]
-        with _head_on_rows(_output_head(self.model), batch, hidden_only=readout == "hidden", probe=probe) as tap:
+        with _head_on_rows(output_head(self.model), batch, hidden_only=readout == "hidden", probe=probe) as tap:
             logits = self._forward(batch)
         return tap.hidden if readout == "hidden" else logits[0]
 
     def _forward(self, batch: Batch) -> Tensor:
         extra = {"attention_mask": batch.mask, "use_cache": False}
-        out = _plain(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
+        out = plain(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         return logits
 
     def _find_readout(self) -> str:
         """Compare the short ways with the model's own logits on one batch, and take the shortest that agrees."""
-        head, batch = _output_head(self.model), self._batch_list[-1]  # the shortest prompts
+        head, batch = output_head(self.model), self._batch_list[-1]  # the shortest prompts
         with isolated([self.model]):
             truth = self._read_checked(batch)
             self._vocabulary = truth.shape[-1]
-            if _vocab_size(self.model) is None:
+            if vocab_size_of(self.model) is None:
                 self.control.check_vocabulary(truth.shape[-1])
             if head is None or not _agree(self._try_rows(batch), truth):
                 return "full"
@@ -300,46 +300,3 @@ def _agree(logits: Tensor | None, truth: Tensor) -> bool:
     rounding = max(torch.finfo(logits.dtype).eps, torch.finfo(truth.dtype).eps)
     tolerance = max(HEAD_TOLERANCE, 4 * rounding) * float(truth.float().abs().max())
     return float((logits.float() - truth.float()).abs().max()) <= tolerance
-
-
-def _plain(model: nn.Module) -> Any:
-    """The module inside `torch.compile` and DistributedDataParallel.
-
-    The forward of the latter synchronises buffers, and not every process is in it.
-    """
-    inside = {"DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
-    while type(model).__name__ in inside:
-        model = getattr(model, inside[type(model).__name__])
-    return model
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and the like, which do not pass on its accessors."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) and not hasattr(model, "get_output_embeddings") else model
-
-
-def _output_head(model: nn.Module) -> Any:
-    find = getattr(_unwrapped(model), "get_output_embeddings", None)
-    return None if find is None else find()
-
-
-def _vocab_size(model: nn.Module) -> int | None:
-    find = getattr(_unwrapped(model), "get_input_embeddings", None)
-    size = getattr(None if find is None else find(), "num_embeddings", None)
-    return size if isinstance(size, int) else None
-
-
-def _check_device(model: nn.Module, control: ControlSet) -> None:
-    device = next((p.device for p in model.parameters()), control.device)
-    if device != control.device:
-        raise ValueError(
-            f"the control set is on {control.device}, the model on {device}; use control.to({str(device)!r})"
-        )
-
-
-def _accepted_arguments(model: nn.Module) -> list[str]:
-    """Which of the optional arguments of Hugging Face models this one takes."""
-    parameters = inspect.signature(_plain(model).forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return [name for name in ("attention_mask", "use_cache") if takes_any or name in parameters]
