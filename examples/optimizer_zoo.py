@@ -243,6 +243,7 @@ SPECIAL: dict[str, tuple[Factory | None, TrainStep | None]] = {
     "DistributedMuon": (lambda p: in_one_process(PO.DistributedMuon)(muon_groups(p)), None),
     "FAdam": (lambda p: PO.FAdam(p, weight_decay=0.0), None),  # whose default takes a tenth of the weights away
     "Kron": (lambda p: PO.Kron(p, memory_save_mode="all_diag"), None),
+    "LARS": (lambda p: PO.LARS(p, lr=1.0), None),  # of which it takes a thousandth; less is bfloat16's rounding
     "LOMO": (lambda p: PO.LOMO(module_of(p)), with_accumulated_norm),
     "Magma": (lambda p: PO.Magma(AdamW(p, lr=1e-3)), None),
     "Muon": (lambda p: PO.Muon(muon_groups(p)), None),

@@ -143,8 +143,8 @@ class Sticking:
 
     def _check_line(self, probe: Probe, part: Part) -> None:
         """The weights are the interpolated ones to the bit; or to their rounding, if masters were interpolated."""
-        moved = [p.detach() for p in probe.parameters if p.requires_grad]
-        for p, (point, size) in zip(moved, part.line, strict=False):
+        moved = [p.detach() for group in probe.inner.param_groups for p in group["params"]]
+        for p, (point, size) in zip(moved, part.line, strict=bool(part.line)):
             off = (p - point).abs()
             if off.any() and not (self._has_masters(probe) and (off <= 2 * torch.finfo(p.dtype).eps * size).all()):
                 self.off_the_line = f"half a step is off the line between the weights by {float(off.max()):.1e}"
