@@ -27,7 +27,7 @@ TIMEOUT_AFTER_AN_ERROR = 20
 
 
 class Hang(AssertionError):
-    """Some processes did not answer in time; the message has their stacks."""
+    """Some processes did not answer in time, or have ended; the message has their stacks, or exit code."""
 
 
 class Workers:
@@ -71,7 +71,7 @@ class Workers:
             group = {"backend": backend, "init_method": f"file://{store}", "rank": rank, "world_size": size}
             self._pipes[rank].send((job, group, arguments))
         for rank in range(size):
-            assert self._pipes[rank].recv() == "connected"
+            assert self._received(rank) == "connected"
         answers: dict[int, Any] = {}
         while len(answers) < size:
             waiting = {self._pipes[rank]: rank for rank in range(size) if rank not in answers}
@@ -80,13 +80,17 @@ class Workers:
             if not ready:
                 raise Hang(_errors(answers) + self._what_they_do(list(waiting.values())))
             for pipe in ready:
-                try:
-                    answers[waiting[pipe]] = pipe.recv()
-                except EOFError:
-                    raise Hang(f"{_errors(answers)}rank {waiting[pipe]} has ended") from None
+                answers[waiting[pipe]] = self._received(waiting[pipe])
         if errors := _errors(answers):
             raise RuntimeError(errors)
         return [answers[rank][1] for rank in range(size)]
+
+    def _received(self, rank: int) -> Any:
+        try:
+            return self._pipes[rank].recv()
+        except EOFError:
+            self._processes[rank].join()
+            raise Hang(f"rank {rank} has ended with exit code {self._processes[rank].exitcode}") from None
 
     def _what_they_do(self, ranks: list[int]) -> str:
         for rank in ranks:
@@ -122,6 +126,7 @@ def _serve(pipe: Connection, stacks: str) -> None:
             if group["backend"] == "nccl":
                 torch.cuda.set_device(group["rank"])
             dist.init_process_group(**group)
+            dist.barrier()  # a job that needs nobody must not leave before the others are there
             pipe.send("connected")
             try:
                 result = job(**arguments)
