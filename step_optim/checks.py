@@ -57,7 +57,7 @@ def check_line(optimizer: Optimizer, controller: Controller, shrink: str, budget
     if reason is not None and (controller.shrinks or controller.on_reject == "keep_state"):
         raise ValueError(
             f"{type(optimizer).__name__} {reason}: what a shrunk step took back would return with the next step. Use "
-            "shrink='restep', or Gate() with on_reject='restore'"
+            "Gate() with on_reject='restore', or shrink='restep' if a smaller learning rate makes a smaller step of it"
         )
     if shrink == "restep" and controller.needs_logits:
         raise ValueError(

@@ -87,6 +87,22 @@ class FromSums(Plain):
         p.copy_(state["start"].sqrt() * state["sign"] - state["sum"].abs().sqrt() * state["sum"].sign())
 
 
+class NoGroups:
+    """Trains, but says to nobody what."""
+
+    def __init__(self, parameters) -> None:
+        self.parameters = parameters
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.parameters:
+            p.sub_(p.grad, alpha=0.5)
+
+
 class Elsewhere(Plain):
     """Moves the weights when gradients are reset."""
 
@@ -174,6 +190,7 @@ def test_a_good_optimizer_is_exact_in_everything():
         (Broken, "runs", "ArithmeticError: no second step"),
         (Lazy, "runs", "no step moves a weight"),
         (Backward, "accepted", "inside the backward pass"),
+        (NoGroups, "accepted", "it has no param_groups"),
         (lambda parameters: object(), "runs", "AttributeError"),
         (Strict, "resumes", "its checkpoint in the bare optimizer: KeyError: 'unknown part'"),
     ],

@@ -84,13 +84,14 @@ def _check(setup: Setup, param_like: ParamLike | None) -> Verdict:
         verdict = replace(verdict, optimizer=type(probe.inner).__name__)
         start = probe.weights
         moved = probe.train_all(range(STEPS)).weights - start
-        verdict = replace(verdict, param_like=_keys(probe, param_like), runs=Finding(_is_training(moved)))
+        verdict = replace(verdict, runs=Finding(_is_training(moved)))
     except Exception as error:
         return replace(verdict, runs=Finding(brief(error)))
     verdict = replace(verdict, accepted=_tried(_accepted, setup)) if verdict.runs else verdict
     verdict = replace(verdict, rollback=_tried(_rollback, setup)) if verdict.accepted else verdict
     if not verdict.rollback:
         return verdict
+    verdict = replace(verdict, param_like=_keys(probe, param_like))
     bare, ours = check_resuming(setup, STEPS)
     verdict = replace(verdict, transparent=_tried(_commits, setup), resumes_bare=bare, resumes=ours)
     return _shrinking(setup, verdict, {} if param_like is None else {"param_like": param_like})
