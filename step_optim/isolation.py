@@ -141,13 +141,7 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False) -> Iterat
         The modules used so far; complete at the end.
     """
     rng, modes, settings = RNGState.capture(), _Modes(), _Settings()
-
-    def undo() -> None:
-        modes.restore()
-        settings.restore()
-        rng.restore()
-
-    with undone(undo):
+    with undone(rng.restore), undone(settings.restore), undone(modes.restore):
         for root in modules:
             for module in root.modules():
                 modes.quiet(module)

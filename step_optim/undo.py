@@ -17,6 +17,7 @@ class _Open(threading.local):
 
     def __init__(self) -> None:
         self.undos: list[Undo] = []
+        self.failed: list[Undo] = []
 
 
 _open = _Open()
@@ -30,17 +31,24 @@ def depth() -> int:
 def finish(depth: int) -> None:
     """Undo what was opened since there was this much to undo.
 
-    What fails stays on the list, for another call, and does not keep the rest from being undone.
+    What fails does not keep the rest from being undone. It is tried once more
+    by the next call, since it may have been interrupted before it began, and
+    then given up.
     """
-    failed: BaseException | None = None
+    error: BaseException | None = None
     for undo in reversed(_open.undos[depth:]):
         try:
             uninterrupted(undo)
             _open.undos.remove(undo)
-        except BaseException as error:
-            failed = error
-    if failed is not None:
-        raise failed
+        except BaseException as failure:
+            error = failure
+            if undo in _open.failed:
+                _open.undos.remove(undo)
+                _open.failed.remove(undo)
+            else:
+                _open.failed.append(undo)
+    if error is not None:
+        raise error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_optim import Action, Budget, Controller, Gate, Interpolate, Movement, Project, STEPOptimizer
+from step_optim import Action, Budget, Controller, Gate, Interpolate, Movement, Project, STEPOptimizer, undo
 from tests.strategies import INNER, Problem, picture, policy_problem, token_problem, wrap
 
 FAILURES = [RuntimeError("boom"), KeyboardInterrupt(), torch.OutOfMemoryError("simulated"), SystemExit(3)]
@@ -311,6 +311,8 @@ def test_an_audit_that_cannot_be_cleaned_up_does_not_keep_the_step_from_being_un
     after = picture(problem.model, optimizer)
     assert (after["parameters"], after["state"]) == (before["parameters"], before["state"])
     assert "device lost" in optimizer.last.error
+    assert not undo._open.undos  # it is given up, and all else was undone
+    assert torch._dynamo.eval_frame._stance.stance == "default"
     torch.nn.modules.module._global_forward_pre_hooks.clear()
     optimizer.step()
     assert optimizer.last.action is Action.COMMIT
