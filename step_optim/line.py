@@ -142,14 +142,14 @@ class Restep(Line):
             return
         assert self._again is not None
         groups = [(group, group["lr"]) for group in self._optimizer.param_groups]
-        for group, lr in groups:
-            group["lr"] = lr * alpha
-        try:
-            with self._state.watch_groups():
-                self._again()
-        finally:
+        with self._state.watch_groups():  # an interrupt in here is undone with what the step writes
             for group, lr in groups:
-                group["lr"] = lr
+                group["lr"] = lr * alpha
+            try:
+                self._again()
+            finally:
+                for group, lr in groups:
+                    group["lr"] = lr
 
 
 def check_shrink(shrink: str, optimizer: Optimizer) -> None:

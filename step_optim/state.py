@@ -123,7 +123,7 @@ class GroupJournal:
 
     def forget(self) -> None:
         """Start with an empty journal."""
-        self._changes = {}
+        self._before, self._changes = [], {}
 
     def __enter__(self) -> None:
         self._before = [
@@ -132,14 +132,19 @@ class GroupJournal:
         ]
 
     def __exit__(self, *_: object) -> None:
+        self._note()
+
+    def _note(self) -> None:
         for group, before in self._before:
             for key in (before.keys() | group.keys()) - {"params"}:
                 saved = before.get(key, _MISSING)
                 if not _same(saved, group.get(key, _MISSING)):
                     self._changes.setdefault((id(group), key), (group, saved))
+        self._before = []
 
     def revert(self) -> None:
         """Put the changed values back; a value that was changed twice goes back to its first."""
+        self._note()  # an interrupt may have come before it was done
         for (_, key), (group, saved) in self._changes.items():
             if saved is _MISSING:
                 group.pop(key, None)
