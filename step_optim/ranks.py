@@ -11,8 +11,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from step_optim.undo import undone
 
 T = TypeVar("T")
 
@@ -149,11 +152,10 @@ class Ranks:
             if isinstance(module, talkative):
                 self._hear(_Knock())
 
-        hook = register_module_forward_pre_hook(knock)
-        try:
+        hook = RemovableHandle(_global_forward_pre_hooks)  # left behind, it would make training forwards knock
+        with undone(hook.remove):
+            _global_forward_pre_hooks[hook.id] = knock
             yield
-        finally:
-            hook.remove()
 
     def same(self, value: Any, vote: bool) -> list[bool]:
         """Exchange votes among processes that have the same value.

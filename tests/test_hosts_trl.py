@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import trl
 from peft import LoraConfig, get_peft_model
 
 from step_optim import Action, Gate, STEPOptimizer, TokenKL
@@ -31,9 +33,6 @@ from tests.strategies import bits
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from tiny import byte_tokenizer
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
 
