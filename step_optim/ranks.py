@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
-from step_optim.undo import undone
+from step_optim.undo import inserted
 
 T = TypeVar("T")
 
@@ -152,9 +151,7 @@ class Ranks:
             if isinstance(module, talkative):
                 self._hear(_Knock())
 
-        hook = RemovableHandle(_global_forward_pre_hooks)  # left behind, it would make training forwards knock
-        with undone(hook.remove):
-            _global_forward_pre_hooks[hook.id] = knock
+        with inserted(knock, _global_forward_pre_hooks):  # left behind, it would make training forwards knock
             yield
 
     def same(self, value: Any, vote: bool) -> list[bool]:

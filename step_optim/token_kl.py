@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from step_optim.control import ControlSet
 from step_optim.isolation import has_fsdp, isolated, reshard
@@ -18,7 +17,7 @@ from step_optim.kl import Head, Rows
 from step_optim.language_models import accepted_arguments, check_device, output_head, plain, vocab_size_of
 from step_optim.logit_kl import LogitKL
 from step_optim.shard import Shard, batch_members
-from step_optim.undo import undone
+from step_optim.undo import inserted
 
 HEAD_TOLERANCE = 1e-3
 """Largest relative difference between a model's logits and a plain linear head's at which they count as one."""
@@ -268,9 +267,7 @@ def _head_on_rows(head: nn.Module, batch: Batch, *, hidden_only: bool, probe: Te
         tap.hidden = hidden if probe is None else probe.to(hidden.dtype)
         return (tap.hidden[None, : 1 if hidden_only else None], *inputs[1:])
 
-    hook = RemovableHandle(head._forward_pre_hooks)  # known before there is a hook that it removes
-    with undone(hook.remove):
-        head._forward_pre_hooks[hook.id] = select
+    with inserted(select, head._forward_pre_hooks):
         yield tap
 
 

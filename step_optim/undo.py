@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
 
 Undo = Callable[[], None]
 
@@ -69,6 +72,15 @@ def undone(undo: Undo) -> Iterator[None]:
     finally:
         if undo in _open.undos:
             finish(_open.undos.index(undo))
+
+
+@contextmanager
+def inserted(hook: Callable[..., Any], hooks: dict[int, Any]) -> Iterator[None]:
+    """Have a hook of `torch.nn` in its dictionary during the body, and certainly not afterwards."""
+    handle = RemovableHandle(hooks)  # known before there is a hook that it removes
+    with undone(handle.remove):
+        hooks[handle.id] = hook
+        yield
 
 
 def uninterrupted(undo: Undo) -> None:
