@@ -23,6 +23,8 @@ class Audit:
 
     movement: Movement
     policy: Any = None
+    drift: Movement | None = None
+    """Movement of that policy from pi_ref, if it was measured along with it."""
 
 
 class KLClosure(ABC):
@@ -152,7 +154,7 @@ class Unbound(KLClosure):
 class ReferenceKL(KLClosure):
     """A KL closure that owns its reference: a policy that was evaluated, kept, and is compared with.
 
-    Subclasses evaluate (`_policy`) and compare (`_prompt_kl`); what a policy is
+    Subclasses evaluate (`_policy`) and compare (`_prompt_kls`); what a policy is
     stays theirs. pi_ref is the first reference that was ever taken.
     """
 
@@ -170,24 +172,26 @@ class ReferenceKL(KLClosure):
         """Evaluate the current weights; called isolated."""
 
     @abstractmethod
-    def _prompt_kl(self, candidate: Any, previous: Any) -> Tensor:
-        """KL(candidate ‖ previous) of each control prompt, [C]."""
+    def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
+        """KL(candidate ‖ reference) of each control prompt [C], for each reference."""
 
-    def _movement(self, candidate: Any, previous: Any) -> Movement:
-        return Movement.over(self._prompt_kl(candidate, previous).tolist(), self.members)
+    def _movements(self, candidate: Any, *references: Any) -> list[Movement]:
+        return [Movement.over(kls, self.members) for kls in self._prompt_kls(candidate, references)]
 
     @property
     def slices(self) -> tuple[str, ...]:
         """Names of the slices."""
         return tuple(self.members)
 
-    def audit(self) -> Audit:
-        """Evaluate the current weights and compare them with the reference."""
+    def audit(self, *, drift: bool = False) -> Audit:
+        """Evaluate the current weights and compare them with the reference; with ``drift``, with pi_ref as well."""
         if self._reference is None:
             raise RuntimeError(f"{type(self).__name__} has no reference yet; call anchor() before the weights move")
         with isolated(self.modules()) as self.used:
             policy = self._policy()
-            return Audit(self._movement(policy, self._reference), policy)
+            also = [self._origin] if drift and self._origin is not self._reference else []
+            moved = self._movements(policy, self._reference, *also)
+            return Audit(moved[0], policy, moved[-1] if drift else None)
 
     def anchor(self, audit: Audit | None = None) -> None:
         """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
@@ -201,8 +205,11 @@ class ReferenceKL(KLClosure):
 
     def drift(self, audit: Audit | None = None) -> Movement:
         """Movement of an audited policy, or of the reference, from pi_ref."""
+        if audit is not None and audit.drift is not None:
+            return audit.drift
         with torch.no_grad():
-            return self._movement(self._reference if audit is None else audit.policy, self._origin)
+            (drifted,) = self._movements(self._reference if audit is None else audit.policy, self._origin)
+            return drifted
 
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""

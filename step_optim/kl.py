@@ -1,126 +1,47 @@
-"""The movement statistic as pure functions: rows of policy -> KL per row, prompt and slice.
+"""The movement statistic as pure functions: rows of policy -> KL per row and prompt.
 
-Shapes: R response rows (one per response token), V vocabulary, C prompts, D
-features of a row (hidden width, or V).
+Shapes: R response rows (one per response token), V vocabulary, C prompts, J
+references.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-VOCAB_BLOCK = 2048
-"""Vocabulary columns read at once. 512 to 2048 cost the same; one block of all V would hold both policies."""
+from step_optim.rows import Head, Reader, Rows, Scratch, vocab_blocks
 
-LARGEST_LOG_RATIO = 80.0
-"""|log-ratio| above which a row is read again in float64: float32's exp overflows at 88."""
+__all__ = ["Head", "Rows", "Streamed", "prompt_means", "row_kl", "stream_kl"]
 
-SMALL_LOG_RATIO = 0.05
-"""|log-ratio| below which expm1(u) - u is summed as a series: the next term is u**6 / 720, 3e-10 of the first."""
+LARGEST_LOG_RATIO = 40.0
+"""|log-ratio| from which a row is read again in float64: float32's exp ends at 88, and forgets tokens below e^-87."""
+
+SERIES = 0.125
+"""|log-ratio| up to which expm1(u) - u is summed as a series, for it would cancel; the next term is 1e-7 of the sum."""
+
+OFF_CENTRE, NEGLIGIBLE = 16.0, 1e-12
+"""r² / KL from which the rounding of r = E[u] would show in KL = log1p(r + B) - r; and r² that never does."""
 
 ROWS_AGAIN = 32
 """Rows of the float64 re-reading that are held at once."""
 
 
 @dataclass(frozen=True)
-class Head:
-    """A linear output head: logits = x @ weight.T + bias."""
+class Streamed:
+    """What one pass over the vocabulary found. Nothing has waited for an accelerator yet."""
 
-    weight: Tensor
-    """[V, D]"""
-
-    bias: Tensor | None = None
-    """[V], or None."""
-
-    def copy(self) -> Head:
-        """Return a copy that later updates of the head do not reach."""
-        return Head(self.weight.detach().clone(), None if self.bias is None else self.bias.detach().clone())
-
-    def columns(self, start: int, stop: int) -> Head:
-        """Return the head of vocabulary columns start..stop, in float32 (float64 stays)."""
-        bias = None if self.bias is None else _at_least_float32(self.bias[start:stop])
-        return Head(_at_least_float32(self.weight[start:stop]), bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[R, D] -> logits [R, columns]."""
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+    kl: Tensor
+    """[J, R] float64 nats."""
+    doubtful: Tensor
+    """[J, R] rows that float32 cannot tell, which `settle` reads again."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A policy on the control set: what it takes to know its distribution at every response row.
-
-    With a head, ``x`` are the last hidden states (small); without one, the
-    logits themselves. Two `Rows` with the *same* head object differ in ``x``
-    alone, which makes their logits difference exact to the last bits.
-    """
-
-    x: Tensor
-    """[R, D] hidden states, or [R, V] logits."""
-
-    head: Head | None = None
-
-    @property
-    def vocab(self) -> int:
-        """V."""
-        return self.x.shape[-1] if self.head is None else self.head.weight.shape[0]
-
-    def logits(self) -> Tensor:
-        """[R, V]; for a few rows at a time."""
-        return _at_least_float32(self.x) if self.head is None else self._read(0, self.vocab)
-
-    def __getitem__(self, rows: Tensor | slice) -> Rows:
-        """Return some of the rows."""
-        return replace(self, x=self.x[rows])
-
-    def _read(self, start: int, stop: int) -> Tensor:
-        if self.head is None:
-            return _at_least_float32(self.x[:, start:stop])
-        columns = self.head.columns(start, stop)
-        return columns(self.x.to(columns.weight.dtype))
-
-
-def blocks(previous: Rows, candidate: Rows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Stream (previous logits, candidate - previous logits) over vocabulary blocks.
-
-    The difference is formed before the head wherever that is possible,
-    (x_c - x_p) W^T rather than x_c W^T - x_p W^T, because the rounding of two
-    large logits would otherwise drown a small movement.
-    """
-    for start in range(0, previous.vocab, VOCAB_BLOCK):
-        stop = min(start + VOCAB_BLOCK, previous.vocab)
-        z = previous._read(start, stop)
-        if previous.head is None or candidate.head is None:
-            there = candidate._read(start, stop)
-            yield z, torch.where(there == z, 0.0, there - z)  # equal infinities, masked actions, do not differ
-            continue
-        old = previous.head.columns(start, stop)
-        x_p, x_c = previous.x.to(old.weight.dtype), candidate.x.to(old.weight.dtype)
-        delta = (x_c - x_p) @ old.weight.T
-        if candidate.head is not previous.head:
-            new = candidate.head.columns(start, stop)
-            delta += x_c @ (new.weight - old.weight).T
-            if old.bias is not None and new.bias is not None:
-                delta += new.bias - old.bias
-        yield z, delta
-
-
+@torch.no_grad()
 def row_kl(previous: Rows, candidate: Rows, strength: Tensor | None = None) -> Tensor:
-    """KL(candidate ‖ previous) of each row over the full vocabulary, [R] float64 nats.
-
-    With d = candidate logits - previous logits, p the previous distribution
-    and u = d - E_p[d]:
-
-        KL = A / (1 + B) - log1p(B),   A = E_p[u expm1(u)],   B = E_p[expm1(u) - u]
-
-    The textbook sum p_c (log p_c - log p_p) subtracts two log-sum-exps whose
-    rounding enters at first order: in float32 it is off by a factor of 19 at
-    KL = 1e-10. This form is exactly 0 at zero movement. Blocks are centred on
-    their own mean and merged in float64. Rows with a log-ratio beyond
-    `LARGEST_LOG_RATIO`, masked (-inf) or NaN logits are read again in float64.
+    """KL(candidate ‖ previous) of each row over the full vocabulary, [R] float64 nats; the equation is `stream_kl`'s.
 
     Args:
         previous: the policy before the step, R rows.
@@ -128,79 +49,110 @@ def row_kl(previous: Rows, candidate: Rows, strength: Tensor | None = None) -> T
         strength: [R] lambda, to measure the geometric mixture
             (1 - lambda) l_previous + lambda l_candidate instead of the candidate.
     """
-    sums = [_block_sums(z, _weakened(d, strength)) for z, d in blocks(previous, candidate)]
-    peak, mass, centre, largest, a, b = (torch.stack(part) for part in zip(*sums, strict=True))
-    weight = mass * torch.exp(peak - peak.amax(0))
-    weight = weight / weight.sum(0)
-    shift = centre - (weight * centre).sum(0)
-    grown = torch.exp(shift)
-    # E_p[e^u - 1] and E_p[u e^u] around the common centre, from each block's own centre.
-    total_b = (weight * (grown * b + (torch.expm1(shift) - shift))).sum(0)
-    total_a = (weight * (grown * (a + shift * b) + shift * torch.expm1(shift))).sum(0)
-    kl = total_a / (1 + total_b) - torch.log1p(total_b)
-    again = ~(kl.isfinite() & (largest.amax(0) < LARGEST_LOG_RATIO) & (shift.abs().amax(0) < LARGEST_LOG_RATIO))
-    for rows in again.nonzero().flatten().split(ROWS_AGAIN):  # type: ignore[no-untyped-call]
-        kl[rows] = _row_kl_float64(previous[rows], candidate[rows], None if strength is None else strength[rows])
-    return kl.clamp_min(0)
+    return settle(stream_kl([previous], candidate, strength), [previous], candidate, strength)[0]
 
 
-def _weakened(d: Tensor, strength: Tensor | None) -> Tensor:
-    """D * lambda; 0 * inf, a token that only the candidate masks, is no difference at lambda = 0."""
-    if strength is None:
-        return d
-    weight = strength[:, None].to(d.dtype)
-    return torch.where(weight == 0, 0.0, d * weight)
+@torch.no_grad()
+def stream_kl(
+    references: Sequence[Rows], candidate: Rows, strength: Tensor | None = None, scratch: Scratch | None = None
+) -> Streamed:
+    """KL(candidate ‖ reference) of each row for J references, in one pass over blocks of the vocabulary.
+
+    With v = reference logits - candidate logits, c the candidate's
+    distribution, m any number near E_c[v] and u = v - m:
+
+        KL = log E_c[e^v] - E_c[v] = log1p(r + B) - r,   r = E_c[u],   B = E_c[expm1(u) - u]
+
+    The textbook sum p_c (log p_c - log p_p) subtracts two log-sum-exps whose
+    rounding enters at first order: in float32 it is off by a factor of 19 at
+    KL = 1e-10. Here that of r enters at second order, and zero movement is
+    exactly 0. m is the mean over the first block; each block's sums are
+    shifted by its largest candidate logit and merged in float64.
+    """
+    scratch = Scratch() if scratch is None else scratch
+    reader = Reader(candidate, references, scratch)
+    centres: list[Tensor] = []
+    sums = []
+    for start, stop in vocab_blocks(candidate):
+        z, differences = reader.read(start, stop)
+        if strength is not None:
+            z, differences = _mixed(z, differences, strength)
+        sums.append(_block_sums(z, differences, centres, scratch))
+    peak, mass, first, growth, largest = (torch.stack(part) for part in zip(*sums, strict=True))
+    scale = torch.exp(peak - peak.amax(0))  # [blocks, R]
+    total = (scale * mass).sum(0)
+    r, b = ((scale[:, None] * part).sum(0) / total for part in (first, growth))
+    kl = torch.log1p(r + b) - r
+    sure = kl.isfinite() & (largest.amax(0) < LARGEST_LOG_RATIO) & (r.square() <= OFF_CENTRE * kl.abs() + NEGLIGIBLE)
+    return Streamed(kl.clamp_min(0), ~sure)
 
 
-def _block_sums(z: Tensor, d: Tensor) -> tuple[Tensor, ...]:
-    """Sums of one vocabulary block, [R] float64: max logit, mass, centre, largest |u|, A and B."""
+def _mixed(z: Tensor, differences: list[Tensor], strength: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The mixture in the candidate's place: z + (1 - lambda) v, and lambda v."""
+    weight = strength[:, None].to(z.dtype)
+    (v,) = differences
+    return z + _weakened(v, 1 - weight), [_weakened(v, weight)]
+
+
+def _weakened(v: Tensor, weight: Tensor) -> Tensor:
+    """V * weight; 0 * inf, a token that only one of the two masks, is no difference at weight 0."""
+    return torch.where(weight == 0, 0.0, v * weight)
+
+
+def _block_sums(z: Tensor, differences: list[Tensor], centres: list[Tensor], scratch: Scratch) -> tuple[Tensor, ...]:
+    """Sums of one vocabulary block, float64: largest logit and mass [R]; of u, of expm1(u) - u, and largest |u| [J, R].
+
+    Writes over what it is given; ``centres`` is filled by the first block.
+    """
     peak = z.amax(1, keepdim=True)
-    p = (z - peak).exp_()
-    mass = p.sum(1).double()
-    centre = (_dot(p, d) / mass).to(d.dtype)
-    u = d - centre[:, None]
-    # The centre was rounded to d's precision: what is left of the mean is taken out of A and B exactly.
-    rest = _dot(p, u) / mass
-    growth = torch.expm1(u)
-    largest = u.abs().amax(1).double()
-    if float(largest.max()) < SMALL_LOG_RATIO:  # expm1(u) - u would cancel
-        b = _dot(p, u * u * (0.5 + u * (1 / 6 + u * (1 / 24 + u / 120)))) / mass
-    else:
-        b = _dot(p, growth - u) / mass
-    a = _dot(p, u.mul_(growth)) / mass
-    return peak[:, 0].double(), mass, centre.double() + rest, largest, *_recentre(a, b, rest)
+    c = z.sub_(peak).exp_()
+    mass = c.sum(1)
+    product = scratch.like("product", z)
+    if not centres:
+        centres += [torch.mul(c, v, out=product).sum(1).div_(mass)[:, None] for v in differences]
+    each = [_reference_sums(c, v.sub_(m), product, scratch) for v, m in zip(differences, centres, strict=True)]
+    return peak[:, 0].double(), mass.double(), *(torch.stack(part).double() for part in zip(*each, strict=True))
 
 
-def _dot(p: Tensor, x: Tensor) -> Tensor:
-    """Row by row, [R] float64."""
-    return torch.sum(p * x, dim=1).double()
+def _reference_sums(c: Tensor, u: Tensor, product: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of c u and of c (expm1(u) - u), and the largest |u|; [R] each."""
+    largest = torch.maximum(u.amax(1), -u.amin(1))
+    first = torch.mul(c, u, out=product).sum(1)
+    if u.dtype == torch.float64:
+        return first, torch.expm1(u, out=product).sub_(u).mul_(c).sum(1), largest
+    large = torch.ops.aten.hardshrink.out(u, SERIES, out=scratch.like("large", u))  # u where |u| > SERIES, else 0
+    small = u.sub_(large)
+    series = torch.mul(small, 1 / 720, out=product)
+    for coefficient in (1 / 120, 1 / 24, 1 / 6, 1 / 2):
+        series.add_(coefficient).mul_(small)
+    growth = series.mul_(small).mul_(c).sum(1)
+    if u.device.type != "cpu" or not bool((largest <= SERIES).all()):  # a CPU can look without waiting
+        growth += torch.expm1(large, out=product).sub_(large).mul_(c).sum(1)
+    return first, growth, largest
 
 
-def _recentre(a: Tensor, b: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Move A = E[u expm1(u)] and B = E[expm1(u) - u] to u' = u - rest, where rest = E[u] is tiny."""
-    shrunk = torch.exp(-rest)
-    # E[e^u'] = e^-r (1 + r + B);  E[u' e^u'] = e^-r (A + r - r (1 + r + B))
-    new_b = torch.expm1(-rest) + shrunk * (rest + b)
-    new_a = shrunk * (a - rest * (rest + b))
-    return new_a, new_b
+@torch.no_grad()
+def settle(streamed: Streamed, references: Sequence[Rows], candidate: Rows, strength: Tensor | None = None) -> Tensor:
+    """[J, R] KL, the doubtful rows read again in float64."""
+    kl = streamed.kl.clone()
+    for j, reference in enumerate(references):
+        for rows in streamed.doubtful[j].nonzero().flatten().split(ROWS_AGAIN):  # type: ignore[no-untyped-call]
+            part = None if strength is None else strength[rows, None].double()
+            kl[j, rows] = _textbook_kl(reference[rows].logits().double(), candidate[rows].logits().double(), part)
+    return kl
 
 
-def _row_kl_float64(previous: Rows, candidate: Rows, strength: Tensor | None) -> Tensor:
-    """The textbook sum in float64, max-shifted; a token that the candidate never says adds nothing."""
-    z_p, z_c = previous.logits().double(), candidate.logits().double()
+def _textbook_kl(z_p: Tensor, z_c: Tensor, strength: Tensor | None) -> Tensor:
+    """KL of float64 logits [R, V] as the paper has it, max-shifted; a token that the candidate never says adds nothing."""
     if strength is not None:
         z_c = z_p + torch.where(z_c == z_p, 0.0, _weakened(z_c - z_p, strength))
     log_p, log_c = z_p.log_softmax(-1), z_c.log_softmax(-1)
     terms = log_c.exp() * (log_c - log_p)
-    return torch.where(log_c == -torch.inf, 0.0, terms).sum(-1)
+    return torch.where(log_c == -torch.inf, 0.0, terms).sum(-1).clamp_min(0)
 
 
 def prompt_means(rows: Tensor, prompt_of_row: Tensor, prompts: int) -> Tensor:
-    """Mean over each prompt's own rows: [R] -> [C] float64 (the inner 1/T_x sum of the paper)."""
-    sums = torch.zeros(prompts, dtype=torch.float64, device=rows.device)
-    sums.index_add_(0, prompt_of_row, rows.double())
+    """Mean over each prompt's own rows: [..., R] -> [..., C] float64 (the inner 1/T_x sum of the paper)."""
+    sums = torch.zeros(*rows.shape[:-1], prompts, dtype=torch.float64, device=rows.device)
+    sums.index_add_(-1, prompt_of_row, rows.double())
     return sums / torch.bincount(prompt_of_row, minlength=prompts)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -12,13 +12,17 @@ from torch import Tensor
 from step_optim import kl as statistic
 from step_optim.audit import Audit, ReferenceKL
 from step_optim.isolation import isolated
-from step_optim.kl import Head, Rows
+from step_optim.rows import Head, Reader, Rows, Scratch, vocab_blocks
 
 
 class LogitKL(ReferenceKL):
     """A `ReferenceKL` whose policies are logit `Rows`: what `Project` needs."""
 
     has_logits = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scratch = Scratch()
 
     prompts: int
     """C."""
@@ -34,13 +38,17 @@ class LogitKL(ReferenceKL):
         return None
 
     def _policy(self) -> Rows:
-        return self._gather(list(self._batches()))
+        return self._gather(self._batches())
 
-    def _gather(self, parts: list[tuple[Tensor, Tensor]]) -> Rows:
+    def _gather(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Rows:
         """Put the rows of all batches back in their order."""
-        x = torch.cat([part for _, part in parts])
-        order = torch.cat([rows for rows, _ in parts])
-        return Rows(torch.empty_like(x).index_copy_(0, order, x), self._head(live=False))
+        x: Tensor | None = None
+        for rows, part in parts:
+            if x is None:
+                x = part.new_empty(len(self._prompt_of_row), part.shape[1])
+            x.index_copy_(0, rows, part)
+        assert x is not None
+        return Rows(x, self._head(live=False))
 
     @abstractmethod
     def _read_origin(self, state: Mapping[str, Any]) -> Any:
@@ -69,8 +77,14 @@ class LogitKL(ReferenceKL):
     def _per_prompt(self, rows: Tensor) -> Tensor:
         return statistic.prompt_means(rows, self._prompt_of_row, self.prompts)
 
-    def _prompt_kl(self, candidate: Any, previous: Any) -> Tensor:
-        return self._per_prompt(statistic.row_kl(previous, candidate))
+    def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
+        streamed = statistic.stream_kl(references, candidate, scratch=self._scratch)
+        means = self._per_prompt(streamed.kl)
+        # The one place where the host waits for the device.
+        *figures, doubtful = torch.cat([means.flatten(), streamed.doubtful.any()[None]]).tolist()
+        if doubtful:
+            figures = self._per_prompt(statistic.settle(streamed, references, candidate)).flatten().tolist()
+        return [figures[j * self.prompts : (j + 1) * self.prompts] for j in range(len(references))]
 
     def prompt_kl(self, candidate: Audit, strength: Tensor, prompts: Tensor | None = None) -> Tensor:
         """KL of prompts at the mixture (1 - lambda) l_reference + lambda l_candidate, [P] float64 on the CPU.
@@ -99,12 +113,12 @@ class LogitKL(ReferenceKL):
         `prompt_kl`, the candidate itself if no ``strength`` is given.
         """
         row_strength = 1.0 if strength is None else strength.to(self._prompt_of_row.device)[self._prompt_of_row, None]
-        squares: Tensor | float = 0.0
+        squares = torch.zeros(len(self._prompt_of_row), dtype=torch.float64, device=self._prompt_of_row.device)
         with torch.no_grad():
-            there = statistic.blocks(self._reference, candidate.policy)
-            for (_, here), (_, target) in zip(statistic.blocks(self._reference, audit.policy), there, strict=True):
-                squares = squares + (here - target * row_strength).square().sum(1).double()
-            assert isinstance(squares, Tensor)
+            reader = Reader(self._reference, [audit.policy, candidate.policy], self._scratch)
+            for start, stop in vocab_blocks(self._reference):
+                _, (here, there) = reader.read(start, stop)
+                squares += (here - there * row_strength).square().sum(1)
             return float(self._per_prompt(squares).mean())
 
     def distill(
@@ -139,7 +153,8 @@ class LogitKL(ReferenceKL):
                 parts.append((rows, x.detach()))
         with torch.no_grad():
             policy = self._gather(parts)
-            return Audit(self._movement(policy, self._reference), policy), total, list(gradients.values())
+            (moved,) = self._movements(policy, self._reference)
+            return Audit(moved, policy), total, list(gradients.values())
 
     def _mixture(self, candidate: Rows, strength: Tensor, rows: Tensor) -> Tensor:
         """Logits (1 - lambda) l_reference + lambda l_candidate of some rows, without a graph."""

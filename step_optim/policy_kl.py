@@ -12,8 +12,8 @@ from torch.distributions import Categorical, Distribution, kl_divergence
 
 from step_optim.control import checked_slices
 from step_optim.isolation import isolated
-from step_optim.kl import Rows
 from step_optim.logit_kl import LogitKL
+from step_optim.rows import Rows
 
 
 class PolicyKL(LogitKL):
@@ -98,12 +98,12 @@ class PolicyKL(LogitKL):
         assert isinstance(policy, Rows)
         yield self._prompt_of_row, policy.x
 
-    def _prompt_kl(self, candidate: Any, previous: Any) -> Tensor:
+    def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
         if isinstance(candidate, Rows):
-            return super()._prompt_kl(candidate, previous)
-        kl = kl_divergence(candidate, previous)
+            return super()._prompt_kls(candidate, references)
+        kls = [kl_divergence(candidate, reference) for reference in references]
         # Batch dimensions behind the first are factors of one policy: their KLs add up.
-        return kl.double().reshape(self.prompts, -1).sum(1).clamp_min(0)
+        return [kl.double().reshape(self.prompts, -1).sum(1).clamp_min(0).tolist() for kl in kls]
 
     def state_dict(self) -> dict[str, Any]:
         """pi_ref, as the tensors of its distribution."""

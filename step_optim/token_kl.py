@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from step_optim.control import ControlSet
 from step_optim.isolation import has_fsdp, isolated, reshard
-from step_optim.kl import Head, Rows
 from step_optim.language_models import accepted_arguments, check_device, output_head, plain, vocab_size_of
 from step_optim.logit_kl import LogitKL
+from step_optim.rows import Head, Rows
 from step_optim.shard import Shard, batch_members
 from step_optim.undo import inserted
 

@@ -13,7 +13,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from step_optim.audit import Audit, FunctionKL, KLClosure
+from step_optim.audit import Audit, FunctionKL, KLClosure, ReferenceKL
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
 from step_optim.isolation import RNGState, isolated
@@ -123,18 +123,23 @@ class Transaction:
         if isinstance(self.kl, FunctionKL):
             self.weights.keep_candidate()  # a plain function may write into them
         with self.clock("audit"):
-            audit = self._audit()
+            audit = self._audit(drift=True)  # it will probably stand
             if self.kl.slices is None:  # a plain function says what its slices are by measuring them
                 self.budget.check_slices(audit.movement.slices)
                 self.limits = self.budget.at(self.step, audit.movement.slices)
             return self._point(audit, alpha=1.0)
 
-    def _audit(self) -> Audit:
-        isolation = nullcontext() if self.kl.isolates else isolated(self.kl.modules())
+    def _audit(self, *, drift: bool = False) -> Audit:
+        kl = self.kl
+        isolation = nullcontext() if kl.isolates else isolated(kl.modules())
         with self.state.watch_groups(), isolation:
             with self.ranks.together():
-                audit = self.kl.audit()
+                audit = kl.audit(drift=drift or self._caps_drift) if isinstance(kl, ReferenceKL) else kl.audit()
             return self._pooled(audit)
+
+    @property
+    def _caps_drift(self) -> bool:
+        return self.limits.reference < math.inf
 
     def _pooled(self, audit: Audit) -> Audit:
         return replace(audit, movement=Movement.pooled(self.ranks.exchange(audit.movement)))
@@ -145,8 +150,9 @@ class Transaction:
         return None if drift is None else Movement.pooled(self.ranks.exchange(drift))
 
     def _point(self, audit: Audit, **where: Any) -> Point:
-        drift = self.drift(audit) if self.limits.reference < math.inf else None
-        return self._measure(Point(audit, self.limits.judge(audit.movement, drift), drift=drift, **where))
+        drift = self.drift(audit) if self._caps_drift or audit.drift is not None else None
+        verdict = self.limits.judge(audit.movement, drift if self._caps_drift else None)
+        return self._measure(Point(audit, verdict, drift=drift, **where))
 
     def _measure(self, point: Point) -> Point:
         # A plain function may have written weights: what is committed are the weights that it was given.

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from step_optim import Movement
 from step_optim import kl as statistic
+from step_optim import rows as policy_rows
 from step_optim.budget import Budget, Limits
-from step_optim.kl import Head, Rows, row_kl
+from step_optim.kl import row_kl, stream_kl
+from step_optim.rows import Head, Rows
 from tests import reference
 
 READOUTS = ["hidden", "rows", "trained"]
@@ -209,7 +211,7 @@ def test_vocabulary_blocks_merge_exactly(block, readout, seed) -> None:
     """The size of the streamed blocks changes nothing but the last bits, and zero stays exactly 0."""
     previous, candidate, _, _ = policies(readout, 0.5, seed=seed)
     whole = row_kl(previous, candidate)
-    with mock.patch.object(statistic, "VOCAB_BLOCK", block):
+    with mock.patch.dict(policy_rows.VOCAB_BLOCK, cpu=block):
         torch.testing.assert_close(row_kl(previous, candidate), whole, rtol=2e-5, atol=0)
         assert row_kl(previous, Rows(previous.x.clone(), previous.head)).tolist() == [0.0] * 12
 
@@ -218,7 +220,7 @@ def test_vocabulary_blocks_merge_exactly(block, readout, seed) -> None:
 def test_blocks_keep_the_precision_of_small_movements(kl, seed) -> None:
     """Merging ten blocks whose own means differ loses no digits at 1e-10."""
     previous, candidate, z_p, z_c = policies("rows", math.sqrt(2 * kl), seed=seed)
-    with mock.patch.object(statistic, "VOCAB_BLOCK", 7):
+    with mock.patch.dict(policy_rows.VOCAB_BLOCK, cpu=7):
         measured = float(row_kl(previous, candidate).mean())
     assert measured == pytest.approx(mean(oracle(z_c, z_p)), rel=1e-3)
 
@@ -233,11 +235,16 @@ def test_a_vocabulary_of_several_blocks_of_the_real_size() -> None:
 
 
 def test_blocks_never_hold_both_whole_policies() -> None:
-    """No block that `blocks` yields is wider than the block size."""
+    """No block that is read is wider than the block size, and the blocks cover the vocabulary."""
     previous, candidate, _, _ = policies("hidden", 0.3, rows=4, vocab=5000)
-    widths = [z.shape[1] for z, d in statistic.blocks(previous, candidate) for z in (z, d)]
-    assert max(widths) == statistic.VOCAB_BLOCK
-    assert sum(widths) == 2 * 5000
+    reader = policy_rows.Reader(candidate, [previous], policy_rows.Scratch())
+    widths = []
+    for start, stop in policy_rows.vocab_blocks(candidate):
+        z, (v,) = reader.read(start, stop)
+        assert z.shape == v.shape
+        widths.append(z.shape[1])
+    assert max(widths) == policy_rows.VOCAB_BLOCK["cpu"]
+    assert sum(widths) == 5000
 
 
 @given(strength=st.floats(0, 1), readout=st.sampled_from(READOUTS), size=st.sampled_from([0.01, 1.0, 50.0]))

@@ -53,7 +53,7 @@ class Point:
     """The weights themselves; None if alpha tells them."""
 
     drift: Movement | None = None
-    """Movement from pi_ref, if the budget limits it."""
+    """Movement from pi_ref, if it was measured along with it."""
 
     @property
     def movement(self) -> Movement:
