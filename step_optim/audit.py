@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from step_optim.fingerprint import fingerprint
 from step_optim.isolation import isolated
 from step_optim.movement import Movement
+from step_optim.noise import NoiseFloor
 
 F = TypeVar("F", bound=Callable[[], Any])
 
@@ -44,6 +45,9 @@ class KLClosure(ABC):
 
     sharded = False
     """Whether each process measures a part of the control prompts only (see `Movement.pooled`)."""
+
+    noise_floor: NoiseFloor | None = None
+    """What rounding alone reads; None if it was not measured."""
 
     used: Sequence[nn.Module] = ()
     """Modules that the latest measurement called. Their buffers are part of the policy, and roll back with it."""

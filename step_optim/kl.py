@@ -143,7 +143,7 @@ def settle(streamed: Streamed, references: Sequence[Rows], candidate: Rows, stre
 
 
 def _textbook_kl(z_p: Tensor, z_c: Tensor, strength: Tensor | None) -> Tensor:
-    """KL of float64 logits [R, V] as the paper has it, max-shifted; a token that the candidate never says adds nothing."""
+    """The paper's sum over float64 logits [R, V], max-shifted; a token that the candidate never says adds nothing."""
     if strength is not None:
         z_c = z_p + torch.where(z_c == z_p, 0.0, _weakened(z_c - z_p, strength))
     log_p, log_c = z_p.log_softmax(-1), z_c.log_softmax(-1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from step_optim.control import ControlSet
+from step_optim.isolation import has_fsdp
 
 
 def plain(model: nn.Module) -> Any:
@@ -53,8 +55,25 @@ def check_device(model: nn.Module, control: ControlSet) -> None:
         )
 
 
+def check_audit_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Refuse a dtype that weights cannot be cast to.
+
+    Raises:
+        TypeError: it is no floating-point dtype.
+        ValueError: FSDP2 owns the model's weights.
+    """
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"audit_dtype={dtype!r} is no floating-point dtype; give torch.float32, torch.bfloat16, ...")
+    if has_fsdp(model):
+        raise ValueError(
+            f"audit_dtype={dtype}: FSDP2 gathers the weights itself; choose the dtype with its MixedPrecisionPolicy"
+        )
+
+
 def accepted_arguments(model: nn.Module) -> list[str]:
     """Which of the optional arguments of Hugging Face models this one takes."""
     parameters = inspect.signature(plain(model).forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return [name for name in ("attention_mask", "use_cache") if takes_any or name in parameters]
+    return [name for name in ("attention_mask", "use_cache", "past_key_values") if takes_any or name in parameters]

@@ -16,7 +16,7 @@ VOCAB_BLOCK = {"cpu": 1024, "cuda": 16384}
 """Vocabulary columns read at once. On a CPU 512 to 2048 cost the same; larger ones fall out of the cache, and cost 2 to
 3 times as much besides the products. An accelerator wants few launches."""
 
-MIXED_PRODUCTS = "dtype_out" in torch.ops.aten.mm.overloads()
+MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype_out")
 """Whether this torch multiplies 16-bit matrices into a float32 one (2.8 and later)."""
 
 
@@ -152,7 +152,7 @@ class Reader:
         return z, differences
 
     def _product(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
-        """x @ weight.T, in float32 at least."""
+        """X @ weight.T, in float32 at least."""
         dtype = torch.float32 if self._exact else x.dtype
         out = self._scratch(name, (x.shape[0], weight.shape[0]), dtype, x.device)
         if self._exact:
@@ -166,7 +166,7 @@ def _exact_products(x: Tensor, weight: Tensor) -> bool:
 
 
 def _difference(reference: Rows, candidate: Rows, start: int, stop: int) -> Tensor:
-    """reference - candidate logits of two policies with different heads, or without."""
+    """Reference - candidate logits of two policies with different heads, or without."""
     if reference.head is None or candidate.head is None:
         there, here = reference.block(start, stop), candidate.block(start, stop)
         return torch.where(there == here, 0.0, there - here)  # equal infinities, masked actions, do not differ

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from step_optim.control import ControlSet
 from step_optim.isolation import has_fsdp, isolated, reshard
-from step_optim.language_models import accepted_arguments, check_device, output_head, plain, vocab_size_of
+from step_optim.language_models import check_audit_dtype, check_device, vocab_size_of
+from step_optim.layout import Batch, Layout, micro_batch_of, shared_prefix, worth_sharing
 from step_optim.logit_kl import LogitKL
+from step_optim.noise import NoiseFloor, probe_weights, probes
+from step_optim.reading import Reading
 from step_optim.rows import Head, Rows
-from step_optim.shard import Shard, batch_members
-from step_optim.undo import inserted
+from step_optim.shard import Shard
 
-HEAD_TOLERANCE = 1e-3
-"""Largest relative difference between a model's logits and a plain linear head's at which they count as one."""
-
-LARGE_LOGIT = 1e3
-"""Size to which logits are blown up for that comparison: soft-capping is invisible on small ones."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some prompts of the control set, padded on the right to one length."""
-
-    ids: Tensor
-    """[B, T] token ids; the padding is never looked at."""
-
-    mask: Tensor
-    """[B, T] 1 where there is a token."""
-
-    positions: Tensor
-    """[r] places in the flattened [B T] whose logits predict a response token."""
-
-    rows: Tensor
-    """[r] which response rows of the control set those are."""
+LOGGER = logging.getLogger("step_optim")
 
 
 class TokenKL(LogitKL):
@@ -48,19 +27,28 @@ class TokenKL(LogitKL):
 
     It owns its reference: the audit that licensed a commit becomes the
     reference of the next step, so that a committed step costs one forward over
-    the control set. The head runs on response positions only. With a plain
-    linear head only hidden states are kept ([R, D]), and the vocabulary is
-    streamed in blocks; with any other head the response rows' logits are kept
-    ([R, V]). `readout` says which.
+    the control set. The tokens that all prompts begin with (a chat template's)
+    run once, through the model's own cache; the head runs on response positions
+    only. With a plain linear head only hidden states are kept ([R, D]), and the
+    vocabulary is streamed in blocks; with any other head the response rows'
+    logits are kept ([R, V]). All of this is compared with the model's own
+    logits here; `readout`, `prefix_tokens` and `fallbacks` say what was found.
 
     Args:
         model: a causal language model: ``model(input_ids)`` returns logits
             [B, T, V] or an object with ``.logits``. PEFT, DDP and compiled
             models are fine.
         control: the control set, on the model's device.
-        micro_batch: prompts evaluated at once. The layout is frozen at
-            construction: the same batches in the same order make zero movement
-            read exactly 0.
+        micro_batch: prompts evaluated at once; by default 4 on a CPU, 16384
+            tokens' worth elsewhere. The layout is frozen at construction: the
+            same batches in the same order make zero movement read exactly 0.
+        prefix: whether to share the common prefix; by default if it is worth a
+            forward of its own.
+        audit_dtype: what the weights are cast to in audits; by default they
+            stay as they are. float32 lets a bf16 model be audited below bf16's
+            noise (an audit then holds a float32 copy of the weights).
+        noise_floor: whether to measure `noise_floor` here, with four
+            evaluations of the control set.
         check_parameters: refuse an optimizer with parameters that the model
             does not have. False for a value head that the policy does not read.
         shard: under torch.distributed, let every process evaluate a part of
@@ -69,9 +57,10 @@ class TokenKL(LogitKL):
             anything is decided.
 
     Raises:
-        TypeError: ``control`` is no ControlSet.
+        TypeError: ``control`` is no ControlSet; ``audit_dtype`` is no floating-point dtype.
         ValueError: model and control set on different devices; token ids
-            outside the vocabulary; fewer micro-batches than processes.
+            outside the vocabulary; fewer micro-batches than processes;
+            unmoved weights that do not read 0 (dropout in eval mode, say).
     """
 
     def __init__(
@@ -79,16 +68,19 @@ class TokenKL(LogitKL):
         model: nn.Module,
         control: ControlSet,
         *,
-        micro_batch: int = 4,
+        micro_batch: int | None = None,
+        prefix: bool | None = None,
+        audit_dtype: torch.dtype | None = None,
+        noise_floor: bool = True,
         check_parameters: bool = True,
         shard: Any = False,
     ) -> None:
         super().__init__()
         if not isinstance(control, ControlSet):
             raise TypeError(f"control={control!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
-        if micro_batch < 1:
-            raise ValueError(f"micro_batch={micro_batch} must be at least 1 prompt")
+        micro_batch = micro_batch_of(control, micro_batch)
         check_device(model, control)
+        check_audit_dtype(model, audit_dtype)
         vocab_size = vocab_size_of(model)
         if vocab_size is not None:
             control.check_vocabulary(vocab_size)
@@ -100,10 +92,67 @@ class TokenKL(LogitKL):
         self.prompts, self.members = len(self.control), part.members
         lengths = torch.tensor([len(response) for response in self.control.responses])
         self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts), lengths).to(control.device)
-        self._batch_list = list(_layout(self.control, micro_batch))
-        self._arguments = accepted_arguments(model)
-        self.readout = self._find_readout()
-        """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
+        self.fallbacks: tuple[str, ...] = ()
+        """Which of the short ways this model does not allow, and why."""
+        self._reading = Reading(model, audit_dtype)
+        self._layout = Layout.of(self.control, micro_batch)
+        with isolated([model]), self._reading.cast():
+            self._find_readout()
+            shared = shared_prefix(control)
+            if prefix or (prefix is None and worth_sharing(control, shared)):
+                self._share(shared, micro_batch)
+        if noise_floor:
+            with isolated([model]):
+                self.noise_floor = self._measure_noise()
+
+    @property
+    def readout(self) -> str:
+        """How rows are read: "hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
+        return self._reading.readout
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens of every prompt are run once for all."""
+        return self._layout.prefix.shape[1]
+
+    def _find_readout(self) -> None:
+        batch = self._layout.batches[-1]  # the shortest prompts
+        truth = self._read_checked(batch)
+        self._vocabulary = truth.shape[-1]
+        if vocab_size_of(self.model) is None:
+            self.control.check_vocabulary(truth.shape[-1])
+        self._fall_back(self._reading.find_readout(batch, truth))
+
+    def _share(self, prefix: int, micro_batch: int) -> None:
+        """Cut the shared prefix off, if the longest and the shortest batch read the same without it."""
+        cut, whole = Layout.of(self.control, micro_batch, prefix), self._layout
+        ends = sorted({0, len(whole.batches) - 1})
+        why = self._reading.find_prefix(cut.prefix, [cut.batches[i] for i in ends], [whole.batches[i] for i in ends])
+        self._fall_back(why and f"the {prefix} shared tokens run in every prompt: {why}")
+        if why is None:
+            self._layout = cut
+
+    def _fall_back(self, why: str | None) -> None:
+        if why is not None:
+            self.fallbacks += (why,)
+            LOGGER.info("TokenKL(%s): %s", type(self.model).__name__, why)
+
+    def _measure_noise(self) -> NoiseFloor | None:
+        here = self._policy()
+        (still,) = self._movements(self._policy(), here)
+        if still.mean != 0:
+            raise ValueError(
+                f"unmoved weights read K = {still.mean:.3g} nats per token instead of 0 (worst {still.worst}): the "
+                "model's forward draws random numbers in eval mode (dropout?), keeps a state, or is not deterministic "
+                "(torch.use_deterministic_algorithms). Repair it, or accept that much noise with noise_floor=False"
+            )
+        for weight in probe_weights(self.model):
+            (large, size), (tiny, tiny_size) = probes(weight.to(self._reading.dtype or weight.dtype))
+            (moved,) = self._movements(self._policy({id(weight): large}), here)
+            if moved.mean > 0:  # else nothing depends on it yet: LoRA's A next to a B of zeros
+                (noise,) = self._movements(self._policy({id(weight): tiny}), here)
+                return NoiseFloor(noise, moved.mean * (tiny_size / size) ** 2, tiny.dtype)
+        return None
 
     def modules(self) -> Iterable[nn.Module]:
         """Return the model."""
@@ -122,69 +171,38 @@ class TokenKL(LogitKL):
                 "belong to, or TokenKL(..., check_parameters=False) if the policy does not read them (a value head)"
             )
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._batch_list:
-            yield batch.rows, self._read(batch, self.readout)
-        for _ in range(self._spare_forwards):  # FSDP2 gathers weights in every forward: all processes make as many
-            self._read(self._batch_list[-1], self.readout)
+    def _policy(self, replaced: Mapping[int, Tensor] | None = None) -> Rows:
+        rows = self._gather(self._batches(replaced))
+        self._reading.inference = True
+        return rows
+
+    def _batches(self, replaced: Mapping[int, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        reading, layout = self._reading, self._layout
+        with reading.cast(replaced):
+            past = reading.past(layout.prefix)
+            for batch in layout.batches:
+                yield batch.rows, reading.rows(batch, past)
+                if torch.is_grad_enabled():  # the graph is used up
+                    past = reading.past(layout.prefix)
+            for _ in range(self._spare_forwards):  # FSDP2 gathers weights in every forward: all make as many
+                reading.rows(layout.batches[-1])
 
     def _head(self, *, live: bool) -> Head | None:
         """The live head if it is frozen, the same object every time; a copy if training will move it."""
         if self.readout != "hidden":
             return None
-        module = output_head(self.model)
-        if self._live_head is None or self._live_head.weight is not module.weight:
-            self._live_head = Head(module.weight, module.bias)
-        if live or not any(p.requires_grad for p in module.parameters()):
+        weight, bias = self._reading.head()
+        if self._live_head is None or self._live_head.weight is not weight:
+            self._live_head = Head(weight, bias)
+        if live or not any(p.requires_grad for p in (weight, bias) if p is not None):
             return self._live_head
         if self._origin is not None and self._origin.head is self._live_head:  # it was frozen until now
             self._origin = Rows(self._origin.x, self._live_head.copy())
         return self._live_head.copy()
 
-    def _read(self, batch: Batch, readout: str, probe: Tensor | None = None) -> Tensor:
-        """[r, D] hidden states or [r, V] logits of one batch's response rows.
-
-        With ``probe``: what the model makes of these hidden states in the place of its own.
-        """
-        if readout == "full":
-            return rearrange(self._forward(batch), "b t v -> (b t) v")[batch.positions]
-        with _head_on_rows(output_head(self.model), batch, hidden_only=readout == "hidden", probe=probe) as tap:
-            logits = self._forward(batch)
-        return tap.hidden if readout == "hidden" else logits[0]
-
-    def _forward(self, batch: Batch) -> Tensor:
-        extra = {"attention_mask": batch.mask, "use_cache": False}
-        out = plain(self.model)(batch.ids, **{name: extra[name] for name in self._arguments})
-        logits: Tensor = out if isinstance(out, Tensor) else out.logits
-        return logits
-
-    def _find_readout(self) -> str:
-        """Compare the short ways with the model's own logits on one batch, and take the shortest that agrees."""
-        head, batch = output_head(self.model), self._batch_list[-1]  # the shortest prompts
-        with isolated([self.model]):
-            truth = self._read_checked(batch)
-            self._vocabulary = truth.shape[-1]
-            if vocab_size_of(self.model) is None:
-                self.control.check_vocabulary(truth.shape[-1])
-            if head is None or not _agree(self._try_rows(batch), truth):
-                return "full"
-            for module in self.model.modules():
-                reshard(module)
-            if type(head) is not nn.Linear or hasattr(head.weight, "placements"):
-                return "rows"  # under FSDP2 the whole head is there in a forward only
-            if head.weight.shape[0] != truth.shape[-1]:
-                return "rows"
-            plain = Head(head.weight.float(), None if head.bias is None else head.bias.float())
-            # Soft-capping and scaling show themselves on large logits only.
-            probe = torch.randn_like(self._read(batch, "hidden"))
-            probe *= LARGE_LOGIT / max(float(plain(probe.float()).abs().max()), 1e-6)
-            large = self._read(batch, "rows", probe=probe)
-            same = _agree(plain(self._read(batch, "hidden").float()), truth) and _agree(plain(probe.float()), large)
-            return "hidden" if same else "rows"
-
     def _read_checked(self, batch: Batch) -> Tensor:
         try:
-            return self._read(batch, "full")
+            return self._reading.rows(batch, readout="full")
         except IndexError as error:  # a model that does not tell the size of its vocabulary
             raise ValueError(self._unreadable()) from error
 
@@ -195,12 +213,6 @@ class TokenKL(LogitKL):
             except IndexError:
                 return f"prompt {i} of the control set has a token id outside the vocabulary of the model"
         return "the model cannot read the control set"
-
-    def _try_rows(self, batch: Batch) -> Tensor | None:
-        try:
-            return self._read(batch, "rows")
-        except (RuntimeError, ValueError, IndexError, TypeError):
-            return None  # a model that does more with its head's output than pass it on
 
     def state_dict(self) -> dict[str, Any]:
         """pi_ref, so that drift goes on being measured from the start of training.
@@ -239,61 +251,10 @@ class TokenKL(LogitKL):
     def __repr__(self) -> str:
         return (
             f"TokenKL({type(self.model).__name__}, {len(self.control)} prompts, {self.control.response_tokens} "
-            f"response tokens, slices={list(self.members)}, readout={self.readout!r})"
+            f"response tokens, slices={list(self.members)}, readout={self.readout!r}, "
+            f"prefix_tokens={self.prefix_tokens})"
         )
 
 
 def _shapes(head: Head) -> list[tuple[int, ...]]:
     return [tuple(part.shape) for part in (head.weight, head.bias) if part is not None]
-
-
-class _Tap:
-    """What the head was given."""
-
-    hidden: Tensor
-
-
-@contextmanager
-def _head_on_rows(head: nn.Module, batch: Batch, *, hidden_only: bool, probe: Tensor | None) -> Iterator[_Tap]:
-    """Let the model's head see the response rows only: [B, T, D] becomes [1, r, D].
-
-    The model's own code then applies whatever it applies to its logits.
-    ``hidden_only`` leaves it a single row to chew on.
-    """
-    tap = _Tap()
-
-    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = rearrange(inputs[0], "b t d -> (b t) d")[batch.positions]
-        tap.hidden = hidden if probe is None else probe.to(hidden.dtype)
-        return (tap.hidden[None, : 1 if hidden_only else None], *inputs[1:])
-
-    with inserted(select, head._forward_pre_hooks):
-        yield tap
-
-
-def _layout(control: ControlSet, micro_batch: int) -> Iterator[Batch]:
-    """Pad the prompts of every micro-batch, and freeze the result."""
-    first_row = [0]
-    for response in control.responses:
-        first_row.append(first_row[-1] + len(response))
-    for members in batch_members(control, micro_batch):
-        width = max(len(control.prompts[i]) + len(control.responses[i]) for i in members)
-        ids = torch.zeros(len(members), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        positions: list[int] = []
-        rows: list[int] = []
-        for place, i in enumerate(members):
-            text = torch.cat([control.prompts[i], control.responses[i]]).cpu()
-            ids[place, : len(text)], mask[place, : len(text)] = text, 1
-            # The logits at position t predict token t + 1.
-            positions += range(place * width + len(control.prompts[i]) - 1, place * width + len(text) - 1)
-            rows += range(first_row[i], first_row[i + 1])
-        yield Batch(*(part.to(control.device) for part in (ids, mask, torch.tensor(positions), torch.tensor(rows))))
-
-
-def _agree(logits: Tensor | None, truth: Tensor) -> bool:
-    if logits is None or logits.shape != truth.shape:
-        return False
-    rounding = max(torch.finfo(logits.dtype).eps, torch.finfo(truth.dtype).eps)
-    tolerance = max(HEAD_TOLERANCE, 4 * rounding) * float(truth.float().abs().max())
-    return float((logits.float() - truth.float()).abs().max()) <= tolerance

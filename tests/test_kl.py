@@ -13,7 +13,7 @@ from step_optim import Movement
 from step_optim import kl as statistic
 from step_optim import rows as policy_rows
 from step_optim.budget import Budget, Limits
-from step_optim.kl import row_kl, stream_kl
+from step_optim.kl import row_kl
 from step_optim.rows import Head, Rows
 from tests import reference
 

@@ -1,0 +1,104 @@
+"""How a control set is cut into batches: frozen once, since another layout would round differently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from step_optim.control import ControlSet
+from step_optim.shard import batch_members
+
+PROMPTS_AT_ONCE = 4
+"""Prompts of a micro-batch on a CPU: 0.73 of the time of one padded batch; one by one costs as much as that."""
+
+TOKENS_AT_ONCE = 16384
+"""Tokens of a micro-batch on an accelerator, where every batch costs its launches."""
+
+WORTH_A_FORWARD = {"cpu": 16, "cuda": 4096}
+"""Tokens that a shared prefix must spare to be worth a forward of its own: what costs as much as its launches."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some prompts of the control set, padded on the right to one length, without the prefix."""
+
+    ids: Tensor
+    """[B, T] token ids; the padding is never looked at."""
+
+    mask: Tensor
+    """[B, P + T] 1 where there is a token, the P of the prefix included."""
+
+    positions: Tensor
+    """[r] places in the flattened [B T] whose logits predict a response token."""
+
+    rows: Tensor
+    """[r] which response rows of the control set those are."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The batches of a control set, sorted by length, and the prefix that all prompts share."""
+
+    prefix: Tensor
+    """[1, P] token ids; P = 0 if nothing is shared."""
+
+    batches: tuple[Batch, ...]
+
+    @classmethod
+    def of(cls, control: ControlSet, micro_batch: int, prefix: int = 0) -> Layout:
+        """Cut off the first ``prefix`` tokens of every prompt, and pad the rest of each micro-batch."""
+        return cls(control.prompts[0][None, :prefix], tuple(_batches(control, micro_batch, prefix)))
+
+
+def micro_batch_of(control: ControlSet, wanted: int | None) -> int:
+    """Read the argument ``micro_batch=``; None lets the device decide.
+
+    Raises:
+        ValueError: less than one prompt.
+    """
+    if wanted is not None:
+        if wanted < 1:
+            raise ValueError(f"micro_batch={wanted} must be at least 1 prompt")
+        return wanted
+    if control.device.type == "cpu":
+        return PROMPTS_AT_ONCE
+    longest = max(len(p) + len(r) for p, r in zip(control.prompts, control.responses, strict=True))
+    return max(1, TOKENS_AT_ONCE // longest)
+
+
+def shared_prefix(control: ControlSet) -> int:
+    """How many tokens all prompts begin with; the last prompt token is left out, for it predicts a response."""
+    first, *others = (prompt.tolist() for prompt in control.prompts)
+    length = len(first) - 1
+    for other in others:
+        length = min(length, len(other) - 1)
+        length = next((i for i in range(length) if other[i] != first[i]), length)
+    return length
+
+
+def worth_sharing(control: ControlSet, prefix: int) -> bool:
+    """Whether running the prefix once spares more than it costs."""
+    return prefix * (len(control) - 1) >= WORTH_A_FORWARD.get(control.device.type, WORTH_A_FORWARD["cuda"])
+
+
+def _batches(control: ControlSet, micro_batch: int, prefix: int) -> Iterator[Batch]:
+    first_row = [0]
+    for response in control.responses:
+        first_row.append(first_row[-1] + len(response))
+    for members in batch_members(control, micro_batch):
+        texts = [torch.cat([control.prompts[i], control.responses[i]]).cpu() for i in members]
+        width = max(len(text) for text in texts) - prefix
+        ids = torch.zeros(len(members), width, dtype=torch.long)
+        mask = torch.zeros(len(members), prefix + width, dtype=torch.long)
+        positions: list[int] = []
+        rows: list[int] = []
+        for place, (i, text) in enumerate(zip(members, texts, strict=True)):
+            ids[place, : len(text) - prefix], mask[place, : len(text)] = text[prefix:], 1
+            # The logits at position t predict token t + 1.
+            start = place * width - prefix
+            positions += range(start + len(control.prompts[i]) - 1, start + len(text) - 1)
+            rows += range(first_row[i], first_row[i + 1])
+        yield Batch(*(part.to(control.device) for part in (ids, mask, torch.tensor(positions), torch.tensor(rows))))

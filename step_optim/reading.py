@@ -1,0 +1,228 @@
+"""Reading response rows from a causal language model, in the shortest way that agrees with its own logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from step_optim.isolation import has_fsdp, reshard
+from step_optim.language_models import accepted_arguments, output_head, plain
+from step_optim.layout import Batch
+from step_optim.rows import Head
+from step_optim.undo import inserted, undone
+
+HEAD_TOLERANCE = 1e-3
+"""Largest relative difference between a model's logits and a plain linear head's at which they count as one."""
+
+PREFIX_TOLERANCE = 1e-4
+"""The same with the first tokens from a cache: what is computed there is the same, but for rounding."""
+
+LARGE_LOGIT = 1e3
+"""Size to which logits are blown up for the comparison of heads: soft-capping is invisible on small ones."""
+
+
+class Reading:
+    """How one model is read.
+
+    Args:
+        model: a causal language model.
+        dtype: that its weights are cast to meanwhile; None leaves them.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self.model, self.dtype = model, dtype
+        self.readout = "full"
+        """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
+        self.inference = False
+        """Whether forwards run in inference mode. Not before there was one of every shape: what a model computes once
+        and keeps (a table of positions) would be of no use in training."""
+        self._sharded = has_fsdp(model)
+        self._arguments = accepted_arguments(model)
+        self._originals: dict[int, Mapping[str, Any]] = {}
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, D] and bias [V] of the output head, as they are trained."""
+        module = output_head(self.model)
+        parameters = self._originals.get(id(module), module._parameters)
+        return parameters["weight"], parameters.get("bias")
+
+    @contextmanager
+    def cast(self, replaced: Mapping[int, Tensor] | None = None) -> Iterator[None]:
+        """Let the model compute with weights of `dtype` in the place of its own; gradients reach these.
+
+        Args:
+            replaced: tensors to use in the place of parameters with these ids.
+        """
+        originals, casts = self._originals, dict(replaced or {})
+
+        def stand_in(parameter: Tensor) -> Any:
+            if id(parameter) not in casts:
+                casts[id(parameter)] = parameter.to(self.dtype)  # tied weights stay tied
+            return casts[id(parameter)]
+
+        def put_back() -> None:
+            for module in self.model.modules():
+                module._parameters.update(originals.pop(id(module), {}))
+
+        with undone(put_back):
+            for module in self.model.modules() if casts or self.dtype is not None else ():
+                mine = dict(module._parameters)
+                own = {name: p for name, p in mine.items() if p is not None and (id(p) in casts or self._castable(p))}
+                if own:
+                    originals[id(module)] = mine
+                    module._parameters.update({name: stand_in(p) for name, p in own.items()})
+            yield
+
+    def _castable(self, parameter: Tensor) -> bool:
+        return self.dtype is not None and parameter.is_floating_point() and parameter.dtype != self.dtype
+
+    def past(self, prefix: Tensor) -> Any:
+        """What the model remembers of a prefix [1, P]; None of an empty one."""
+        if prefix.shape[1] == 0:
+            return None
+        with self._mode(), _head_on_rows(output_head(self.model), torch.zeros(1, dtype=torch.long), one=True):
+            mask = torch.ones_like(prefix)
+            return self._forward(prefix, attention_mask=mask, use_cache=True).past_key_values
+
+    def rows(
+        self, batch: Batch, past: Any = None, *, readout: str | None = None, probe: Tensor | None = None
+    ) -> Tensor:
+        """[r, D] hidden states or [r, V] logits of one batch's response rows.
+
+        Args:
+            batch: what to read.
+            past: of the prefix that was cut off it.
+            readout: another way than `readout`.
+            probe: hidden states to put in the place of the model's own.
+        """
+        readout = readout or self.readout
+        options: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": False}
+        if past is not None:
+            options |= {"past_key_values": _fork(past, len(batch.ids)), "use_cache": True}
+        with self._mode():
+            if readout == "full":
+                return rearrange(_logits(self._forward(batch.ids, **options)), "b t v -> (b t) v")[batch.positions]
+            one = readout == "hidden"
+            with _head_on_rows(output_head(self.model), batch.positions, one=one, probe=probe) as tap:
+                logits = _logits(self._forward(batch.ids, **options))
+            return tap.hidden if one else logits[0]
+
+    def _mode(self) -> torch.inference_mode:
+        return torch.inference_mode(self.inference and not self._sharded and not torch.is_grad_enabled())
+
+    def _forward(self, ids: Tensor, **options: Any) -> Any:
+        return plain(self.model)(ids, **{name: value for name, value in options.items() if name in self._arguments})
+
+    def find_readout(self, batch: Batch, truth: Tensor) -> str | None:
+        """Compare the short ways with the model's own logits on one batch, and take the shortest that agrees.
+
+        Returns:
+            Why it is not the hidden states; None if it is.
+        """
+        head = output_head(self.model)
+        if head is None or not _agree(self._try_rows(batch), truth):
+            self.readout = "full"
+            return "the model's head cannot be run on some rows alone: logits [B, T, V] of whole batches are computed"
+        self.readout = "rows"
+        for module in self.model.modules():
+            reshard(module)
+        if hasattr(head.weight, "placements"):
+            return "under FSDP2 the whole head is there in a forward only: logits [R, V] are kept"
+        if type(head) is not nn.Linear or head.weight.shape[0] != truth.shape[-1]:
+            return f"the head is no plain nn.Linear but {type(head).__name__}: logits [R, V] are kept"
+        straight = Head(head.weight.float(), None if head.bias is None else head.bias.float())
+        # Soft-capping and scaling show themselves on large logits only.
+        probe = torch.randn_like(self.rows(batch, readout="hidden"))
+        probe *= LARGE_LOGIT / max(float(straight(probe.float()).abs().max()), 1e-6)
+        large = self.rows(batch, readout="rows", probe=probe)
+        same = _agree(straight(self.rows(batch, readout="hidden").float()), truth)
+        if not same or not _agree(straight(probe.float()), large):
+            return "the model scales, caps or masks what its head returns: logits [R, V] are kept"
+        self.readout = "hidden"
+        return None
+
+    def _try_rows(self, batch: Batch) -> Tensor | None:
+        try:
+            return self.rows(batch, readout="rows")
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return None  # a model that does more with its head's output than pass it on
+
+    def find_prefix(self, prefix: Tensor, cut: list[Batch], whole: list[Batch]) -> str | None:
+        """Compare batches without their prefix, which comes from the model's cache, with the same batches whole.
+
+        Returns:
+            Why the cache is of no use; None if it is.
+        """
+        if self._sharded:
+            return "under FSDP2 every forward has to be made by all processes"
+        if "past_key_values" not in self._arguments:
+            return "the model takes no past_key_values"
+        readout = "full" if self.readout == "full" else "rows"
+        try:
+            past = self.past(prefix)
+            for short, long in zip(cut, whole, strict=True):  # a cache that a forward writes into fails at the second
+                if not _agree(
+                    self.rows(short, past, readout=readout), self.rows(long, readout=readout), PREFIX_TOLERANCE
+                ):
+                    return "with its prefix from the cache the model has other logits"
+        except Exception as error:
+            return f"the model's cache cannot be used ({type(error).__name__}: {error})"
+        return None
+
+
+def _logits(out: Any) -> Tensor:
+    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+    return logits
+
+
+def _fork(past: Any, count: int) -> Any:
+    """The cache of ``count`` equal prompts; a forward that appends to it leaves the one given as it is."""
+    mine = copy.copy(past)
+    for name, value in vars(mine).items():
+        if isinstance(value, list):
+            setattr(mine, name, [item if isinstance(item, Tensor) else copy.copy(item) for item in value])
+    mine.batch_repeat_interleave(count)
+    return mine
+
+
+class _Tap:
+    """What the head was given."""
+
+    hidden: Tensor
+
+
+@contextmanager
+def _head_on_rows(
+    head: nn.Module | None, positions: Tensor, *, one: bool, probe: Tensor | None = None
+) -> Iterator[_Tap]:
+    """Let the model's head see some rows only: [B, T, D] becomes [1, r, D].
+
+    The model's own code then applies whatever it applies to its logits.
+    ``one`` leaves it a single row to chew on.
+    """
+    tap = _Tap()
+
+    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = rearrange(inputs[0], "b t d -> (b t) d")[positions.to(inputs[0].device)]
+        tap.hidden = hidden if probe is None else probe.to(hidden.dtype)
+        return (tap.hidden[None, : 1 if one else None], *inputs[1:])
+
+    if head is None:
+        yield tap
+        return
+    with inserted(select, head._forward_pre_hooks):
+        yield tap
+
+
+def _agree(logits: Tensor | None, truth: Tensor, tolerance: float = HEAD_TOLERANCE) -> bool:
+    if logits is None or logits.shape != truth.shape:
+        return False
+    rounding = max(torch.finfo(logits.dtype).eps, torch.finfo(truth.dtype).eps)
+    allowed = max(tolerance, 4 * rounding) * float(truth.float().abs().max())
+    return float((logits.float() - truth.float()).abs().max()) <= allowed
