@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo quickstart optimizers test test-all check fmt clean help
+.PHONY: demo quickstart optimizers bench test test-all check fmt clean help
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,6 +32,9 @@ test-all: check  ## the slow tests too
 
 optimizers: .venv/.tested  ## examples/optimizer_table.md: what STEP does for every optimizer
 	$(BIN)/python examples/optimizer_table.py $(ARGS)
+
+bench: .venv/.installed  ## what an audited step costs: examples/bench/*.md and *.png
+	$(BIN)/python examples/bench $(ARGS)
 
 check: .venv/.tested  ## ruff and mypy
 	$(BIN)/ruff check .
