@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,16 @@ from typing import Any
 
 import machine
 import torch
+from curves import measure_curves
+from graph import measure_graph
+from measure import clean
+from numerics import measure_numerics
+from picture import draw
 from progress import Progress
+from report import markdown
+from search_costs import measure_searches
 from step_costs import measure_steps
-from workload import Workload, padded_tokens, real_tokens, workload
+from workload import Workload, padded_tokens, quick_workload, real_tokens, workload
 
 HERE = Path(__file__).parent
 RAW = Path("runs") / "bench"
@@ -38,15 +46,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--threads", type=int, help="of torch on a CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="interleaved repetitions (default: 5; quick: 2)")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections (default: %(default)s)")
     parser.add_argument("--model", help="a directory, a hub id, or qwen-0.5b, qwen-1.5b, tiny: random weights")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few points")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after these, optional points are skipped")
-    parser.add_argument("--out", type=Path, help="folder of the report (default: examples/bench)")
+    parser.add_argument("--out", type=Path, help="folder of the report (default: examples/bench, quick: runs/bench)")
     parser.add_argument("--render", type=Path, help="only make the report, from the raw figures of an earlier run")
     parser.add_argument("--resume", action="store_true", help="keep the sections that an interrupted run finished")
     args = parser.parse_args()
+    args.rounds = args.rounds or (2 if args.quick else 5)
     args.only = tuple(args.only.split(","))
     if unknown := set(args.only) - set(SECTIONS):
         parser.error(f"--only: unknown sections {sorted(unknown)}; there are {', '.join(SECTIONS)}")
@@ -56,7 +65,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure and report."""
     args = arguments()
-    warnings.filterwarnings("ignore", module="torch.profiler")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what peft calls
     out = args.out or (RAW if args.quick else HERE)
     if args.render:
         report(json.loads(args.render.read_text()), out)
@@ -66,9 +75,10 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     progress = Progress(args.seconds)
-    found = workload("tiny" if args.quick else args.model, device, dtype)
+    found = quick_workload(device, dtype) if args.quick else workload(args.model, device, dtype)
     result = measure(args, found, progress)
     report(result, out)
+    sys.exit(any(name not in result["sections"] for name in args.only))
 
 
 def measure(args: argparse.Namespace, found: Workload, progress: Progress) -> dict[str, Any]:
@@ -77,20 +87,32 @@ def measure(args: argparse.Namespace, found: Workload, progress: Progress) -> di
     raw.parent.mkdir(parents=True, exist_ok=True)
     result = header(args, found, raw.stem)
     if args.resume and raw.exists():
-        result["sections"] = json.loads(raw.read_text())["sections"]
+        earlier = json.loads(raw.read_text())
+        result["sections"], progress.skipped = earlier["sections"], earlier["skipped"]
     for name, section in sections(args, found, progress).items():
         if name in args.only and name not in result["sections"]:
             progress.say(f"section {name}")
-            result["sections"][name] = section()
+            try:
+                result["sections"][name] = section()
+            except Exception as error:  # the other sections are still worth having
+                traceback.print_exc()
+                progress.skip(f"section {name}", f"{type(error).__name__}: {str(error)[:200]}")
             result["skipped"] = progress.skipped
             raw.write_text(json.dumps(result, indent=1))
+            clean(found.device)
     progress.say(f"raw figures: {raw}")
     return result
 
 
 def sections(args: argparse.Namespace, found: Workload, progress: Progress) -> dict[str, Callable[[], Any]]:
     """What can be measured, by name."""
-    return {"step": lambda: measure_steps(found, args.rounds, progress)}
+    return {
+        "step": lambda: measure_steps(found, args.rounds, progress),
+        "search": lambda: measure_searches(found, 2 if args.quick else 4, progress),
+        "curves": lambda: measure_curves(found, args.rounds, args.quick, progress),
+        "numerics": lambda: measure_numerics(found),
+        "graph": lambda: measure_graph(found, args.rounds, progress),
+    }
 
 
 def header(args: argparse.Namespace, found: Workload, name: str) -> dict[str, Any]:
@@ -115,7 +137,12 @@ def header(args: argparse.Namespace, found: Workload, name: str) -> dict[str, An
 
 def report(result: dict[str, Any], out: Path) -> None:
     """Write the table and the picture."""
-    print(json.dumps(result)[:3000], out)
+    out.mkdir(parents=True, exist_ok=True)
+    text, picture = out / f"{result['name']}.md", out / f"{result['name']}.png"
+    text.write_text(markdown(result))
+    print(f"table: {text}")
+    if draw(result, picture):
+        print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

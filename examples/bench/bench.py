@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from measure import Checkpoint, Method
+from measure import Checkpoint, Method, allocated
 from naive import NaiveSTEP, Padded
 from today import KLPenalty, LineSearch, TargetKL
 from torch import Tensor, nn
@@ -54,9 +54,15 @@ class Bench:
         self.inner.zero_grad()
         self.start = Checkpoint(self.inner)
         self.padded = Padded.of(control)
-        self.kl = TokenKL(model, control)
-        self.optimizer = STEPOptimizer(self.inner, kl=self.kl, budget=0.0)
+        _, self.kept = allocated(self._wrap, ids.device)
         self.moved = self.anchor()
+
+    def _wrap(self) -> None:
+        """Put STEP around the optimizer. What one step leaves behind is what it keeps from step to step."""
+        self.kl = TokenKL(self.model, self.control)
+        self.optimizer = STEPOptimizer(self.inner, kl=self.kl, budget=0.0)
+        self.anchor()
+        self.start.put_back()
 
     def calibrate(self) -> None:
         """Set the learning rate at which the candidate moves about `CANDIDATE_KL`."""

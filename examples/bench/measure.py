@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,20 +119,39 @@ def overhead(method: Timings, bare: Timings, forward: Timings) -> Figure:
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """Most memory that tensors held during a call, above what they held at its start."""
+    return allocated(call, device)[0]
+
+
+def allocated(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """Bytes above those at the start of a call: the most during it, and what is left at its end."""
     if device.type == "cuda":
         synchronise(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         synchronise(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        return torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
+    with _hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         call()
-    return _peak(prof)
+    return _running_sum(prof)
 
 
-def _peak(prof: profile) -> int:
-    """The highest running sum of the allocations and frees that a profile has seen."""
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep off the screen what the profiler's C++ code writes on stderr every time."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _running_sum(prof: profile) -> tuple[int, int]:
+    """The highest and the last running sum of the allocations and frees that a profile has seen."""
     assert prof.profiler is not None
     events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
@@ -136,16 +159,22 @@ def _peak(prof: profile) -> int:
     for event in events:
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return peak, held
 
 
 def peaks(method: Method, device: torch.device) -> dict[str, int]:
-    """Peak of the whole step, and of the part after the backward pass, in two repetitions."""
+    """Peak of the whole step, and of the part after the backward pass."""
     method.prepare()
-    whole = peak_bytes(method.run, device)
-    method.prepare()
-    method.backward()
-    return {"peak_run": whole, "peak_step": peak_bytes(method.step, device)}
+    first, gradients = allocated(method.backward, device)
+    second = peak_bytes(method.step, device)
+    return {"peak_run": max(first, gradients + second), "peak_step": second}
+
+
+def clean(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Checkpoint:

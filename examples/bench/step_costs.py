@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench import Bench
-from measure import Figure, Timings, interleaved, overhead, peaks, ratio
+from measure import Figure, Timings, clean, interleaved, overhead, peaks, ratio
 from progress import Progress
 from workload import Workload
 
@@ -14,7 +14,11 @@ PHASES = ("inner", "snapshot", "audit", "search")
 
 def measure_steps(workload: Workload, rounds: int, progress: Progress) -> dict[str, Any]:
     """Both kinds of training."""
-    return {kind: _measure(workload, kind, rounds, progress) for kind in ("lora", "full")}
+    found = {}
+    for kind in ("lora", "full"):
+        found[kind] = _measure(workload, kind, rounds, progress)
+        clean(workload.device)
+    return found
 
 
 def _measure(workload: Workload, kind: str, rounds: int, progress: Progress) -> dict[str, Any]:
@@ -23,9 +27,10 @@ def _measure(workload: Workload, kind: str, rounds: int, progress: Progress) -> 
     bench.calibrate()
     methods = bench.methods()
     memory = {}
-    for method in methods:  # a warm-up, too
-        method.prepare()
-        method.run()
+    for method in methods:
+        if workload.device.type == "cuda":  # the first call of a kernel may keep memory for good
+            method.prepare()
+            method.run()
         memory[method.name] = peaks(method, workload.device)
     progress.say(f"step, {kind}: memory measured, the candidate moves {bench.moved:.3g} nats")
     timings = interleaved(methods, rounds, workload.device, lambda text: progress.say(f"step, {kind}: {text}"))
@@ -33,6 +38,7 @@ def _measure(workload: Workload, kind: str, rounds: int, progress: Progress) -> 
         "candidate_kl": bench.moved,
         "lr": bench.inner.param_groups[0]["lr"],
         "readout": bench.kl.readout,
+        "kept": bench.kept,
         "methods": {name: _row(found, timings) | memory[name] for name, found in timings.items()},
         "speedup": {how: _speedup(timings, how) for how in ("commit", "interpolate")},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,18 @@ class Workload:
     tokenizer: Any = None
     """None for random models, which are given random ids."""
 
+    prompts: int = PROMPTS
+    """Of the control set."""
+
     def model(self, kind: str) -> nn.Module:
         """A model in training mode; ``kind`` is "lora" or "full"."""
         torch.manual_seed(0)
         model = self.build()
         return (lora(model) if kind == "lora" else model).to(self.device).train()
 
-    def control(self, prompts: int = PROMPTS, seed: int = 0) -> ControlSet:
+    def control(self, prompts: int | None = None, seed: int = 0) -> ControlSet:
         """Prompts in four slices, with responses of 16 to 32 tokens."""
+        prompts = prompts or self.prompts
         made = self._random_control(prompts, seed) if self.tokenizer is None else self._chat_control(prompts, seed)
         return made.to(self.device)
 
@@ -128,6 +132,7 @@ def random_llama(shape: dict[str, int], device: torch.device, dtype: torch.dtype
         num_key_value_heads=shape["kv_heads"],
         intermediate_size=shape["inner"],
         tie_word_embeddings=True,
+        initializer_range=1.5 * shape["hidden"] ** -0.5,  # logits of about 1.5: a text, not noise
     )
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -136,6 +141,11 @@ def random_llama(shape: dict[str, int], device: torch.device, dtype: torch.dtype
 def random_workload(name: str, shape: dict[str, int], device: torch.device, dtype: torch.dtype) -> Workload:
     """A random model of a shape."""
     return Workload(name, shape["vocab"], device, dtype, lambda: random_llama(shape, device, dtype))
+
+
+def quick_workload(device: torch.device, dtype: torch.dtype) -> Workload:
+    """A random model and a control set that take no time."""
+    return replace(random_workload("tiny (random weights)", SHAPES["tiny"], device, dtype), prompts=8)
 
 
 def pretrained_workload(name: str, device: torch.device, dtype: torch.dtype) -> Workload:
