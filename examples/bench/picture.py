@@ -11,7 +11,7 @@ mpl.use("Agg")  # no window, wherever this runs
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Blue, vermilion and grey stay apart for colour-blind readers.
 STEP, NAIVE, TODAY = "#0072B2", "#D55E00", "#777777"
@@ -79,7 +79,7 @@ def draw_overheads(axes: Axes, methods: dict[str, Any]) -> None:
     axes.set_xlim(min(0.1, 0.7 * min(values)), 2.5 * max(values))
     _plain_numbers(axes)
     axes.invert_yaxis()
-    axes.set_xlabel("(step - bare step) / one plain control forward, log scale")
+    axes.set_xlabel("(step - bare step) / one plain control forward (dotted), log scale")
     axes.set_title(
         f"A LoRA step that is committed costs {shown['STEP commit']:.2f} plain control\n"
         f"forwards more than a bare one; {shown['naive commit']:.2f} if done naively"
@@ -90,15 +90,18 @@ def draw_searches(axes: Axes, searches: dict[str, Any]) -> None:
     """Bars: audits per trigger, with the largest number as a mark."""
     names, means = list(searches), [row["mean"] for row in searches.values()]
     bars = axes.barh(names, means, color=[STEP if name.startswith("model") else TODAY for name in names])
-    notes = [f"{row['mean']:.2f}; {row['within']:.0%} within 1 % of the best alpha" for row in searches.values()]
+    notes = [f"{row['mean']:.2f}  (alpha: {row['within']:.0%})" for row in searches.values()]
     largest = max(row["max"] for row in searches.values())
     for bar, note, row in zip(bars, notes, searches.values(), strict=True):
         y = bar.get_y() + bar.get_height() / 2
         axes.plot(row["max"], y, "|", color="black", markersize=14, markeredgewidth=1.8)
         axes.annotate(note, (row["max"], y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=10)
-    axes.set_xlim(0, 2.2 * largest)
+    axes.set_xlim(0, 1.5 * largest)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
-    axes.set_xlabel("audits beyond the candidate's per trigger: mean (bar), largest (mark)")
+    axes.set_xlabel(
+        "audits beyond the candidate's: mean (bar), largest (mark)\n(in brackets: alpha within 1 % of the best)"
+    )
     default = next(iter(searches))
     axes.set_title(
         f"A step over budget takes {searches[default]['mean']:.1f} more audits until alpha is\n"
