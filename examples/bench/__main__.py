@@ -5,7 +5,8 @@
     python examples/bench --only step --rounds 9
     python examples/bench --render runs/bench/cpu.json   # table and picture from an earlier run
 
-Tables and pictures go to examples/bench, the raw figures to runs/bench, section by section.
+Tables and pictures go to examples/bench, the raw figures to runs/bench, section by section. The real model takes some
+two hours on one thread; --seconds 3600 leaves out optional points after an hour.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def sections(args: argparse.Namespace, found: Workload, progress: Progress) -> d
     """What can be measured, by name."""
     return {
         "step": lambda: measure_steps(found, args.rounds, progress),
-        "search": lambda: measure_searches(found, 2 if args.quick else 4, progress),
+        "search": lambda: measure_searches(found, 2 if args.quick else 3, progress),
         "curves": lambda: measure_curves(found, args.rounds, args.quick, progress),
         "numerics": lambda: measure_numerics(found),
         "graph": lambda: measure_graph(found, args.rounds, progress),

@@ -27,6 +27,9 @@ ROOMY = 3.0
 WARM_UP = 3
 """Bare steps before it: the first ones of LoRA are unlike all others."""
 
+SLOW = ("STEP strict", "STEP bisect", "STEP backtrack")
+"""Other searches; "STEP interpolate" stands for their memory."""
+
 LEARNING_RATE = 1e-4
 """Where the search for the learning rate starts."""
 
@@ -114,7 +117,7 @@ class Bench:
             self.optimizer.controller = controller
             self.optimizer.set_budget(Budget(**self.budget(part)))
 
-        return self.method(name, self.optimizer.step, prepare=prepare, facts=self.facts)
+        return self.method(name, self.optimizer.step, prepare=prepare, facts=self.facts, slow=name in SLOW)
 
     def facts(self) -> Mapping[str, float]:
         """What STEP recorded of the latest step."""
@@ -126,7 +129,7 @@ class Bench:
     def naive(self, name: str, part: float, kind: type[NaiveSTEP] = NaiveSTEP) -> Method:
         """Algorithm 1 as written, or the line search."""
         made = kind(self.model, self.inner, self.control, **self.budget(part))
-        return self.method(name, made.step, facts=lambda: {"trials": made.audits})
+        return self.method(name, made.step, facts=lambda: {"trials": made.audits}, slow=part < 1)
 
     def penalty(self) -> Method:
         """A KL penalty in the loss."""

@@ -36,6 +36,9 @@ QUICK_SHAPES = (
     {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "inner": 128, "vocab": 512},
 )
 
+ENOUGH = 60.0
+"""Seconds at a point after which no further round begins."""
+
 NAIVE_TENSORS = 6
 """Tensors of the size [C, T, V] in float32 that the naive audit holds at its worst."""
 
@@ -105,10 +108,9 @@ class _Curves:
             methods.append(bench.naive("naive commit", ROOMY))
         else:
             self._progress.skip(f"curves, {what}, naive", f"it would take {needed / 1e9:.0f} GB")
-        for method in methods:
-            method.prepare()
-            method.run()
-        timings = interleaved(methods, self._rounds, workload.device)
+        if workload.device.type == "cuda":
+            interleaved(methods, 1, workload.device)  # kernels are loaded, and memory is found
+        timings = interleaved(methods, self._rounds, workload.device, enough=ENOUGH)
         self._progress.say(f"curves: {what}")
         bare, forward = timings["bare"], timings["forward"]
         return {

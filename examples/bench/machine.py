@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import re
 from pathlib import Path
@@ -33,7 +34,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     import peft
     import transformers
 
-    threads = f", {torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
+    threads = f", threads: {torch.get_num_threads()} on {os.cpu_count()} cores" if device.type == "cpu" else ""
     return {
         "device": device_name(device) + threads,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",

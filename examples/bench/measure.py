@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import statistics
 import sys
@@ -19,6 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 
 def nothing() -> None:
     """Do nothing."""
+
+
+SLOW_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class Method:
     facts: Callable[[], Mapping[str, float]] = field(default=dict)
     """Figures of the step that was made, read after it."""
 
+    slow: bool = False
+    """Measured in `SLOW_ROUNDS` rounds only, and its memory not at all: it holds what its quicker sibling holds."""
+
     def run(self) -> None:
         """The whole step."""
         self.backward()
@@ -46,7 +53,7 @@ class Method:
 
 @dataclass
 class Timings:
-    """What was measured of one method, a value a round."""
+    """What was measured of one method, a value a round; slow methods are in the first rounds only."""
 
     seconds: list[float] = field(default_factory=list)
     facts: dict[str, list[float]] = field(default_factory=dict)
@@ -74,17 +81,25 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    methods: Sequence[Method], rounds: int, device: torch.device, say: Callable[[str], None] = lambda text: None
+    methods: Sequence[Method],
+    rounds: int,
+    device: torch.device,
+    say: Callable[[str], None] = lambda text: None,
+    enough: float = math.inf,
 ) -> dict[str, Timings]:
-    """Run every method once a round, in an order that rotates."""
+    """Run every method once a round, in an order that rotates; no further round after ``enough`` seconds."""
     found = {method.name: Timings() for method in methods}
+    start = time.monotonic()
     for number in range(rounds):
         first = number * max(1, len(methods) // rounds) % len(methods)
         for method in [*methods[first:], *methods[:first]]:
-            method.prepare()
-            seconds = timed(method.run, device)
-            found[method.name].add(seconds, method.facts())
+            if not method.slow or number < SLOW_ROUNDS:
+                method.prepare()
+                seconds = timed(method.run, device)
+                found[method.name].add(seconds, method.facts())
         say(f"round {number + 1} of {rounds}")
+        if time.monotonic() - start > enough:
+            break
     return found
 
 
@@ -103,8 +118,8 @@ class Figure:
 
 
 def paired(a: Timings, b: Timings, unit: Timings, combine: Callable[[float, float, float], float]) -> Figure:
-    """Combine three methods' seconds round by round."""
-    return Figure.of([combine(*values) for values in zip(a.seconds, b.seconds, unit.seconds, strict=True)])
+    """Combine three methods' seconds round by round, over the rounds that they share."""
+    return Figure.of([combine(*values) for values in zip(a.seconds, b.seconds, unit.seconds, strict=False)])
 
 
 def ratio(method: Timings, bare: Timings) -> Figure:

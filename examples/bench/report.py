@@ -91,7 +91,7 @@ def _step(kind: str, step: dict[str, Any]) -> Iterator[str]:
 def _method(name: str, row: dict[str, Any]) -> list[str]:
     trials = f"{row['trials']['median']:g}" if "trials" in row else ""
     over = "" if name in ("bare", "forward") else _ranged(row["overhead"])
-    memory = [f"{row[peak] / 1e6:.3g} MB" for peak in ("peak_run", "peak_step")]
+    memory = [f"{row[peak] / 1e6:.3g} MB" if peak in row else "" for peak in ("peak_run", "peak_step")]
     return [name, f"{row['seconds']['median']:.3g}", _ranged(row["ratio"]), over, trials, *memory]
 
 

@@ -121,6 +121,7 @@ def measure_searches(workload: Workload, steps: int, progress: Progress) -> dict
         bench.start.put_back()
         bench.inner.param_groups[0]["lr"] = factor * rate
         problems += _run(bench, workload, steps, progress)
+        progress.say(f"searches: {len(problems)} problems so far")
     return {"tol": WITHIN, "problems": problems, "searches": _totals(problems), "default": _default(problems)}
 
 

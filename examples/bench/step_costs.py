@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench import Bench
-from measure import Figure, Timings, clean, interleaved, overhead, peaks, ratio
+from measure import Figure, Timings, clean, interleaved, overhead, paired, peaks, ratio
 from progress import Progress
 from workload import Workload
 
@@ -27,7 +27,7 @@ def _measure(workload: Workload, kind: str, rounds: int, progress: Progress) -> 
     bench.calibrate()
     methods = bench.methods()
     memory = {}
-    for method in methods:
+    for method in (method for method in methods if not method.slow):
         if workload.device.type == "cuda":  # the first call of a kernel may keep memory for good
             method.prepare()
             method.run()
@@ -39,7 +39,7 @@ def _measure(workload: Workload, kind: str, rounds: int, progress: Progress) -> 
         "lr": bench.inner.param_groups[0]["lr"],
         "readout": bench.kl.readout,
         "kept": bench.kept,
-        "methods": {name: _row(found, timings) | memory[name] for name, found in timings.items()},
+        "methods": {name: _row(found, timings) | memory.get(name, {}) for name, found in timings.items()},
         "speedup": {how: _speedup(timings, how) for how in ("commit", "interpolate")},
     }
 
@@ -54,12 +54,12 @@ def _row(found: Timings, timings: dict[str, Timings]) -> dict[str, Any]:
     }
     row |= {name: vars(Figure.of(values)) for name, values in found.facts.items()}
     if "snapshot" in found.facts:
-        parts = [a / b for a, b in zip(found.facts["snapshot"], bare.seconds, strict=True)]
+        parts = [a / b for a, b in zip(found.facts["snapshot"], bare.seconds, strict=False)]
         row["snapshot_of_bare"] = vars(Figure.of(parts))
     return row
 
 
 def _speedup(timings: dict[str, Timings], how: str) -> dict[str, float]:
     """The overhead of naive over that of STEP, round by round."""
-    rows = zip(timings[f"naive {how}"].seconds, timings[f"STEP {how}"].seconds, timings["bare"].seconds, strict=True)
-    return vars(Figure.of([(naive - bare) / max(step - bare, 1e-9) for naive, step, bare in rows]))
+    naive, step = timings[f"naive {how}"], timings[f"STEP {how}"]
+    return vars(paired(naive, step, timings["bare"], lambda a, b, bare: (a - bare) / max(b - bare, 1e-9)))
