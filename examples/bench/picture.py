@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def colour(method: str) -> str:
 def draw_overheads(axes: Axes, methods: dict[str, Any]) -> None:
     """Bars: what a step costs beyond the bare one."""
     shown = {name: row["overhead"]["median"] for name, row in methods.items() if name not in ("bare", "forward")}
-    names, values = list(shown), [max(value, 1e-3) for value in shown.values()]
+    names, values = list(shown), [max(value, 1e-2) for value in shown.values()]
     bars = axes.barh(names, values, color=[colour(name) for name in names])
     labels = axes.bar_label(bars, [f"{value:.2f}" for value in shown.values()], padding=4, fontsize=10)
     for label in labels:
@@ -104,8 +106,8 @@ def draw_searches(axes: Axes, searches: dict[str, Any]) -> None:
     )
     default = next(iter(searches))
     axes.set_title(
-        f"A step over budget takes {searches[default]['mean']:.1f} more audits until alpha is\n"
-        f"known to 1 %; {searches['bisect']['mean']:.1f} by bisection"
+        f"Over budget, {searches[default]['mean']:.1f} more audits find\n"
+        f"alpha to 1 %; {searches['bisect']['mean']:.1f} by bisection"
     )
 
 
@@ -122,13 +124,20 @@ def draw_curve(axes: Axes, points: list[dict[str, Any]], label: str, *, legend: 
     axes.set_xscale("log", base=2 if label == CURVES["prompts"] else 10)
     axes.set_ylim(bottom=0)
     axes.axhline(1, color="black", linestyle=":", linewidth=1.2, zorder=0)
-    axes.set_xticks([point["x"] for point in points], minor=False)
+    axes.set_xticks(_apart([point["x"] for point in points]), minor=False)
     axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
     if legend:
         axes.set_ylabel("(step - bare step) / plain control forward")
-        axes.legend(frameon=False)
+        axes.set_ylim(top=1.25 * axes.get_ylim()[1])
+        axes.legend(frameon=False, loc="upper left")
+
+
+def _apart(sizes: list[int]) -> list[int]:
+    """Leave out sizes whose labels would run into that of the next one on a logarithmic axis."""
+    near = math.log(max(sizes) / min(sizes)) / 10
+    return [a for a, b in pairwise(sizes) if math.log(b / a) > near] + sizes[-1:]
 
 
 def _plain_numbers(axes: Axes) -> None:

@@ -101,12 +101,13 @@ def _ranged(figure: dict[str, float]) -> str:
 
 def _search(search: dict[str, Any]) -> Iterator[str]:
     problems = search["problems"]
+    memory = ", with its memory of the last curve" if "model, without memory" in search["searches"] else ""
     yield "## Searches"
     yield (
         f"{len(problems)} problems: {len({problem['kl'] for problem in problems})} real candidate steps under LoRA, of "
         f"{min(p['kl'] for p in problems):.2g} to {max(p['kl'] for p in problems):.2g} nats per token, at budgets of "
         f"{', '.join(f'{part:g}' for part in sorted({p['part'] for p in problems}))} of that. Audits beyond the "
-        f'candidate\'s. `Interpolate()` is "{search["default"]}".'
+        f"candidate's. `Interpolate()` is the model search{memory}."
     )
     rows = (
         [name, f"{row['mean']:.2f}", f"{row['p90']}", f"{row['max']}", f"{row['within']:.0%}"]

@@ -22,17 +22,16 @@ from step_optim.budget import Limits
 from step_optim.controllers.base import Point, Trial
 
 SEARCHES = {
-    "model, with memory": {"memory": True},
-    "model, without memory": {"memory": False},
     "model": {},
+    "model, without memory": {"memory": False},
     "model, strict": {"strict": True},
     "bisect": {"search": "bisect"},
     "backtrack (tol=0.5)": {"search": "backtrack", "tol": 0.5},
 }
 """Options of `Interpolate`; all at tol=0.01 but the last, which is plain backtracking."""
 
-DEFAULT = "model, with memory"
-"""What `Interpolate()` does, in versions that have a memory; else "model"."""
+DEFAULT = "model"
+"""What `Interpolate()` does. In versions that have a memory, it has it."""
 
 RATES = (0.5, 1.0, 3.0)
 """Learning rates, of that at which a candidate moves 0.05 nats."""
@@ -122,7 +121,7 @@ def measure_searches(workload: Workload, steps: int, progress: Progress) -> dict
         bench.inner.param_groups[0]["lr"] = factor * rate
         problems += _run(bench, workload, steps, progress)
         progress.say(f"searches: {len(problems)} problems so far")
-    return {"tol": WITHIN, "problems": problems, "searches": _totals(problems), "default": _default(problems)}
+    return {"tol": WITHIN, "problems": problems, "searches": _totals(problems), "default": DEFAULT}
 
 
 def _run(bench: Bench, workload: Workload, steps: int, progress: Progress) -> list[dict[str, Any]]:
@@ -170,7 +169,3 @@ def _totals(problems: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "within": sum(near) / len(near),
         }
     return totals
-
-
-def _default(problems: Sequence[dict[str, Any]]) -> str:
-    return DEFAULT if DEFAULT in problems[0]["found"] else "model"
