@@ -15,7 +15,7 @@ from workload import Workload
 from step_optim import ControlSet
 
 MICRO_BATCH = 4
-"""Prompts a batch, as in `TokenKL`."""
+"""Prompts a batch."""
 
 HEAD_PASSES = 4
 """Times that the [R, V] float32 values of the head blocks cross the memory: two GEMMs write, the KL reads both."""
@@ -84,22 +84,34 @@ def captured(bench: Bench, device: torch.device, rounds: int) -> dict[str, Any]:
 
 def roofline(bench: Bench, workload: Workload, rounds: int) -> dict[str, float]:
     """The audit's seconds, and the least that its arithmetic and its memory traffic need at measured peak rates."""
-    control, head = bench.control, bench.model.get_output_embeddings().weight
-    batches = micro_batches(control)
+    head = bench.model.get_output_embeddings().weight
     body = [p for p in bench.model.parameters() if p is not head]
-    tokens, rows = sum(ids.numel() for ids in batches), control.response_tokens
-    block = rows * head.shape[0]
-    rates = peak_rates(workload)
+    block = bench.control.response_tokens * head.shape[0]
+    bench.start.put_back()
+    bench.kl.anchor()
+    batches = audited_tokens(bench)
+    tokens, rates = sum(batches), peak_rates(workload)
     flops = (
         2 * sum(p.numel() for p in body) * tokens / rates["body_flops"]
         + 4 * block * head.shape[1] / rates["head_flops"]
     )
     read = sum(p.numel() * p.element_size() for p in body) * len(batches) + 2 * head.numel() * head.element_size()
     moved = (read + HEAD_PASSES * 4 * block) / rates["bytes"]
-    bench.start.put_back()
-    bench.kl.anchor()
     audit = repeated(bench.kl.audit, workload.device, rounds)
     return {"audit": audit, "arithmetic": flops, "traffic": moved, "share": max(flops, moved) / audit, **rates}
+
+
+def audited_tokens(bench: Bench) -> list[int]:
+    """Tokens, with their padding, of every forward that an audit makes."""
+    seen: list[int] = []
+    hook = bench.model.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].numel())
+    )
+    try:
+        bench.kl.audit()
+    finally:
+        hook.remove()
+    return seen
 
 
 def peak_rates(workload: Workload) -> dict[str, float]:
