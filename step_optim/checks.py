@@ -13,7 +13,7 @@ from step_optim.controllers.base import Controller
 from step_optim.line import check_shrink
 from step_optim.param_like import steps_in_backward, why_recomputed
 from step_optim.ranks import Ranks
-from step_optim.snapshot import shard_count
+from step_optim.tensors import shard_count
 from step_optim.wrapper import OptimizerWrapper
 
 INTERFACE = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from step_optim.isolation import BITS
-from step_optim.snapshot import plain_tensors
+from step_optim.tensors import plain_tensors
 
 SAMPLE = 256
 """Elements read of a frozen tensor: an edit of the whole tensor changes them. To read all would be a pass over the

@@ -51,6 +51,11 @@ class STEPOptimizer(OptimizerWrapper):
         shrink: how a part of a step is taken: ``"interpolate"`` between the
             weights, with the candidate's optimizer state; or ``"restep"``, the
             inner step again at alpha times its learning rate.
+        snapshot: where the copies are kept that a rollback needs: ``"device"``,
+            beside the weights; or ``"cpu"``, in pinned host memory, which a
+            full fine-tuning may have to spare its device (a third or more of
+            the memory of weights, gradients and moments), at the price of
+            sending them over the bus in every step.
         param_like: where the optimizer keeps copies of the weights (keys of
             ``state[parameter]``, or a function of the inner optimizer that lists
             (copy, parameter) pairs): interpolation moves them along. By
@@ -90,17 +95,21 @@ class STEPOptimizer(OptimizerWrapper):
         log: str | Path | Callable[..., Any] | Any = None,
         on_error: str = "raise",
         shrink: str = "interpolate",
+        snapshot: str = "device",
         param_like: ParamLike | None = None,
         process_group: Any = WORLD,
     ) -> None:
         check_inner(optimizer)
         if on_error not in ("raise", "reject"):
             raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'reject'")
+        if snapshot not in ("device", "cpu"):
+            raise ValueError(f"snapshot={snapshot!r} is unknown; use 'device' or 'cpu'")
         controller = check_controller(Interpolate() if controller is None else controller)
         budget = Budget.of(budget)
         check_line(optimizer, controller, shrink, budget)
         super().__init__(optimizer)
         self._on_error, self._shrink, self._log = on_error, shrink, log
+        self._snapshot = snapshot
         self._param_like = known_copies(optimizer) if param_like is None else param_like
         self._run = Run(budget, controller)
         self._parts = self._make_parts(Ranks(process_group))
@@ -110,7 +119,8 @@ class STEPOptimizer(OptimizerWrapper):
 
     def _make_parts(self, ranks: Ranks) -> Parts:
         """Make what a step works with; nothing of it is part of a checkpoint."""
-        weights, state = Weights(self._inner), OptimizerState(self._inner)
+        host = self._snapshot == "cpu"
+        weights, state = Weights(self._inner, host=host), OptimizerState(self._inner, host=host)
         copies = Copies(self._inner, weights, state, self._param_like)
         line = (Restep if self._shrink == "restep" else Line)(self._inner, weights, state, copies)
         return Parts(self._inner, weights, state, line, ranks)

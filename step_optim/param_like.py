@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from step_optim.snapshot import Weights, plain_tensors
+from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
+from step_optim.tensors import plain_tensors
 
 ParamLike: TypeAlias = "str | Sequence[str] | Callable[[Optimizer], Iterable[tuple[Tensor, Tensor]]]"
 """Keys of ``state[parameter]``, or a function that lists (copy, parameter) pairs."""

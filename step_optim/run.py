@@ -72,7 +72,7 @@ class Run:
 
     def remember(self, transaction: Transaction) -> None:
         """Keep what the next step begins with, to see whether somebody else writes weights until then."""
-        transaction.weights.capture()
+        transaction.weights.remember()
         self.modules = transaction.kl.used or self.modules
         record = transaction.record
         # Without an audit, a forward in a loss closure or a window may have moved buffers away from the reference.

@@ -1,112 +1,38 @@
-"""Bit-exact copies of tensors, and the weights between the previous policy and the candidate."""
+"""The weights between the previous policy and the candidate."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from step_optim.isolation import same_bits
+from step_optim.tensors import TensorStore, differs, memory, plain_tensors, shard_count
 
 
-class TensorCopy:
-    """The bits of one tensor, and the memory that they have to go back to."""
+class Update:
+    """How far the weights are from theta_t. An accelerator may still be measuring when this is made."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.alias = tensor.detach()  # that memory, also if `.data` is swapped later
-        self.bits = torch.empty_like(dense(self.alias))
+    def __init__(self, differences: Sequence[bool | Tensor], squares: Sequence[Tensor]) -> None:
+        self._moved = [d for d in differences if isinstance(d, bool)]
+        self._figures = [*squares, *(d for d in differences if isinstance(d, Tensor))]
+        self._squares = len(squares)
 
-    @property
-    def in_place(self) -> bool:
-        """Whether the tensor still lives in the memory that it had."""
-        a, b = self.tensor, self.alias
-        return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
-
-    @property
-    def saved(self) -> Tensor:
-        """The saved bits, in the tensor's shape."""
-        if self.bits.shape == self.alias.shape:
-            return self.bits
-        return self.bits.as_strided(self.alias.shape, self.alias.stride())
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether the tensor has the saved bits, in the memory that it had."""
-        return self.in_place and same_bits(dense(self.alias), self.bits)
-
-    def restore(self) -> None:
-        """Put the bits back; the tensor object and its memory are those of the capture."""
-        if not self.in_place:
-            self.tensor.data = self.alias
-        if not same_bits(dense(self.alias), self.bits):
-            dense(self.alias).copy_(self.bits)
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor, or the memory under it if its elements overlap (an expanded tensor cannot be written)."""
-    if torch._debug_has_internal_overlap(tensor) != 1:
-        return tensor
-    return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-
-
-def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold the data: of a subclass (DTensor, quantized state) or a sparse tensor, its parts."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for part in (getattr(tensor, name) for name in names):
-            if isinstance(part, Tensor):  # a DTensor names its device mesh, too
-                yield from plain_tensors(part)
-    elif tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
-    elif tensor.layout is torch.strided:
-        yield tensor
-    else:
-        raise TypeError(f"cannot capture a tensor of layout {tensor.layout}; use a strided or COO tensor")
-
-
-def shard_count(parameter: Tensor) -> int:
-    """Into how many pieces a parameter is split over processes: 1 unless it is a sharded DTensor."""
-    placements = getattr(parameter, "placements", None)
-    if placements is None:
-        return 1
-    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-    return math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_shard())
-
-
-class TensorStore:
-    """Copies of many tensors; the buffers are kept from one capture to the next."""
-
-    def __init__(self) -> None:
-        self.copies: list[TensorCopy] = []
-
-    def capture(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the bits of these tensors, each piece of memory once."""
-        old = {id(copy.tensor): copy for copy in self.copies}
-        unique: dict[Any, TensorCopy] = {}
-        for tensor in tensors:
-            copy = old.get(id(tensor))
-            if copy is None or copy.tensor is not tensor or not copy.in_place:
-                copy = TensorCopy(tensor)
-            unique.setdefault(_memory(tensor), copy)
-        self.copies = list(unique.values())
-        if self.copies:
-            torch._foreach_copy_([copy.bits for copy in self.copies], [dense(copy.alias) for copy in self.copies])
-
-    def restore(self) -> None:
-        """Put all bits back."""
-        for copy in self.copies:
-            copy.restore()
-
-
-def _memory(tensor: Tensor) -> Any:
-    if tensor.numel() == 0 or tensor.device.type == "meta":
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    def read(self) -> tuple[bool, float]:
+        """Whether any bit differs, and the square of the difference's L2 norm (NaN or inf if need be)."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for figure in self._figures:
+            by_device.setdefault(figure.device, []).append(figure)
+        read = {
+            id(f): v
+            for fs in by_device.values()
+            for f, v in zip(fs, torch.stack([f.double() for f in fs]).tolist(), strict=True)
+        }
+        values = [read[id(figure)] for figure in self._figures]
+        moved = any(self._moved) or any(values[self._squares :])
+        return moved, sum(values[: self._squares]) if moved else 0.0
 
 
 class Weights:
@@ -114,13 +40,17 @@ class Weights:
 
     Parameters that share memory are handled once: interpolating them twice
     would make alpha 0.5 into 0.25.
+
+    Args:
+        optimizer: whose parameters these are.
+        host: keep both copies of a CUDA device's weights in pinned host memory.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, *, host: bool = False) -> None:
         self._optimizer = optimizer
-        self._store = TensorStore()
+        self._store, self._candidate = TensorStore(host=host), TensorStore(host=host)
+        self._has_candidate = False
         self._shards_of: dict[int, int] = {}
-        self._candidate: list[Tensor] | None = None
 
     @property
     def live(self) -> list[Tensor]:
@@ -135,29 +65,29 @@ class Weights:
     @property
     def candidate(self) -> list[Tensor]:
         """What the inner step proposed; known once a controller asks."""
-        assert self._candidate is not None
-        return self._candidate
+        assert self._has_candidate
+        return [copy.saved for copy in self._candidate.copies]
 
     @property
     def parameters(self) -> list[Tensor]:
         """The parameter objects themselves, for autograd."""
         return [copy.tensor for copy in self._store.copies]
 
-    @property
-    def _shards(self) -> list[int]:
-        return [self._shards_of[id(copy.tensor)] for copy in self._store.copies]
-
     @torch.no_grad()
     def capture(self) -> bool:
         """Take the current weights as theta_t. True if they were it already, bit for bit."""
-        self._candidate = None
+        self._has_candidate = False
+        self._store.wait()
         parameters = list(self._parameters())
-        known = {id(copy.tensor) for copy in self._store.copies}
-        unique = {_memory(p): p for p in reversed(parameters)}
-        if known == {id(p) for p in unique.values()} and all(copy.unchanged for copy in self._store.copies):
+        if self._store.covers(parameters) and self._store.unchanged:
             return True
-        self._store.capture(parameters)
+        self._store.capture(parameters, group=lambda p: self._shards_of[id(p)])
         return False
+
+    def remember(self) -> None:
+        """Take the current weights as theta_t of the next step, which will find out whether they are it still."""
+        self._has_candidate = False
+        self._store.capture(self._parameters(), group=lambda p: self._shards_of[id(p)], overlap=True)
 
     def _parameters(self) -> Iterator[Tensor]:
         self._shards_of = {}
@@ -169,36 +99,39 @@ class Weights:
 
     def of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A plain parameter as it is, at theta_t, and at the candidate."""
-        place = _memory(parameter)
-        index = next(i for i, copy in enumerate(self._store.copies) if _memory(copy.tensor) == place)
-        return self.live[index], self.previous[index], self.candidate[index]
+        place = memory(parameter)
+        index = next(i for i, copy in enumerate(self._store.copies) if memory(copy.tensor) == place)
+        return self.live[index], self._store.copies[index].saved, self._candidate.copies[index].saved
 
     @torch.no_grad()
-    def update(self) -> tuple[bool, float]:
-        """Whether any bit differs from theta_t, and the square of the difference's L2 norm (NaN or inf if need be).
+    def update(self) -> Update:
+        """Compare the weights with theta_t.
 
         Each square counts once for every shard of its parameter, and a whole
         parameter once: summed over processes and divided by their number, it
         is that of the policy.
         """
-        square = 0.0
-        moved = False
-        for live, previous, shards in zip(self.live, self.previous, self._shards, strict=True):
-            if same_bits(live, previous):
-                continue
-            moved = True
-            wide = torch.complex128 if live.is_complex() else torch.float64
-            difference = (live.to(wide) - previous) if live.element_size() == 2 else live - previous
-            if not difference.isfinite().all():  # an infinity that was there before has not moved
-                difference = difference.masked_fill(live == previous, 0)
-            square += shards * float(torch.linalg.vector_norm(difference.flatten(), dtype=wide)) ** 2
-        return moved, square
+        differences, squares = [], []
+        for now, previous, shards in self._differences():
+            differ = differs(now, previous)
+            if differ is not False:
+                differences.append(differ)
+                squares.append(shards * _square(now, previous))
+        return Update(differences, squares)
+
+    def _differences(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        if all(copy.in_place for copy in self._store.copies):
+            yield from self._store.pairs()
+            return
+        for copy in self._store.copies:  # an optimizer has put a parameter's `.data` somewhere else
+            yield copy.tensor.detach(), copy.saved, self._shards_of[id(copy.tensor)]
 
     @torch.no_grad()
     def keep_candidate(self) -> None:
         """Remember the current weights as the candidate, once a step."""
-        if self._candidate is None:
-            self._candidate = [live.clone() for live in self.live]
+        if not self._has_candidate:
+            self._candidate.capture(self.parameters)
+            self._has_candidate = True
 
     @torch.no_grad()
     def go(self, alpha: float) -> None:
@@ -206,8 +139,9 @@ class Weights:
         if alpha == 0:
             self._store.restore()
             return
-        for live, previous, candidate in zip(self.live, self.previous, self.candidate, strict=True):
-            live.copy_(candidate if alpha == 1 else torch.lerp(previous, candidate, alpha))
+        for previous, candidate in zip(self._store.copies, self._candidate.copies, strict=True):
+            there = candidate.saved
+            previous.tensor.detach().copy_(there if alpha == 1 else torch.lerp(previous.saved, there, alpha))
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
@@ -218,17 +152,29 @@ class Weights:
     @torch.no_grad()
     def alignment(self) -> tuple[float, float]:
         """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖², counted as in `update`."""
-        along = length = 0.0
-        for live, previous, candidate, shards in zip(
-            self.live, self.previous, self.candidate, self._shards, strict=True
-        ):
+        products: dict[torch.device, list[Tensor]] = {}
+        for copy, candidate in zip(self._store.copies, self._candidate.copies, strict=True):
+            live, previous = copy.tensor.detach(), copy.saved
             wide = torch.complex128 if live.is_complex() else torch.float64
-            step, way = (live.to(wide) - previous).flatten(), (candidate.to(wide) - previous).flatten()
-            along += shards * float(torch.vdot(way, step).real)
-            length += shards * float(torch.vdot(way, way).real)
-        return along, length
+            step, way = (live.to(wide) - previous).flatten(), (candidate.saved.to(wide) - previous).flatten()
+            both = torch.stack([torch.vdot(way, step).real, torch.vdot(way, way).real])
+            products.setdefault(live.device, []).append(both * self._shards_of[id(copy.tensor)])
+        along, length = zip(*(torch.stack(part).sum(0).tolist() for part in products.values()), strict=True)
+        return sum(along), sum(length)
 
     def restore(self) -> None:
         """Put theta_t back, bit for bit."""
         with torch.no_grad():
             self._store.restore()
+
+
+def _square(now: Tensor, previous: Tensor) -> Tensor:
+    """‖now - previous‖², 0-dim float64; what did not move counts nothing, be it infinite."""
+    if now.is_floating_point() and now.element_size() < 4:
+        now, previous = now.float(), previous.float()
+    wide: Any = torch.complex128 if now.is_complex() else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(now - previous, dtype=wide)
+    if now.device.type != "cpu" or not bool(norm.isfinite()):
+        difference = torch.where(now == previous, 0, now - previous)
+        norm = torch.linalg.vector_norm(difference, dtype=wide)
+    return norm.double().square()

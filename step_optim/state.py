@@ -20,20 +20,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from step_optim.snapshot import TensorCopy, TensorStore, dense, plain_tensors
+from step_optim.tensors import TensorCopy, TensorStore, plain_tensors
 
 _OPAQUE = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 _MISSING = object()
 
 
 class OptimizerState:
-    """Everything an optimizer's step may change besides the weights: state, attributes, gradients, group values."""
+    """Everything an optimizer's step may change besides the weights: state, attributes, gradients, group values.
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    Args:
+        optimizer: whose state this is.
+        host: keep the copies of a CUDA device's tensors in pinned host memory.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, host: bool = False) -> None:
         self._optimizer = optimizer
-        self._tensors, self._buffers = TensorStore(), TensorStore()
+        self._tensors, self._buffers = TensorStore(host=host), TensorStore()
         self._undo: list[Callable[[], Any]] = []
-        self._gradients = Gradients(optimizer)
+        self._gradients = Gradients(optimizer, host=host)
         self._groups = GroupJournal(optimizer)
 
     @torch.no_grad()
@@ -83,9 +88,9 @@ class OptimizerState:
 class Gradients:
     """The gradients of an optimizer's parameters: 14 of 211 optimizer configurations write into them."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._store = TensorStore()
+    def __init__(self, optimizer: Optimizer, *, host: bool = False) -> None:
+        self._optimizer, self._host = optimizer, host
+        self._store = TensorStore(host=host)
         self._grad_of: list[tuple[Tensor, Tensor | None]] = []
 
     @torch.no_grad()
@@ -106,7 +111,7 @@ class Gradients:
     def release(self) -> None:
         """Let them go: a reference to them would keep their memory through the next backward pass."""
         self._grad_of = []
-        self._store = TensorStore()
+        self._store = TensorStore(host=self._host)
 
 
 class GroupJournal:
@@ -159,7 +164,7 @@ def _saved(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     copy = TensorCopy(value)
-    copy.bits.copy_(dense(copy.alias))
+    copy.bits.copy_(copy.dense)
     return copy
 
 

@@ -107,7 +107,7 @@ class Transaction:
     def moved(self) -> bool:
         """Whether any bit of the weights, on any rank, differs from theta_t."""
         with self.clock("snapshot"):
-            updates = self.ranks.exchange(self.weights.update())
+            updates = self.ranks.exchange(self.weights.update().read())
             self.update_norm = math.sqrt(sum(square for _, square in updates) / len(updates))
             return any(moved for moved, _ in updates)
 
@@ -207,7 +207,7 @@ class Transaction:
             raise TypeError(f"decide() returned {outcome!r}; return trial.accept(point) or trial.reject()")
         if outcome.action is not Action.REJECT:
             self._go(outcome.point)
-            if outcome.action is Action.COMMIT or any(self.ranks.exchange(self.weights.update()[0])):
+            if outcome.action is Action.COMMIT or any(self.ranks.exchange(self.weights.update().read()[0])):
                 return outcome
         # Moments that have seen a gradient which is not finite would reject every later step.
         self.restore(keep_state=on_reject == "keep_state" and self.trials[0].movement.is_finite)

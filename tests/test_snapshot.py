@@ -59,12 +59,12 @@ def test_an_update_is_measured_and_an_overflow_is_named():
     weight = torch.nn.Parameter(torch.zeros(2))
     weights = Weights(torch.optim.SGD([weight], lr=1.0))
     weights.capture()
-    assert weights.update() == (False, 0.0)
+    assert weights.update().read() == (False, 0.0)
     with torch.no_grad():
         weight.copy_(torch.tensor([3.0, 4.0]))
-    assert weights.update() == (True, 25.0)
+    assert weights.update().read() == (True, 25.0)
     with torch.no_grad():
         weight[0] = math.inf
-    moved, square = weights.update()
+    moved, square = weights.update().read()
     assert moved
     assert not math.isfinite(square)

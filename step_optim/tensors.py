@@ -1,0 +1,290 @@
+"""Bit-exact copies of many tensors, in buffers that are allocated once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from step_optim.isolation import BITS, same_bits
+
+CHUNK = 2**22
+"""Elements that are compared at once; smaller tensors are put together up to this many."""
+
+
+class TensorCopy:
+    """The bits of one tensor, and the memory that they have to go back to.
+
+    Args:
+        tensor: what is copied.
+        bits: where to; a tensor of its own by default.
+    """
+
+    def __init__(self, tensor: Tensor, bits: Tensor | None = None) -> None:
+        self.tensor = tensor
+        self.alias = tensor.detach()  # that memory, also if `.data` is swapped later
+        self.dense = dense(self.alias)
+        self.bits = torch.empty_like(self.dense) if bits is None else bits
+        self._place = place(self.alias)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the tensor still lives in the memory that it had."""
+        return place(self.tensor) == self._place
+
+    @property
+    def saved(self) -> Tensor:
+        """The saved bits, in the tensor's shape and on its device."""
+        bits = self.bits.to(self.alias.device)
+        return bits if bits.shape == self.alias.shape else bits.as_strided(self.alias.shape, self.alias.stride())
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the tensor has the saved bits, in the memory that it had."""
+        return self.in_place and same_bits(self.dense, self.bits.to(self.alias.device))
+
+    def restore(self) -> None:
+        """Put the bits back; the tensor object and its memory are those of the capture."""
+        if not self.in_place:
+            self.tensor.data = self.alias
+        bits = self.bits.to(self.alias.device)
+        if not same_bits(self.dense, bits):  # an unneeded write would look like an outside edit
+            self.dense.copy_(bits)
+
+
+def place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's elements are in memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def memory(tensor: Tensor) -> Hashable:
+    """Equal for tensors that are the same memory."""
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return id(tensor)
+    return tensor.device, *place(tensor)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or the memory under it if its elements overlap (an expanded tensor cannot be written)."""
+    if torch._debug_has_internal_overlap(tensor) != 1:
+        return tensor
+    return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold the data: of a subclass (DTensor, quantized state) or a sparse tensor, its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for part in (getattr(tensor, name) for name in names):
+            if isinstance(part, Tensor):  # a DTensor names its device mesh, too
+                yield from plain_tensors(part)
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout is torch.strided:
+        yield tensor
+    else:
+        raise TypeError(f"cannot capture a tensor of layout {tensor.layout}; use a strided or COO tensor")
+
+
+def shard_count(parameter: Tensor) -> int:
+    """Into how many pieces a parameter is split over processes: 1 unless it is a sharded DTensor."""
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
+        return 1
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_shard())
+
+
+class TensorStore:
+    """Copies of many tensors.
+
+    The copies of small tensors lie one after another in flat buffers, so that
+    a capture or a comparison is a few operations and not a few for each tensor.
+    Buffers, and the plan of what lies where, are kept as long as the tensors
+    and their places stay the same.
+
+    Args:
+        host: keep the copies of a CUDA device's tensors in pinned host memory.
+            Whether these have changed is then told by sums of their bits.
+    """
+
+    def __init__(self, *, host: bool = False) -> None:
+        self.copies: list[TensorCopy] = []
+        self._host = host
+        self._sources: list[Tensor] = []
+        self._buckets: list[_Bucket] = []
+        self._sums: list[Tensor] = []
+        self._aside: Any = None
+        """The stream on which a copy may still be going on."""
+
+    def covers(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the copies are of these very tensors, each in the memory that it had."""
+        return (
+            len(tensors) == len(self._sources)
+            and all(new is old for new, old in zip(tensors, self._sources, strict=True))
+            and all(copy.in_place for copy in self.copies)
+        )
+
+    @torch.no_grad()
+    def capture(
+        self,
+        tensors: Iterable[Tensor],
+        group: Callable[[Tensor], Hashable] = lambda _: None,
+        *,
+        overlap: bool = False,
+    ) -> None:
+        """Copy the bits of these tensors, each piece of memory once.
+
+        Args:
+            tensors: what is copied.
+            group: tensors of different groups are not compared as one; see `pairs`.
+            overlap: let a copy to the host go on beside what the device does next; `wait` before a write.
+        """
+        tensors = list(tensors)
+        if not self.covers(tensors):
+            self._plan(tensors, group)
+        self._sums = self._checksums() if self._host else []
+        with self._stream(aside=overlap and self._host and any(tensor.is_cuda for tensor in tensors)):
+            for bucket in self._buckets:
+                bucket.fill()
+
+    def _stream(self, *, aside: bool) -> AbstractContextManager[Any]:
+        if not aside:
+            self.wait()
+            return nullcontext()
+        self._aside = self._aside or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._aside.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._aside)
+
+    def wait(self) -> None:
+        """Let the device finish a copy before it does anything else. The host does not wait."""
+        if self._aside is not None:
+            torch.cuda.current_stream().wait_stream(self._aside)
+
+    def _checksums(self) -> list[Tensor]:
+        return [_checksum(now) for bucket in self._buckets for now in bucket.now()]
+
+    def _plan(self, tensors: list[Tensor], group: Callable[[Tensor], Hashable]) -> None:
+        unique = {memory(tensor): tensor for tensor in reversed(tensors)}  # the first of those that share memory
+        parts: dict[Hashable, list[list[Tensor]]] = {}
+        for tensor in reversed(unique.values()):
+            lists = parts.setdefault((tensor.device, tensor.dtype, group(tensor)), [[]])
+            if lists[-1] and sum(t.numel() for t in lists[-1]) + tensor.numel() > CHUNK:
+                lists.append([])
+            lists[-1].append(tensor)
+        buckets = [_Bucket(part, key[2], host=self._host) for key, lists in parts.items() for part in lists]  # type: ignore[index]
+        copies = {id(copy.tensor): copy for bucket in buckets for copy in bucket.copies}
+        self.copies = [copies[id(tensor)] for tensor in reversed(unique.values())]
+        self._buckets, self._sources = buckets, tensors
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """Yield (elements now, the saved ones, group), flat and `CHUNK` at a time; for tensors that are in place."""
+        for bucket in self._buckets:
+            for now, saved in bucket.pairs():
+                yield now, saved, bucket.group
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether all tensors have the saved bits, in the memory that they had."""
+        if not all(copy.in_place for copy in self.copies):
+            return False
+        if self._host:
+            return all(bool(torch.equal(now, then)) for now, then in zip(self._checksums(), self._sums, strict=True))
+        differences: list[Tensor] = []
+        for now, saved, _ in self.pairs():
+            differ = differs(now, saved)
+            if isinstance(differ, bool):
+                if differ:
+                    return False
+            else:
+                differences.append(differ)
+        return not (differences and bool(torch.stack(differences).any()))
+
+    def restore(self) -> None:
+        """Put all bits back."""
+        self.wait()
+        for copy in self.copies:
+            copy.restore()
+
+
+class _Bucket:
+    """Tensors of one device and dtype, whose copies lie one after another."""
+
+    def __init__(self, tensors: list[Tensor], group: Hashable, *, host: bool) -> None:
+        self.group = group
+        aliases = [dense(tensor.detach()) for tensor in tensors]
+        like = aliases[0]
+        pinned = host and like.is_cuda
+        self._flat = torch.empty(
+            sum(alias.numel() for alias in aliases),
+            dtype=like.dtype,
+            device="cpu" if pinned else like.device,
+            pin_memory=pinned,
+        )
+        self.copies = [
+            TensorCopy(tensor, bits) for tensor, bits in zip(tensors, _views(self._flat, aliases), strict=True)
+        ]
+        self._live = [copy.dense for copy in self.copies]
+        self._gathered: tuple[Tensor, list[Tensor]] | None = None
+
+    def fill(self) -> None:
+        """Take the bits as they are now."""
+        torch._foreach_copy_([copy.bits for copy in self.copies], self._live, non_blocking=True)
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (elements now, the saved ones), some at a time."""
+        for now, saved in zip(self.now(), self._flat.split(CHUNK), strict=True):  # type: ignore[no-untyped-call]
+            yield now, saved.to(now.device, non_blocking=True)
+
+    def now(self) -> Sequence[Tensor]:
+        """The elements one after another, some at a time; the next call writes over them."""
+        return self._all().split(CHUNK)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _all(self) -> Tensor:
+        """A single tensor without gaps lies there already."""
+        live = self._live[0]
+        if len(self._live) == 1 and _without_gaps(live):
+            return live.as_strided((live.numel(),), (1,))
+        if self._gathered is None:
+            flat = torch.empty_like(self._flat, device=live.device, pin_memory=False)
+            self._gathered = flat, _views(flat, self._live)
+        flat, views = self._gathered
+        torch._foreach_copy_(views, self._live)
+        return flat
+
+
+def _views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a flat tensor into the shapes of these, with their strides if they have no gaps."""
+    parts = flat.split([tensor.numel() for tensor in tensors])  # type: ignore[no-untyped-call]
+    return [
+        part.as_strided(tensor.shape, tensor.stride()) if _without_gaps(tensor) else part.view(tensor.shape)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+
+
+def _without_gaps(tensor: Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor)) and not tensor.is_conj() and not tensor.is_neg()
+
+
+def differs(a: Tensor, b: Tensor) -> bool | Tensor:
+    """Whether two flat tensors differ in any bit; an accelerator answers with a tensor, without waiting."""
+    if a.device.type in ("cpu", "meta"):
+        return not same_bits(a, b)
+    return (as_bits(a) != as_bits(b)).any()
+
+
+def _checksum(flat: Tensor) -> Tensor:
+    """Two sums of a tensor's bits, [2] int64; the second one knows their order."""
+    bits = as_bits(flat).flatten().long()
+    return torch.stack([bits.sum(), (bits * torch.arange(1, 1 + len(bits), device=bits.device)).sum()])
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same memory, read as integers."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(BITS[tensor.element_size()]) if tensor.is_floating_point() else tensor
