@@ -169,16 +169,18 @@ class TensorStore:
         return [_checksum(now) for bucket in self._buckets for now in bucket.now()]
 
     def _plan(self, tensors: list[Tensor], group: Callable[[Tensor], Hashable]) -> None:
-        unique = {memory(tensor): tensor for tensor in reversed(tensors)}  # the first of those that share memory
-        parts: dict[Hashable, list[list[Tensor]]] = {}
-        for tensor in reversed(unique.values()):
-            lists = parts.setdefault((tensor.device, tensor.dtype, group(tensor)), [[]])
-            if lists[-1] and sum(t.numel() for t in lists[-1]) + tensor.numel() > CHUNK:
-                lists.append([])
-            lists[-1].append(tensor)
-        buckets = [_Bucket(part, key[2], host=self._host) for key, lists in parts.items() for part in lists]  # type: ignore[index]
+        seen: dict[Hashable, Tensor] = {}
+        for tensor in tensors:
+            seen.setdefault(memory(tensor), tensor)  # the first of those that share memory
+        unique = list(seen.values())
+        alike: dict[Hashable, list[Tensor]] = {}
+        for tensor in unique:
+            alike.setdefault((tensor.device, tensor.dtype, group(tensor)), []).append(tensor)
+        buckets = [
+            _Bucket(part, group(part[0]), host=self._host) for every in alike.values() for part in _parts(every)
+        ]
         copies = {id(copy.tensor): copy for bucket in buckets for copy in bucket.copies}
-        self.copies = [copies[id(tensor)] for tensor in reversed(unique.values())]
+        self.copies = [copies[id(tensor)] for tensor in unique]
         self._buckets, self._sources = buckets, tensors
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor, Any]]:
@@ -209,6 +211,19 @@ class TensorStore:
         self.wait()
         for copy in self.copies:
             copy.restore()
+
+
+def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a list where `CHUNK` elements are together."""
+    part: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if part and size + tensor.numel() > CHUNK:
+            yield part
+            part, size = [], 0
+        part.append(tensor)
+        size += tensor.numel()
+    yield part
 
 
 class _Bucket:
