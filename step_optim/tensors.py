@@ -274,6 +274,8 @@ class _Bucket:
 
 def _views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Cut a flat tensor into the shapes of these, with their strides if they have no gaps."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return list(torch._C._nn.unflatten_dense_tensors(flat, list(tensors)))
     parts = flat.split([tensor.numel() for tensor in tensors])  # type: ignore[no-untyped-call]
     return [
         part.as_strided(tensor.shape, tensor.stride()) if _without_gaps(tensor) else part.view(tensor.shape)
@@ -287,9 +289,14 @@ def _without_gaps(tensor: Tensor) -> bool:
 
 def differs(a: Tensor, b: Tensor) -> bool | Tensor:
     """Whether two flat tensors differ in any bit; an accelerator answers with a tensor, without waiting."""
-    if a.device.type in ("cpu", "meta"):
-        return not same_bits(a, b)
-    return (as_bits(a) != as_bits(b)).any()
+    if a.device.type == "meta":
+        return False
+    a, b = as_bits(a), as_bits(b)
+    if a.device.type != "cpu":
+        return (a != b).any()
+    if all(x.is_contiguous() and x.nbytes % 8 == 0 and x.data_ptr() % 8 == 0 for x in (a, b)):
+        a, b = a.view(torch.int64), b.view(torch.int64)  # half the time
+    return not torch.equal(a, b)
 
 
 def _checksum(flat: Tensor) -> Tensor:
