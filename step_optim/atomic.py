@@ -33,6 +33,7 @@ class Atomic:
         self._transaction, self._run, self._sink = transaction, run, sink
         self._rejects = on_error == "reject"
         self._depth, self._grad = depth(), torch.is_grad_enabled()
+        self._controller = run.controller.state_dict()
 
     def __enter__(self) -> None:
         """Nothing has happened yet."""
@@ -82,5 +83,6 @@ class Atomic:
     def _undo(self, error: BaseException, *, fatal: bool) -> StepRecord:
         self._transaction.restore()
         self._run.drift = None
+        self._run.controller.load_state_dict(self._controller)
         self._transaction.ranks.confess(error, fatal=fatal)
         return self._transaction.failed(error)

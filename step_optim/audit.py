@@ -57,6 +57,10 @@ class KLClosure(ABC):
         """Names of the slices; None if they are not known before a measurement."""
         return None
 
+    def describe(self) -> dict[str, Any]:
+        """What a log should say in its first line about how this measures; plain values."""
+        return {}
+
     @abstractmethod
     def audit(self) -> Audit:
         """Measure the current weights."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from step_optim.audit import KLClosure
-from step_optim.budget import Budget
+from step_optim.budget import Budget, Limits
 from step_optim.controllers.base import Controller
 from step_optim.line import check_shrink
 from step_optim.param_like import steps_in_backward, why_recomputed
 from step_optim.ranks import Ranks
 from step_optim.tensors import shard_count
 from step_optim.wrapper import OptimizerWrapper
+
+WIDE = (torch.float32, torch.float64)
+"""Dtypes of an audit that a wider one would not help."""
 
 INTERFACE = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
 
@@ -105,3 +110,17 @@ def check_budget(budget: Budget, kl: KLClosure) -> None:
     budget.check_slices(kl.slices)
     if budget.reference is not None and budget.reference != math.inf and not kl.measures_drift:
         raise ValueError(f"budget.reference needs a KL closure that measures drift (TokenKL, PolicyKL), not {kl!r}")
+
+
+def below_noise(limits: Limits, kl: KLClosure) -> bool:
+    """Warn of budgets that rounding alone would exceed; whether there are any."""
+    floor = kl.noise_floor
+    found = [] if floor is None else floor.above({"mean": limits.mean, **limits.slices})
+    if found and floor is not None:
+        wider = "" if floor.dtype in WIDE else ", or audit in float32: TokenKL(..., audit_dtype=torch.float32)"
+        warnings.warn(
+            f"the audit's rounding in {floor.name} reads more than the budget allows ({'; '.join(found)} nats per "
+            f"token): steps would be shrunk or rejected for noise. Raise the budget{wider}",
+            stacklevel=2,
+        )
+    return bool(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,14 @@ class NoiseFloor:
             if 0 < limit < floors.get(name, 0.0)
         ]
 
-    def to_dict(self) -> dict[str, object]:
+    @property
+    def name(self) -> str:
+        """The dtype's name."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def to_dict(self) -> dict[str, Any]:
         """For the log."""
-        return {"measured": self.measured, "expected": self.expected, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {"measured": self.measured.to_dict(), "expected": self.expected, "dtype": self.name}
 
 
 def probe_weights(model: nn.Module) -> list[nn.Parameter]:

@@ -14,7 +14,15 @@ from torch.optim import Optimizer
 from step_optim.atomic import Atomic
 from step_optim.audit import KLClosure, Unbound, as_kl
 from step_optim.budget import Bound, Budget
-from step_optim.checks import check_budget, check_controller, check_inner, check_line, check_measures, plain_note
+from step_optim.checks import (
+    below_noise,
+    check_budget,
+    check_controller,
+    check_inner,
+    check_line,
+    check_measures,
+    plain_note,
+)
 from step_optim.controllers.base import Action, Controller, Outcome
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.line import Line, Restep
@@ -158,6 +166,7 @@ class STEPOptimizer(OptimizerWrapper):
         closure = self._fitting(kl)
         closure.load_state_dict(self._run.kl_state)
         self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
+        self._run.warned = below_noise(self.budget.at(self._run.progress.step, closure.slices or ()), closure)
 
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
@@ -165,6 +174,7 @@ class STEPOptimizer(OptimizerWrapper):
         check_line(self._inner, self.controller, self._shrink, new)
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
+            self._run.warned = below_noise(new.at(self._run.progress.step, self._run.kl.slices or ()), self._run.kl)
         self._run.budget = new
 
     def refresh(self, *, restart_drift: bool = False) -> None:
@@ -280,7 +290,9 @@ class STEPOptimizer(OptimizerWrapper):
         run, closure, ranks = self._run, transaction.kl, transaction.ranks
         run.open = transaction
         anchored, run.anchored = run.anchored, None  # until it is certain again
-        known = transaction.begin() and anchored is not None and anchored == transaction.fingerprint()
+        known = transaction.begin()
+        run.warned = run.warned or below_noise(transaction.limits, closure)  # a schedule may come down to it
+        known = known and anchored is not None and anchored == transaction.fingerprint()
         if not all(ranks.same(transaction.limits, known)):
             with transaction.clock("audit"), ranks.together():
                 closure.anchor()
@@ -370,6 +382,7 @@ class STEPOptimizer(OptimizerWrapper):
             "budget": repr(self.budget),
             "controller": repr(self.controller),
             "kl": repr(self._run.kl),
+            "audit": {} if self._run.kl is None else self._run.kl.describe(),
             "torch": torch.__version__,
         }
 

@@ -34,6 +34,9 @@ class Summary:
         add("triggered", record.triggered)
         add("errors", record.error is not None)
         add("audits", record.audits)
+        if record.triggered:
+            add("trials", len(record.trials))
+            sums["trials_max"] = max(sums.get("trials_max", 0.0), len(record.trials))
         if record.alpha is not None and record.triggered:
             add("alpha_sum", record.alpha)
             add("alpha_count", 1)
@@ -50,7 +53,10 @@ class Summary:
         return Summary(sums)
 
     def figures(self) -> dict[str, Any]:
-        """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds."""
+        """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds.
+
+        Audits per trigger are those beyond the candidate's: what a controller spends on one decision.
+        """
         total = self._sums.get
         steps = total("steps", 0)
         own = sum(total(f"{name}_seconds", 0.0) for name in ("snapshot", "audit", "search"))
@@ -63,6 +69,8 @@ class Summary:
             "rejection_rate": _per(total("reject", 0), steps),
             "mean_alpha": _per(total("alpha_sum", 0), total("alpha_count", 0)),
             "audits_per_step": _per(total("audits", 0), steps),
+            "audits_per_trigger": _per(total("trials", 0), total("triggered", 0)),
+            "max_audits_per_trigger": int(total("trials_max", 0)),
             "mean_candidate_kl": _per(total("candidate_sum", 0), total("candidate_count", 0)),
             "mean_accepted_kl": _per(total("accepted_sum", 0), steps),
             "max_accepted_kl": total("accepted_max", 0.0),

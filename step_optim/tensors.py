@@ -176,9 +176,7 @@ class TensorStore:
         alike: dict[Hashable, list[Tensor]] = {}
         for tensor in unique:
             alike.setdefault((tensor.device, tensor.dtype, group(tensor)), []).append(tensor)
-        buckets = [
-            _Bucket(part, group(part[0]), host=self._host) for every in alike.values() for part in _parts(every)
-        ]
+        buckets = [_Bucket(part, group(part[0]), host=self._host) for every in alike.values() for part in _parts(every)]
         copies = {id(copy.tensor): copy for bucket in buckets for copy in bucket.copies}
         self.copies = [copies[id(tensor)] for tensor in unique]
         self._buckets, self._sources = buckets, tensors

@@ -154,6 +154,16 @@ class TokenKL(LogitKL):
                 return NoiseFloor(noise, moved.mean * (tiny_size / size) ** 2, tiny.dtype)
         return None
 
+    def describe(self) -> dict[str, Any]:
+        """How the model is read, what it does not allow, and the noise floor."""
+        return {
+            "readout": self.readout,
+            "prefix_tokens": self.prefix_tokens,
+            "micro_batches": len(self._layout.batches),
+            "fallbacks": list(self.fallbacks),
+            "noise_floor": None if self.noise_floor is None else self.noise_floor.to_dict(),
+        }
+
     def modules(self) -> Iterable[nn.Module]:
         """Return the model."""
         return (self.model,)

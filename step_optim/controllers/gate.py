@@ -42,7 +42,7 @@ class Gate(Controller):
                 f"{trial.rejected_in_a_row} steps in a row were over budget (now {trial.candidate.movement}); raise "
                 "the budget, lower the learning rate, or use Interpolate()"
             )
-        found = Interpolate().search_alpha(trial)
+        found = Interpolate(memory=False).search_alpha(trial)
         return trial.reject(stalled=True) if found is None else trial.accept(found, stalled=True)
 
     def __repr__(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject
-from step_optim.controllers.search import largest_feasible
+from step_optim.controllers.search import Profile, largest_feasible
 
 SEARCHES = ("model", "bisect", "backtrack")
 
@@ -36,12 +38,18 @@ class Interpolate(Controller):
     """The model search may stop on the slope of the measured curve. True makes it wait until an infeasible alpha
     within ``tol`` was seen, which costs about one more audit."""
 
+    memory: bool = True
+    """Whether the model search begins with the shape that the last search found. It is part of a checkpoint."""
+
     min_alpha: float = 1e-4
     """The smallest alpha worth committing: below it the step is rejected, for it would spend the optimizer's moments
     on nothing."""
 
     on_reject: str = "restore"
     """``"restore"`` or ``"keep_state"``, if no alpha is feasible."""
+
+    profile: Profile = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Of the last search; empty before the first, and without ``memory``."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -62,6 +70,7 @@ class Interpolate(Controller):
 
     def search_alpha(self, trial: Trial) -> Point | None:
         """Find the best feasible point on the line; None if there is none."""
+        profile = dict(self.profile) if self.memory else None
         found = largest_feasible(
             trial.at,
             trial.candidate,
@@ -70,5 +79,15 @@ class Interpolate(Controller):
             max_trials=self.max_trials,
             strict=self.strict,
             min_alpha=self.min_alpha,
+            profile=profile,
         )
+        self.profile = profile or {}
         return None if found is None else found[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The profile of the last search."""
+        return {"profile": dict(self.profile)} if self.profile else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.profile = {str(name): float(slope) for name, slope in state.get("profile", {}).items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,9 @@ class Project(Controller):
     max_trials: int = 24
     """Audits at most in each line search."""
 
+    memory: bool = True
+    """Of the line search; see `Interpolate`."""
+
     on_reject: str = "restore"
     """``"restore"`` or ``"keep_state"``, if nothing is feasible."""
 
@@ -62,8 +66,16 @@ class Project(Controller):
         """Check the arguments."""
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1 distillation step")
-        self._line = Interpolate(tol=self.tol, max_trials=self.max_trials)
+        self._line = Interpolate(tol=self.tol, max_trials=self.max_trials, memory=self.memory)
         checked_on_reject(self.on_reject)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The profile of the last line search."""
+        return self._line.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self._line.load_state_dict(state)
 
     def decide(self, trial: Trial) -> Outcome:
         """Interpolate, distil, keep the best feasible point."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 MODEL_TRIALS = 4
 """Model-guided trials before bisection steps in whenever one did not halve the bracket; real steps need 2 to 3."""
 
 BOLDEST = 0.1
 """Smallest part of the bracket's upper end that a measured slope may jump to while nothing feasible is known."""
+
+
+Profile: TypeAlias = "dict[str, float]"
+"""What is remembered of a search: by constraint, the slope of log h over alpha, h = sqrt(K / eps) / alpha."""
 
 
 class Ratios(Protocol):
@@ -46,8 +50,8 @@ class Found:
 class Bracket:
     """The evaluated points, and the interval that the largest feasible alpha lies in."""
 
-    def __init__(self, at_one: Found) -> None:
-        self.found = [at_one]
+    def __init__(self, at_one: Found, profile: Mapping[str, float]) -> None:
+        self.found, self.profile = [at_one], profile
         self.low, self.high = 0.0, 1.0
         self.halved = False
 
@@ -80,6 +84,7 @@ def largest_feasible(
     max_trials: int,
     strict: bool = False,
     min_alpha: float = 0.0,
+    profile: Profile | None = None,
 ) -> tuple[float, P] | None:
     """Find the largest alpha in (0, 1) whose audit is feasible, to a relative tolerance.
 
@@ -94,11 +99,13 @@ def largest_feasible(
         max_trials: audits at most; the best feasible alpha found so far is the answer.
         strict: see `model_is_done`.
         min_alpha: give up below this.
+        profile: of the search before this one, for ``"model"`` to begin with;
+            it becomes this one's, if something was found.
 
     Returns:
         (alpha, its point), or None if no feasible alpha was found.
     """
-    bracket = Bracket(_found(1.0, at_one))
+    bracket = Bracket(_found(1.0, at_one), profile or {})
     best: tuple[float, P] | None = None
     for trial in range(max_trials):
         if bracket.closed(tol) or (search == "model" and not strict and model_is_done(bracket, tol)):
@@ -110,7 +117,18 @@ def largest_feasible(
         bracket.add(_found(alpha, point))
         if point.feasible and (best is None or alpha > best[0]):
             best = alpha, point
+    if profile is not None and best is not None:
+        profile.update(_slopes(bracket.found[0], _found(*best)))
     return best
+
+
+def _slopes(at_one: Found, best: Found) -> Profile:
+    """The slope of each constraint's log h between these two, where both are known."""
+    return {
+        name: (math.log(root / best.alpha) - math.log(at_one.roots[name])) / (best.alpha - 1)
+        for name, root in best.roots.items()
+        if root > 0 and math.isfinite(at_one.roots.get(name, math.inf)) and at_one.roots[name] > 0
+    }
 
 
 def _found(alpha: float, point: Ratios) -> Found:
@@ -159,7 +177,9 @@ def _model_alpha(bracket: Bracket, tol: float) -> float:
 
     For each constraint j, log h_j = log sqrt(K_j / eps_j) - log alpha is
     nearly flat in alpha: interpolate it through the nearest points and solve
-    sqrt(K_j / eps_j) = 1 - tol/2; the smallest solution is the answer.
+    sqrt(K_j / eps_j) = 1 - tol/2; the smallest solution is the answer. What it
+    is not flat by is much the same from step to step: the last search's slope
+    is taken off before, and added again.
     """
     names = {name for found in bracket.found for name, root in found.roots.items() if root > 0}
     aims = [_solve(_curve(bracket, name), bracket, 1 - tol / 2) for name in names]
@@ -173,8 +193,9 @@ def _model_alpha(bracket: Bracket, tol: float) -> float:
 
 def _curve(bracket: Bracket, name: str) -> Callable[[float], float] | None:
     """Log sqrt(K / eps) as a function of alpha, from the three informative points nearest to the bracket."""
+    slope = bracket.profile.get(name, 0.0)
     known = [
-        (math.log(found.alpha), math.log(root) - math.log(found.alpha))
+        (math.log(found.alpha), math.log(root) - math.log(found.alpha) - slope * found.alpha)
         for found in bracket.found
         if math.isfinite(root := found.roots.get(name, math.nan)) and root > 0
     ]
@@ -182,7 +203,7 @@ def _curve(bracket: Bracket, name: str) -> Callable[[float], float] | None:
         return None
     known.sort(key=lambda point: abs(point[0] - math.log(bracket.middle)))
     points = known[:3]
-    return lambda alpha: math.log(alpha) + _lagrange(points, math.log(alpha))
+    return lambda alpha: math.log(alpha) + slope * alpha + _lagrange(points, math.log(alpha))
 
 
 def _lagrange(points: list[tuple[float, float]], x: float) -> float:
