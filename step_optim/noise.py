@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from step_optim.language_models import output_head
 from step_optim.movement import Movement
 
 CANDIDATES = 4
-"""Weights that are tried for the probe: a bias of zero, say, does not move when it is scaled."""
+"""Weights that are tried for the probe: nothing may depend on one yet, as on LoRA's A next to a B of zeros."""
 
 LARGE = 2.0**-6
 """The large probe moves every element of one weight by this part of itself."""
 
-TINY_ULPS, TINY_EVERY = 2, 256
-"""The tiny probe moves every 256th by two units in the last place, so that everything behind it is rounded anew."""
+TINY_ULPS, TINY_EVERY = 1, 16
+"""The tiny probe moves every 16th by one unit in the last place, so that everything behind it is rounded anew."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,17 @@ class NoiseFloor:
 
 
 def probe_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Some weights that everything behind them depends on: vectors (a norm's) first, none that the head reads."""
+    """Some weights that everything behind them depends on: vectors (a norm's) first, none that the head reads.
+
+    Scaling has to move them: no zeros.
+    """
     head = output_head(model)
     tied = set() if head is None else {id(p) for p in head.parameters()}
     able = [
-        p
-        for p in model.parameters()
-        if p.is_floating_point() and id(p) not in tied and p.numel() > 0 and not hasattr(p, "placements")
+        p for p in model.parameters() if p.is_floating_point() and id(p) not in tied and not hasattr(p, "placements")
     ]
-    return sorted(able, key=lambda p: p.dim())[:CANDIDATES]
+    moving = (p for p in sorted(able, key=lambda p: p.dim()) if bool(p.detach().any()))
+    return list(islice(moving, CANDIDATES))
 
 
 def probes(weight: Tensor) -> Iterator[tuple[Tensor, float]]:

@@ -149,7 +149,7 @@ class TokenKL(LogitKL):
         for weight in probe_weights(self.model):
             (large, size), (tiny, tiny_size) = probes(weight.to(self._reading.dtype or weight.dtype))
             (moved,) = self._movements(self._policy({id(weight): large}), here)
-            if moved.mean > 0:  # else nothing depends on it yet: LoRA's A next to a B of zeros
+            if moved.mean > 0:
                 (noise,) = self._movements(self._policy({id(weight): tiny}), here)
                 return NoiseFloor(noise, moved.mean * (tiny_size / size) ** 2, tiny.dtype)
         return None

@@ -13,7 +13,7 @@ from step_optim import Movement
 from step_optim import kl as statistic
 from step_optim import rows as policy_rows
 from step_optim.budget import Budget, Limits
-from step_optim.kl import row_kl
+from step_optim.kl import row_kl, stream_kl
 from step_optim.rows import Head, Rows
 from tests import reference
 
@@ -103,6 +103,89 @@ def test_the_goal_of_1e_minus_5(kl) -> None:
             previous, candidate, z_p, z_c = policies(readout, math.sqrt(2 * kl), rows=48, seed=seed)
             errors.append(abs(float(row_kl(previous, candidate).mean()) / mean(oracle(z_c, z_p)) - 1))
     assert max(errors) < 1e-5
+
+
+@given(readout=st.sampled_from(READOUTS), exponent=st.floats(-10, 0), seed=st.integers(0, 10_000))
+def test_1e_minus_5_on_a_realistic_width(readout, exponent, seed) -> None:
+    """The same as a property: any K between 1e-10 and 1, any readout, on 24 rows of a width of 48 and 700 tokens."""
+    size = math.sqrt(2 * 10**exponent)
+    previous, candidate, z_p, z_c = policies(readout, size, rows=24, vocab=700, width=48, seed=seed)
+    expected = float(float64_kl(z_c, z_p).mean())
+    assert float(row_kl(previous, candidate).mean()) == pytest.approx(expected, rel=1e-5)
+
+
+def float64_kl(z_c: Tensor, z_p: Tensor) -> Tensor:
+    """Rows of float64 logits, by the second equation of `stream_kl`'s docstring with m = E_c[v]: no cancellation."""
+    c, v = z_c.softmax(1), z_p - z_c
+    u = v - (c * v).sum(1, keepdim=True)
+    return torch.log1p((c * (torch.expm1(u) - u)).sum(1))
+
+
+@given(readout=st.sampled_from(READOUTS), scale=st.sampled_from([1.0, 30.0, 1e3]), seed=st.integers(0, 1000))
+def test_large_logits_and_large_movements(readout, scale, seed) -> None:
+    """Logits up to 1e4 and K up to 1e3 and beyond: finite, and right to 1e-3 of the oracle."""
+    previous, candidate, _, _ = policies(readout, 3.0, seed=seed)
+    previous, candidate = Rows(previous.x * scale, previous.head), Rows(candidate.x * scale, candidate.head)
+    z_p, z_c = (rows.x.double() if rows.head is None else logits64(rows) for rows in (previous, candidate))
+    measured, expected = row_kl(previous, candidate), oracle(z_c, z_p)
+    assert bool(measured.isfinite().all())
+    assert measured.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def logits64(rows: Rows) -> Tensor:
+    """Logits of rows with a head, in float64."""
+    return rows.x.double() @ rows.head.weight.double().T + rows.head.bias.double()
+
+
+@given(shift=st.floats(-30, 30), kl=st.sampled_from([1e-10, 1e-6, 1e-2]), seed=st.integers(0, 99))
+def test_a_first_block_that_moves_together_and_has_no_mass(shift, kl, seed) -> None:
+    """The mean over the first block is a poor centre where only that block moved: such rows are noticed, and right."""
+    g = torch.Generator().manual_seed(seed)
+    z_p = torch.randn(6, 40, generator=g)
+    z_c = z_p + math.sqrt(2 * kl) * torch.randn(6, 40, generator=g)
+    z_p[:, :10] -= 60
+    z_c[:, :10] += shift - 60
+    with mock.patch.dict(policy_rows.VOCAB_BLOCK, cpu=10):
+        measured = row_kl(Rows(z_p), Rows(z_c))
+    expected = float64_kl(z_c.double(), z_p.double())
+    torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-15)
+
+
+@given(ratio=st.floats(20, 80), seed=st.integers(0, 99))
+def test_one_token_that_is_hardly_ever_said_and_moves_a_lot(ratio, seed) -> None:
+    """A log-ratio of up to 80 on a token of next to no probability adds what it should to a small K."""
+    g = torch.Generator().manual_seed(seed)
+    z_p = torch.randn(4, 30, generator=g)
+    z_c = z_p + 1e-4 * torch.randn(4, 30, generator=g)
+    z_p[:, 0], z_c[:, 0] = -20.0, -20.0 - ratio
+    torch.testing.assert_close(
+        row_kl(Rows(z_p), Rows(z_c)), float64_kl(z_c.double(), z_p.double()), rtol=1e-4, atol=1e-16
+    )
+
+
+@given(readout=st.sampled_from(READOUTS), size=st.sampled_from([1e-4, 0.1, 3.0]), seed=st.integers(0, 99))
+def test_two_references_in_one_pass_read_what_each_reads_alone(readout, size, seed) -> None:
+    """The drift that is measured along with the movement has the bits of one that is measured by itself."""
+    previous, candidate, _, _ = policies(readout, size, vocab=2500, seed=seed)
+    head = None if previous.head is None else candidate.head if readout == "trained" else previous.head.copy()
+    for other in (Rows(previous.x + size, previous.head), Rows(candidate.x - size, head)):
+        both = stream_kl([previous, other], candidate)
+        for j, reference_ in enumerate((previous, other)):
+            alone = stream_kl([reference_], candidate)
+            assert torch.equal(both.kl[j], alone.kl[0])
+            assert torch.equal(both.doubtful[j], alone.doubtful[0])
+
+
+def test_the_working_memory_is_allocated_once() -> None:
+    """A second audit finds the buffers of the first one, also when it reads fewer rows."""
+    previous, candidate, _, _ = policies("hidden", 0.3, rows=8, vocab=3000)
+    scratch = policy_rows.Scratch()
+    stream_kl([previous], candidate, scratch=scratch)
+    held = {name: buffer.data_ptr() for name, buffer in scratch._buffers.items()}
+    stream_kl([previous], candidate, scratch=scratch)
+    stream_kl([previous[slice(0, 3)]], candidate[slice(0, 3)], scratch=scratch)
+    assert {name: buffer.data_ptr() for name, buffer in scratch._buffers.items()} == held
+    assert sum(buffer.nbytes for buffer in scratch._buffers.values()) <= 4 * 8 * 1024 * 4
 
 
 def test_the_textbook_sum_would_fail_this_sweep() -> None:

@@ -39,7 +39,7 @@ class Interpolate(Controller):
     within ``tol`` was seen, which costs about one more audit."""
 
     memory: bool = True
-    """Whether the model search begins with the shape that the last search found. It is part of a checkpoint."""
+    """Whether the model search begins with what the last two searches found of the curve. Part of a checkpoint."""
 
     min_alpha: float = 1e-4
     """The smallest alpha worth committing: below it the step is rejected, for it would spend the optimizer's moments
@@ -49,7 +49,7 @@ class Interpolate(Controller):
     """``"restore"`` or ``"keep_state"``, if no alpha is feasible."""
 
     profile: Profile = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Of the last search; empty before the first, and without ``memory``."""
+    """Of the last two searches; empty before the first, and without ``memory``."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -70,7 +70,7 @@ class Interpolate(Controller):
 
     def search_alpha(self, trial: Trial) -> Point | None:
         """Find the best feasible point on the line; None if there is none."""
-        profile = dict(self.profile) if self.memory else None
+        profile = dict(self.profile) if self.memory and self.search == "model" else None
         found = largest_feasible(
             trial.at,
             trial.candidate,
@@ -85,9 +85,9 @@ class Interpolate(Controller):
         return None if found is None else found[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """The profile of the last search."""
-        return {"profile": dict(self.profile)} if self.profile else {}
+        """The profile of the last searches."""
+        return {"profile": {name: list(slopes) for name, slopes in self.profile.items()}} if self.profile else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.profile = {str(name): float(slope) for name, slope in state.get("profile", {}).items()}
+        self.profile = {str(name): [float(s) for s in slopes][-2:] for name, slopes in state.get("profile", {}).items()}

@@ -1,0 +1,251 @@
+"""What an audit can tell from rounding: the noise floor, the audit's dtype, and forwards that are not deterministic."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from step_optim import Budget, ControlSet, Gate, Project, STEPOptimizer, TokenKL
+from step_optim.noise import probe_weights, probes
+from tests import reference
+from tests.models import Bigram, nudge, ragged_control, tiny_gpt2, tiny_llama
+from tests.test_token_kl import BiasedHead, build, close, expected
+
+BF16 = torch.bfloat16
+
+
+def trained(model: nn.Module, **options) -> STEPOptimizer:
+    """An optimizer around it."""
+    return STEPOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), **options)
+
+
+def test_the_floor_of_float32_is_far_below_any_budget_and_that_of_bfloat16_is_not() -> None:
+    """A movement that is known to be next to nothing reads next to nothing in float32, and noise in bf16."""
+    wide = TokenKL(tiny_llama(hidden=64, layers=3), ragged_control()).noise_floor
+    narrow = TokenKL(tiny_llama(hidden=64, layers=3, dtype=BF16), ragged_control()).noise_floor
+    assert wide.dtype == torch.float32
+    assert wide.measured.mean < 1e-9
+    assert wide.expected < 1e-11
+    assert narrow.dtype == BF16
+    assert narrow.measured.mean > 1e-6
+    assert narrow.measured.mean > 10 * narrow.expected
+    assert set(narrow.measured.slices) == {"early", "late"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_the_known_movement_is_known(dtype) -> None:
+    """What the small probe is said to move, from the large one, is what a float64 evaluation of it says."""
+    control, model = ragged_control(), tiny_llama(hidden=64, dtype=dtype)
+    kl = TokenKL(model, control)
+    previous = reference.policy_of(model, control)
+    for weight in probe_weights(model):
+        _, (tiny, _) = probes(weight)
+        with torch.no_grad():
+            kept = weight.clone()
+            weight.copy_(tiny)
+        moved = expected(model, previous, control).mean
+        with torch.no_grad():
+            weight.copy_(kept)
+        if moved > 0:
+            assert moved / 30 < kl.noise_floor.expected < 30 * moved  # which rows and columns it hits is chance
+            return
+    pytest.fail("no weight moved the policy")
+
+
+def test_the_audit_dtype_is_what_the_body_runs_in() -> None:
+    """A bf16 model audited in float32 equals the oracle at 1e-5 nats, where bf16 reads noise; the weights stay bf16."""
+    control, model = ragged_control(), tiny_llama(hidden=64, layers=3, dtype=BF16)
+    parameters = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
+    previous = reference.policy_of(model, control)
+    wide, narrow = TokenKL(model, control, audit_dtype=torch.float32), TokenKL(model, control)
+    wide.anchor()
+    narrow.anchor()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[::7, ::5] *= 1 + 2**-7
+    wanted = expected(model, previous, control)
+    close(wide(), wanted, rel=1e-2)
+    assert wide.noise_floor.measured.mean < 1e-3 * narrow.noise_floor.measured.mean
+    assert abs(narrow().mean / wanted.mean - 1) > abs(wide().mean / wanted.mean - 1)
+    for name, p in model.named_parameters():
+        assert p is parameters[name][0]
+        assert p.data_ptr() == parameters[name][1]
+        assert p.dtype == BF16
+
+
+def test_an_audit_in_bfloat16_of_a_float32_model() -> None:
+    """The other way round: a faster body, a higher floor, exactly 0 unmoved, and the model's head stays tied."""
+    control, model = ragged_control(), tiny_gpt2(dropout=0.0)
+    kl = TokenKL(model, control, audit_dtype=BF16)
+    previous = reference.policy_of(model, control)
+    kl.anchor()
+    assert kl().mean == 0.0
+    nudge(model, 0.3)
+    close(kl(), expected(model, previous, control), rel=0.2)
+    assert kl.noise_floor.measured.mean > TokenKL(model, control).noise_floor.measured.mean
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_projection_reaches_the_weights_through_the_cast() -> None:
+    """Distillation under an audit dtype has gradients for the model's own weights."""
+    control, model = ragged_control(), tiny_llama(dtype=torch.float64)
+    optimizer = STEPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.3),
+        kl=TokenKL(model, control, audit_dtype=torch.float32),
+        budget=Budget(mean=1e-3, slices={"late": 1e-4}),
+        controller=Project(steps=2),
+    )
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel()))
+    optimizer.step()
+    assert optimizer.last.action == "project"
+    assert optimizer.last.projection["residual"] < optimizer.last.projection["residual_interpolation"]
+
+
+def test_an_interrupt_in_a_cast_forward_puts_the_weights_back() -> None:
+    """The parameters in the modules are the model's own again, whatever was raised."""
+    control, model = ragged_control(), tiny_llama(dtype=BF16)
+    kl = TokenKL(model, control, audit_dtype=torch.float32)
+    kl.anchor()
+    own = dict(model.named_parameters())
+
+    def interrupted(*_: object) -> None:
+        assert model.model.norm.weight.dtype == torch.float32
+        raise KeyboardInterrupt
+
+    hook = model.model.norm.register_forward_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kl()
+    hook.remove()
+    assert dict(model.named_parameters()) == own
+    assert kl().mean == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int8, 32])
+def test_an_audit_dtype_that_is_none(dtype) -> None:
+    """It is refused by name."""
+    with pytest.raises(TypeError, match=r"audit_dtype=.*is no floating-point dtype; give torch.float32"):
+        TokenKL(tiny_llama(), ragged_control(), audit_dtype=dtype)
+
+
+class AlwaysDrops(BiasedHead):
+    """Dropout that does not know of eval mode."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits of half of the hidden units."""
+        return self.head(nn.functional.dropout(self.embedding(input_ids), 0.5, training=True))
+
+
+class Awakens(BiasedHead):
+    """Puts itself back into train mode in its forward, with a dropout layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits of half of the hidden units, whatever the caller wanted."""
+        self.train()
+        return self.head(self.drop(self.embedding(input_ids)))
+
+
+class Counts(BiasedHead):
+    """Moves a little with every call."""
+
+    calls = 0
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits that depend on how often they were asked for."""
+        self.calls += 1
+        return super().forward(input_ids) * (1 + 1e-3 * self.calls)
+
+
+@pytest.mark.parametrize("leak", [AlwaysDrops, Awakens, Counts])
+def test_a_forward_that_is_no_function_of_the_weights_is_refused(leak) -> None:
+    """Unmoved weights that do not read 0 are an error at construction, with the reading and the remedy."""
+    model = leak()
+    with pytest.raises(ValueError, match=r"unmoved weights read K = \d.* instead of 0.*dropout.*noise_floor=False"):
+        TokenKL(model, ragged_control())
+    kl = TokenKL(model, ragged_control(), noise_floor=False)
+    assert kl.noise_floor is None
+    kl.anchor()
+    torch.rand(1)  # as training does
+    assert kl().mean > 0
+
+
+def floored() -> tuple[nn.Module, TokenKL]:
+    """A bf16 model, and its closure."""
+    model = tiny_llama(hidden=64, layers=3, dtype=BF16)
+    return model, TokenKL(model, ragged_control())
+
+
+def test_a_budget_below_the_floor_warns_with_both_numbers() -> None:
+    """At construction and in set_budget, for the mean and for slices; a budget above it, and none at all, do not."""
+    model, kl = floored()
+    floor = kl.noise_floor.measured
+    numbers = rf"mean: budget 1e-09, noise floor {floor.mean:.3g}.*audit_dtype=torch.float32"
+    with pytest.warns(UserWarning, match=numbers):
+        optimizer = trained(model, kl=kl, budget=1e-9)
+    with pytest.warns(UserWarning, match=rf"late: budget 1e-10, noise floor {floor.slices['late']:.3g}"):
+        optimizer.set_budget(Budget(mean=1.0, slices={"late": 1e-10}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.set_budget(1.01 * floor.mean)
+        optimizer.set_budget(math.inf)
+        trained(model, kl=kl, budget=0.0)  # nothing may move: no figure is compared
+
+
+def test_a_schedule_that_comes_down_to_the_floor_warns_once() -> None:
+    """When it does, and not at every step after that."""
+    model, kl = floored()
+    optimizer = trained(model, kl=kl, budget=lambda step: 1.0 if step < 2 else 1e-9, controller=Gate())
+    found = []
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        found.append(len([w for w in caught if "noise floor" in str(w.message)]))
+    assert found == [0, 0, 1, 0]
+
+
+def test_the_log_says_how_it_measured(tmp_path) -> None:
+    """The first line of a log has the readout, the fallbacks and the noise floor."""
+    model = build("gemma2")
+    kl = TokenKL(model, ragged_control())
+    optimizer = trained(model, kl=kl, budget=1.0, log=tmp_path / "run.jsonl")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    audit = json.loads((tmp_path / "run.jsonl").read_text().split("\n")[0])["audit"]
+    assert audit["readout"] == "rows"
+    assert len(audit["fallbacks"]) == 1
+    assert audit["noise_floor"]["dtype"] == "float32"
+    assert audit["noise_floor"]["measured"]["mean"] == kl.noise_floor.measured.mean
+
+
+def test_probes_move_what_they_say() -> None:
+    """The large one every element by 1/64 of itself, the tiny one every 16th by an ulp; the weight stays."""
+    weight = torch.randn(40, 50)
+    kept = weight.clone()
+    (large, size), (tiny, tiny_size) = probes(weight)
+    torch.testing.assert_close((large / weight - 1).abs(), torch.full((40, 50), 1 / 64), rtol=1e-4, atol=0)
+    changed = tiny != weight
+    assert int(changed.sum()) == 2000 / 16
+    assert float((tiny / weight - 1).abs().max()) < 2.01 * torch.finfo(torch.float32).eps
+    assert size == 1 / 64
+    assert tiny_size == torch.finfo(torch.float32).eps / 4
+    assert torch.equal(weight, kept)
+
+
+def test_a_model_without_any_weight_that_counts_has_no_floor() -> None:
+    """Weights of zero cannot be scaled: there is nothing to measure, and nothing is made up."""
+    model = Bigram()
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    assert TokenKL(model, ControlSet.from_ids([[1]], [[2]])).noise_floor is None
