@@ -113,10 +113,10 @@ class Weights:
         """
         differences, squares = [], []
         for now, previous, shards in self._differences():
-            differ = differs(now, previous)
-            if differ is not False:
-                differences.append(differ)
-                squares.append(shards * _square(now, previous))
+            square = _square(now, previous)
+            sure = now.device.type == "cpu" and bool(square > 0)  # else 0.0 may have become -0.0
+            squares.append(shards * square)
+            differences.append(sure or differs(now, previous))
         return Update(differences, squares)
 
     def _differences(self) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -175,6 +175,7 @@ def _square(now: Tensor, previous: Tensor) -> Tensor:
     wide: Any = torch.complex128 if now.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(now - previous, dtype=wide)
     if now.device.type != "cpu" or not bool(norm.isfinite()):
-        difference = torch.where(now == previous, 0, now - previous)
+        stayed = (now == previous) | (now.isnan() & previous.isnan())
+        difference = torch.where(stayed, 0, now - previous)
         norm = torch.linalg.vector_norm(difference, dtype=wide)
     return norm.double().square()

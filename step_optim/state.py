@@ -89,7 +89,7 @@ class Gradients:
     """The gradients of an optimizer's parameters: 14 of 211 optimizer configurations write into them."""
 
     def __init__(self, optimizer: Optimizer, *, host: bool = False) -> None:
-        self._optimizer, self._host = optimizer, host
+        self._optimizer = optimizer
         self._store = TensorStore(host=host)
         self._grad_of: list[tuple[Tensor, Tensor | None]] = []
 
@@ -111,7 +111,7 @@ class Gradients:
     def release(self) -> None:
         """Let them go: a reference to them would keep their memory through the next backward pass."""
         self._grad_of = []
-        self._store = TensorStore(host=self._host)
+        self._store.forget()
 
 
 class GroupJournal:

@@ -16,6 +16,10 @@ CHUNK = 2**22
 """Elements that are compared at once; smaller tensors are put together up to this many."""
 
 
+SMALL = 2**26
+"""Bytes of buffers that are kept although nothing is in them: gradients lie elsewhere in every step."""
+
+
 class TensorCopy:
     """The bits of one tensor, and the memory that they have to go back to.
 
@@ -118,6 +122,7 @@ class TensorStore:
         self._sources: list[Tensor] = []
         self._buckets: list[_Bucket] = []
         self._sums: list[Tensor] = []
+        self._spare: list[Tensor] = []
         self._aside: Any = None
         """The stream on which a copy may still be going on."""
 
@@ -176,10 +181,20 @@ class TensorStore:
         alike: dict[Hashable, list[Tensor]] = {}
         for tensor in unique:
             alike.setdefault((tensor.device, tensor.dtype, group(tensor)), []).append(tensor)
-        buckets = [_Bucket(part, group(part[0]), host=self._host) for every in alike.values() for part in _parts(every)]
+        buckets = [
+            _Bucket(part, group(part[0]), self._spare, host=self._host)
+            for every in alike.values()
+            for part in _parts(every)
+        ]
         copies = {id(copy.tensor): copy for bucket in buckets for copy in bucket.copies}
         self.copies = [copies[id(tensor)] for tensor in unique]
-        self._buckets, self._sources = buckets, tensors
+        self._buckets, self._sources, self._spare = buckets, tensors, []
+
+    def forget(self) -> None:
+        """Let the tensors go; small buffers are kept, for others of the same sizes."""
+        small = sum(bucket.flat.nbytes for bucket in self._buckets) <= SMALL
+        self._spare = [bucket.flat for bucket in self._buckets] if small else []
+        self.copies, self._sources, self._buckets = [], [], []
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor, Any]]:
         """Yield (elements now, the saved ones, group), flat and `CHUNK` at a time; for tensors that are in place."""
@@ -227,19 +242,17 @@ def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 class _Bucket:
     """Tensors of one device and dtype, whose copies lie one after another."""
 
-    def __init__(self, tensors: list[Tensor], group: Hashable, *, host: bool) -> None:
+    def __init__(self, tensors: list[Tensor], group: Hashable, spare: Sequence[Tensor], *, host: bool) -> None:
         self.group = group
         aliases = [dense(tensor.detach()) for tensor in tensors]
-        like = aliases[0]
+        size, like = sum(alias.numel() for alias in aliases), aliases[0]
         pinned = host and like.is_cuda
-        self._flat = torch.empty(
-            sum(alias.numel() for alias in aliases),
-            dtype=like.dtype,
-            device="cpu" if pinned else like.device,
-            pin_memory=pinned,
-        )
+        device = torch.device("cpu") if pinned else like.device
+        fitting = (old for old in spare if (old.numel(), old.dtype, old.device) == (size, like.dtype, device))
+        free = next(fitting, None)
+        self.flat = torch.empty(size, dtype=like.dtype, device=device, pin_memory=pinned) if free is None else free
         self.copies = [
-            TensorCopy(tensor, bits) for tensor, bits in zip(tensors, _views(self._flat, aliases), strict=True)
+            TensorCopy(tensor, bits) for tensor, bits in zip(tensors, _views(self.flat, aliases), strict=True)
         ]
         self._live = [copy.dense for copy in self.copies]
         self._gathered: tuple[Tensor, list[Tensor]] | None = None
@@ -250,7 +263,7 @@ class _Bucket:
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (elements now, the saved ones), some at a time."""
-        for now, saved in zip(self.now(), self._flat.split(CHUNK), strict=True):  # type: ignore[no-untyped-call]
+        for now, saved in zip(self.now(), self.flat.split(CHUNK), strict=True):  # type: ignore[no-untyped-call]
             yield now, saved.to(now.device, non_blocking=True)
 
     def now(self) -> Sequence[Tensor]:
@@ -263,7 +276,7 @@ class _Bucket:
         if len(self._live) == 1 and _without_gaps(live):
             return live.as_strided((live.numel(),), (1,))
         if self._gathered is None:
-            flat = torch.empty_like(self._flat, device=live.device, pin_memory=False)
+            flat = torch.empty_like(self.flat, device=live.device, pin_memory=False)
             self._gathered = flat, _views(flat, self._live)
         flat, views = self._gathered
         torch._foreach_copy_(views, self._live)

@@ -292,7 +292,7 @@ def test_what_a_model_keeps_from_an_audit_is_of_use_in_training(noise_floor) -> 
 
 
 def test_audits_run_in_inference_mode() -> None:
-    """After the first evaluation autograd records nothing in a forward; the policy is an ordinary tensor all the same."""
+    """After the first evaluation autograd records nothing in a forward; the policy is an ordinary tensor."""
     model, modes = tiny_llama(), []
     kl = TokenKL(model, chat_control())
     model.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))

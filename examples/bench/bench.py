@@ -62,7 +62,7 @@ class Bench:
 
     def _wrap(self) -> None:
         """Put STEP around the optimizer. What one step leaves behind is what it keeps from step to step."""
-        self.kl = TokenKL(self.model, self.control)
+        self.kl = TokenKL(self.model, self.control, noise_floor=False)
         self.optimizer = STEPOptimizer(self.inner, kl=self.kl, budget=0.0)
         self.anchor()
         self.start.put_back()

@@ -39,6 +39,9 @@ RATES = (0.5, 1.0, 3.0)
 BUDGETS = (0.5, 0.1, 0.02)
 """Budgets, of what the candidate moves."""
 
+PROMPTS = 8
+"""Of the control set: the shape of K(alpha) is a matter of the weights, and there are hundreds of audits."""
+
 COMMITTED = 0.1
 """The budget at which the run goes on."""
 
@@ -109,7 +112,7 @@ def trial_over(curve: Curve, limits: Limits, asked: list[float]) -> Trial:
 
 def measure_searches(workload: Workload, steps: int, progress: Progress) -> dict[str, Any]:
     """Consecutive training steps at several learning rates; every search at every budget."""
-    bench = Bench(workload.model("lora"), workload.batch(), workload.control())
+    bench = Bench(workload.model("lora"), workload.batch(), workload.control(PROMPTS))
     bench.calibrate()
     rate = bench.inner.param_groups[0]["lr"]
     problems: list[dict[str, Any]] = []
