@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -33,7 +34,7 @@ class Atomic:
         self._transaction, self._run, self._sink = transaction, run, sink
         self._rejects = on_error == "reject"
         self._depth, self._grad = depth(), torch.is_grad_enabled()
-        self._controller = run.controller.state_dict()
+        self._controller = copy.deepcopy(run.controller.state_dict())
 
     def __enter__(self) -> None:
         """Nothing has happened yet."""

@@ -22,9 +22,6 @@ LARGEST_LOG_RATIO = 40.0
 SERIES = 0.125
 """|log-ratio| up to which expm1(u) - u is summed as a series, for it would cancel; the next term is 1e-7 of the sum."""
 
-OFF_CENTRE, NEGLIGIBLE = 16.0, 1e-12
-"""r² / KL from which the rounding of r = E[u] would show in KL = log1p(r + B) - r; and r² that never does."""
-
 ROWS_AGAIN = 32
 """Rows of the float64 re-reading that are held at once."""
 
@@ -59,32 +56,30 @@ def stream_kl(
     """KL(candidate ‖ reference) of each row for J references, in one pass over blocks of the vocabulary.
 
     With v = reference logits - candidate logits, c the candidate's
-    distribution, m any number near E_c[v] and u = v - m:
+    distribution and u = v - E_c[v]:
 
-        KL = log E_c[e^v] - E_c[v] = log1p(r + B) - r,   r = E_c[u],   B = E_c[expm1(u) - u]
+        KL = log E_c[e^v] - E_c[v] = log1p(B),   B = E_c[expm1(u) - u]
 
     The textbook sum p_c (log p_c - log p_p) subtracts two log-sum-exps whose
     rounding enters at first order: in float32 it is off by a factor of 19 at
-    KL = 1e-10. Here that of r enters at second order, and zero movement is
-    exactly 0. m is the mean over the first block; each block's sums are
-    shifted by its largest candidate logit and merged in float64.
+    KL = 1e-10. This form is exactly 0 at zero movement. Blocks are centred on
+    their own mean, and merged in float64.
     """
     scratch = Scratch() if scratch is None else scratch
     reader = Reader(candidate, references, scratch)
-    centres: list[Tensor] = []
     sums = []
     for start, stop in vocab_blocks(candidate):
         z, differences = reader.read(start, stop)
         if strength is not None:
             z, differences = _mixed(z, differences, strength)
-        sums.append(_block_sums(z, differences, centres, scratch))
-    peak, mass, first, growth, largest = (torch.stack(part) for part in zip(*sums, strict=True))
-    scale = torch.exp(peak - peak.amax(0))  # [blocks, R]
-    total = (scale * mass).sum(0)
-    r, b = ((scale[:, None] * part).sum(0) / total for part in (first, growth))
-    kl = torch.log1p(r + b) - r
-    sure = kl.isfinite() & (largest.amax(0) < LARGEST_LOG_RATIO) & (r.square() <= OFF_CENTRE * kl.abs() + NEGLIGIBLE)
-    return Streamed(kl.clamp_min(0), ~sure)
+        sums.append(_block_sums(z, differences, scratch))
+    peak, mass, centre, growth, largest = (torch.stack(part) for part in zip(*sums, strict=True))
+    weight = mass * torch.exp(peak - peak.amax(0))  # [blocks, R]
+    weight = (weight / weight.sum(0))[:, None]  # [blocks, 1, R]; the others are [blocks, J, R]
+    shift = centre - (weight * centre).sum(0)
+    kl = torch.log1p((weight * (torch.exp(shift) * growth + (torch.expm1(shift) - shift))).sum(0))
+    farthest = torch.maximum(largest, shift.abs()).amax(0)
+    return Streamed(kl.clamp_min(0), ~(kl.isfinite() & (farthest < LARGEST_LOG_RATIO)))
 
 
 def _mixed(z: Tensor, differences: list[Tensor], strength: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -99,27 +94,35 @@ def _weakened(v: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, v * weight)
 
 
-def _block_sums(z: Tensor, differences: list[Tensor], centres: list[Tensor], scratch: Scratch) -> tuple[Tensor, ...]:
-    """Sums of one vocabulary block, float64: largest logit and mass [R]; of u, of expm1(u) - u, and largest |u| [J, R].
+def _block_sums(z: Tensor, differences: list[Tensor], scratch: Scratch) -> tuple[Tensor, ...]:
+    """Sums of one vocabulary block, float64: its largest logit and mass [R]; of each reference, see below, [J, R].
 
-    Writes over what it is given; ``centres`` is filled by the first block.
+    Writes over what it is given.
     """
     peak = z.amax(1, keepdim=True)
     c = z.sub_(peak).exp_()
     mass = c.sum(1)
-    product = scratch.like("product", z)
-    if not centres:
-        centres += [torch.mul(c, v, out=product).sum(1).div_(mass)[:, None] for v in differences]
-    each = [_reference_sums(c, v.sub_(m), product, scratch) for v, m in zip(differences, centres, strict=True)]
-    return peak[:, 0].double(), mass.double(), *(torch.stack(part).double() for part in zip(*each, strict=True))
+    each = [_reference_sums(c, mass, v, scratch) for v in differences]
+    return peak[:, 0].double(), mass.double(), *(torch.stack(part) for part in zip(*each, strict=True))
 
 
-def _reference_sums(c: Tensor, u: Tensor, product: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of c u and of c (expm1(u) - u), and the largest |u|; [R] each."""
+def _reference_sums(c: Tensor, mass: Tensor, v: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """The centre E[v] of one block, E[expm1(u) - u] around it, and the largest |u|; [R] float64 each."""
+    product = scratch.like("product", c)
+    mean = torch.mul(c, v, out=product).sum(1) / mass
+    u = v.sub_(mean[:, None])
     largest = torch.maximum(u.amax(1), -u.amin(1))
-    first = torch.mul(c, u, out=product).sum(1)
+    rest = torch.mul(c, u, out=product).sum(1).double() / mass  # of the mean, which was rounded
+    growth = _growth(c, u, largest, product, scratch).double() / mass
+    # E[e^u'] for u' = u - rest, from that for u.
+    growth = torch.expm1(-rest) + torch.exp(-rest) * (rest + growth)
+    return mean.double() + rest, growth, largest.double()
+
+
+def _growth(c: Tensor, u: Tensor, largest: Tensor, product: Tensor, scratch: Scratch) -> Tensor:
+    """Sum of c (expm1(u) - u), [R]: as it stands where u is large, as a series where it would cancel."""
     if u.dtype == torch.float64:
-        return first, torch.expm1(u, out=product).sub_(u).mul_(c).sum(1), largest
+        return torch.expm1(u, out=product).sub_(u).mul_(c).sum(1)
     large = torch.ops.aten.hardshrink.out(u, SERIES, out=scratch.like("large", u))  # u where |u| > SERIES, else 0
     small = u.sub_(large)
     series = torch.mul(small, 1 / 720, out=product)
@@ -128,7 +131,7 @@ def _reference_sums(c: Tensor, u: Tensor, product: Tensor, scratch: Scratch) -> 
     growth = series.mul_(small).mul_(c).sum(1)
     if u.device.type != "cpu" or not bool((largest <= SERIES).all()):  # a CPU can look without waiting
         growth += torch.expm1(large, out=product).sub_(large).mul_(c).sum(1)
-    return first, growth, largest
+    return growth
 
 
 @torch.no_grad()
@@ -138,7 +141,7 @@ def settle(streamed: Streamed, references: Sequence[Rows], candidate: Rows, stre
     for j, reference in enumerate(references):
         for rows in streamed.doubtful[j].nonzero().flatten().split(ROWS_AGAIN):  # type: ignore[no-untyped-call]
             part = None if strength is None else strength[rows, None].double()
-            kl[j, rows] = _textbook_kl(reference[rows].logits().double(), candidate[rows].logits().double(), part)
+            kl[j, rows] = _textbook_kl(reference[rows].logits64(), candidate[rows].logits64(), part)
     return kl
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,13 @@ LARGE_LOGIT = 1e3
 """Size to which logits are blown up for the comparison of heads: soft-capping is invisible on small ones."""
 
 
+KEEP_NOTHING = ("torch", "transformers", "peft")
+"""Libraries whose modules keep no tensor from one forward to the next, but in buffers, which an audit puts back.
+
+A table that any other module computed in inference mode, and kept, would break its next backward pass.
+"""
+
+
 class Reading:
     """How one model is read.
 
@@ -39,10 +46,8 @@ class Reading:
         self.model, self.dtype = model, dtype
         self.readout = "full"
         """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
-        self.inference = False
-        """Whether forwards run in inference mode. Not before there was one of every shape: what a model computes once
-        and keeps (a table of positions) would be of no use in training."""
         self._sharded = has_fsdp(model)
+        self._inference = not self._sharded and all(_library(module) in KEEP_NOTHING for module in model.modules())
         self._arguments = accepted_arguments(model)
         self._originals: dict[int, Mapping[str, Any]] = {}
 
@@ -68,7 +73,8 @@ class Reading:
 
         def put_back() -> None:
             for module in self.model.modules():
-                module._parameters.update(originals.pop(id(module), {}))
+                module._parameters.update(originals.get(id(module), {}))
+            originals.clear()
 
         with undone(put_back):
             for module in self.model.modules() if casts or self.dtype is not None else ():
@@ -86,7 +92,8 @@ class Reading:
         """What the model remembers of a prefix [1, P]; None of an empty one."""
         if prefix.shape[1] == 0:
             return None
-        with self._mode(), _head_on_rows(output_head(self.model), torch.zeros(1, dtype=torch.long), one=True):
+        first = torch.zeros(1, dtype=torch.long, device=prefix.device)
+        with self._mode(), _head_on_rows(output_head(self.model), first, prefix.shape[1], one=True):
             mask = torch.ones_like(prefix)
             return self._forward(prefix, attention_mask=mask, use_cache=True).past_key_values
 
@@ -105,16 +112,19 @@ class Reading:
         options: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": False}
         if past is not None:
             options |= {"past_key_values": _fork(past, len(batch.ids)), "use_cache": True}
+        width = batch.ids.shape[1]
         with self._mode():
             if readout == "full":
-                return rearrange(_logits(self._forward(batch.ids, **options)), "b t v -> (b t) v")[batch.positions]
+                logits = _logits(self._forward(batch.ids, **options))[:, -width:]
+                return rearrange(logits, "b t v -> (b t) v")[batch.positions]
             one = readout == "hidden"
-            with _head_on_rows(output_head(self.model), batch.positions, one=one, probe=probe) as tap:
+            with _head_on_rows(output_head(self.model), batch.positions, width, one=one, probe=probe) as tap:
                 logits = _logits(self._forward(batch.ids, **options))
             return tap.hidden if one else logits[0]
 
-    def _mode(self) -> torch.inference_mode:
-        return torch.inference_mode(self.inference and not self._sharded and not torch.is_grad_enabled())
+    def _mode(self) -> AbstractContextManager[Any]:
+        # Not inference_mode(False), which switches autograd on.
+        return torch.inference_mode() if self._inference and not torch.is_grad_enabled() else nullcontext()
 
     def _forward(self, ids: Tensor, **options: Any) -> Any:
         return plain(self.model)(ids, **{name: value for name, value in options.items() if name in self._arguments})
@@ -176,6 +186,10 @@ class Reading:
         return None
 
 
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
 def _logits(out: Any) -> Tensor:
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     return logits
@@ -199,17 +213,18 @@ class _Tap:
 
 @contextmanager
 def _head_on_rows(
-    head: nn.Module | None, positions: Tensor, *, one: bool, probe: Tensor | None = None
+    head: nn.Module | None, positions: Tensor, width: int, *, one: bool, probe: Tensor | None = None
 ) -> Iterator[_Tap]:
     """Let the model's head see some rows only: [B, T, D] becomes [1, r, D].
 
     The model's own code then applies whatever it applies to its logits.
-    ``one`` leaves it a single row to chew on.
+    ``width`` is T; a model that puts tokens of its own before them (prompt
+    tuning) has more. ``one`` leaves it a single row to chew on.
     """
     tap = _Tap()
 
     def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = rearrange(inputs[0], "b t d -> (b t) d")[positions.to(inputs[0].device)]
+        hidden = rearrange(inputs[0][:, -width:], "b t d -> (b t) d")[positions]
         tap.hidden = hidden if probe is None else probe.to(hidden.dtype)
         return (tap.hidden[None, : 1 if one else None], *inputs[1:])
 

@@ -67,6 +67,17 @@ class Rows:
         """[R, V]; for a few rows at a time."""
         return self.block(0, self.vocab)
 
+    def logits64(self) -> Tensor:
+        """[R, V] float64, from hidden states and head as they are: not rounded to float32 on the way."""
+        if self.head is None:
+            return self.x.double()
+        parts = []
+        for start, stop in vocab_blocks(self):
+            columns = self.head.columns(start, stop)
+            bias = None if columns.bias is None else columns.bias.double()
+            parts.append(Head(columns.weight.double(), bias)(self.x.double()))
+        return torch.cat(parts, dim=1)
+
     def block(self, start: int, stop: int) -> Tensor:
         """Logits of vocabulary columns start..stop, [R, stop - start]."""
         if self.head is None:

@@ -74,9 +74,9 @@ class Run:
 
     def remember(self, transaction: Transaction) -> None:
         """Keep what the next step begins with, to see whether somebody else writes weights until then."""
-        transaction.weights.remember()
-        self.modules = transaction.kl.used or self.modules
         record = transaction.record
+        transaction.weights.remember(as_proposed=record is not None and record.action is Action.COMMIT)
+        self.modules = transaction.kl.used or self.modules
         # Without an audit, a forward in a loss closure or a window may have moved buffers away from the reference.
         stale = record is not None and record.action is Action.UNCHANGED and not transaction.rewind
         self.anchored = None if stale else transaction.fingerprint()

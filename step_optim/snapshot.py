@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ class Weights:
     """
 
     def __init__(self, optimizer: Optimizer, *, host: bool = False) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._host = optimizer, host
+        self._captured: list[Tensor] = []
         self._store, self._candidate = TensorStore(host=host), TensorStore(host=host)
         self._has_candidate = False
         self._shards_of: dict[int, int] = {}
@@ -77,17 +79,26 @@ class Weights:
     def capture(self) -> bool:
         """Take the current weights as theta_t. True if they were it already, bit for bit."""
         self._has_candidate = False
-        self._store.wait()
-        parameters = list(self._parameters())
-        if self._store.covers(parameters) and self._store.unchanged:
+        self._captured = list(self._parameters())
+        if self._store.covers(self._captured) and self._store.unchanged:
             return True
-        self._store.capture(parameters, group=lambda p: self._shards_of[id(p)])
+        self._store.capture(self._captured, self._shards)
         return False
 
-    def remember(self) -> None:
-        """Take the current weights as theta_t of the next step, which will find out whether they are it still."""
+    def remember(self, *, as_proposed: bool) -> None:
+        """Take the current weights as theta_t of the next step, which will find out whether they are it still.
+
+        Args:
+            as_proposed: these are the candidate's, of which there may be a copy already.
+        """
+        if as_proposed and self._has_candidate:
+            self._store, self._candidate = self._candidate, self._store
+        else:
+            self._store.capture(self._captured, self._shards)
         self._has_candidate = False
-        self._store.capture(self._parameters(), group=lambda p: self._shards_of[id(p)], overlap=True)
+
+    def _shards(self, parameter: Tensor) -> int:
+        return self._shards_of[id(parameter)]
 
     def _parameters(self) -> Iterator[Tensor]:
         self._shards_of = {}
@@ -127,11 +138,19 @@ class Weights:
             yield copy.tensor.detach(), copy.saved, self._shards_of[id(copy.tensor)]
 
     @torch.no_grad()
-    def keep_candidate(self) -> None:
-        """Remember the current weights as the candidate, once a step."""
+    def keep_candidate(self, *, aside: bool = False) -> None:
+        """Remember the current weights as the candidate, once a step; see `TensorStore.capture` for ``aside``."""
         if not self._has_candidate:
-            self._candidate.capture(self.parameters)
+            self._candidate.capture(self._captured, self._shards, aside=aside)
             self._has_candidate = True
+
+    @contextmanager
+    def copied_aside(self) -> Iterator[None]:
+        """During an audit, which writes no weights, copy the candidate to the host: the next theta_t, most likely."""
+        if self._host:
+            self.keep_candidate(aside=True)
+        yield
+        self._candidate.wait()
 
     @torch.no_grad()
     def go(self, alpha: float) -> None:
@@ -164,6 +183,7 @@ class Weights:
 
     def restore(self) -> None:
         """Put theta_t back, bit for bit."""
+        self._candidate.wait()
         with torch.no_grad():
             self._store.restore()
 

@@ -36,6 +36,7 @@ class Summary:
         add("audits", record.audits)
         if record.triggered:
             add("trials", len(record.trials))
+            add("trials_count", 1)
             sums["trials_max"] = max(sums.get("trials_max", 0.0), len(record.trials))
         if record.alpha is not None and record.triggered:
             add("alpha_sum", record.alpha)
@@ -69,7 +70,7 @@ class Summary:
             "rejection_rate": _per(total("reject", 0), steps),
             "mean_alpha": _per(total("alpha_sum", 0), total("alpha_count", 0)),
             "audits_per_step": _per(total("audits", 0), steps),
-            "audits_per_trigger": _per(total("trials", 0), total("triggered", 0)),
+            "audits_per_trigger": _per(total("trials", 0), total("trials_count", 0)),
             "max_audits_per_trigger": int(total("trials_max", 0)),
             "mean_candidate_kl": _per(total("candidate_sum", 0), total("candidate_count", 0)),
             "mean_accepted_kl": _per(total("accepted_sum", 0), steps),

@@ -113,25 +113,21 @@ class TensorStore:
 
     Args:
         host: keep the copies of a CUDA device's tensors in pinned host memory.
-            Whether these have changed is then told by sums of their bits.
     """
 
     def __init__(self, *, host: bool = False) -> None:
         self.copies: list[TensorCopy] = []
         self._host = host
-        self._sources: list[Tensor] = []
+        self._sources: list[_Source] = []
         self._buckets: list[_Bucket] = []
-        self._sums: list[Tensor] = []
         self._spare: list[Tensor] = []
         self._aside: Any = None
         """The stream on which a copy may still be going on."""
 
     def covers(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the copies are of these very tensors, each in the memory that it had."""
-        return (
-            len(tensors) == len(self._sources)
-            and all(new is old for new, old in zip(tensors, self._sources, strict=True))
-            and all(copy.in_place for copy in self.copies)
+        return len(tensors) == len(self._sources) and all(
+            tensor is source.tensor and source.in_place for tensor, source in zip(tensors, self._sources, strict=True)
         )
 
     @torch.no_grad()
@@ -140,28 +136,28 @@ class TensorStore:
         tensors: Iterable[Tensor],
         group: Callable[[Tensor], Hashable] = lambda _: None,
         *,
-        overlap: bool = False,
+        aside: bool = False,
     ) -> None:
         """Copy the bits of these tensors, each piece of memory once.
 
         Args:
             tensors: what is copied.
             group: tensors of different groups are not compared as one; see `pairs`.
-            overlap: let a copy to the host go on beside what the device does next; `wait` before a write.
+            aside: let a copy to the host go on beside what the device does
+                next. `wait` before anything writes into the tensors.
         """
         tensors = list(tensors)
+        self.wait()
         if not self.covers(tensors):
             self._plan(tensors, group)
-        self._sums = self._checksums() if self._host else []
-        with self._stream(aside=overlap and self._host and any(tensor.is_cuda for tensor in tensors)):
+        with self._stream(tensors) if aside and self._host else nullcontext():
             for bucket in self._buckets:
                 bucket.fill()
 
-    def _stream(self, *, aside: bool) -> AbstractContextManager[Any]:
-        if not aside:
-            self.wait()
+    def _stream(self, tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        if not any(tensor.is_cuda for tensor in tensors):
             return nullcontext()
-        self._aside = self._aside or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._aside.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._aside)
 
@@ -169,11 +165,10 @@ class TensorStore:
         """Let the device finish a copy before it does anything else. The host does not wait."""
         if self._aside is not None:
             torch.cuda.current_stream().wait_stream(self._aside)
-
-    def _checksums(self) -> list[Tensor]:
-        return [_checksum(now) for bucket in self._buckets for now in bucket.now()]
+            self._aside = None
 
     def _plan(self, tensors: list[Tensor], group: Callable[[Tensor], Hashable]) -> None:
+        self._sources = []  # until all of it is in place
         seen: dict[Hashable, Tensor] = {}
         for tensor in tensors:
             seen.setdefault(memory(tensor), tensor)  # the first of those that share memory
@@ -181,14 +176,15 @@ class TensorStore:
         alike: dict[Hashable, list[Tensor]] = {}
         for tensor in unique:
             alike.setdefault((tensor.device, tensor.dtype, group(tensor)), []).append(tensor)
-        buckets = [
+        self._buckets = [
             _Bucket(part, group(part[0]), self._spare, host=self._host)
             for every in alike.values()
             for part in _parts(every)
         ]
-        copies = {id(copy.tensor): copy for bucket in buckets for copy in bucket.copies}
+        copies = {id(copy.tensor): copy for bucket in self._buckets for copy in bucket.copies}
         self.copies = [copies[id(tensor)] for tensor in unique]
-        self._buckets, self._sources, self._spare = buckets, tensors, []
+        self._spare = []
+        self._sources = [_Source(tensor) for tensor in tensors]
 
     def forget(self) -> None:
         """Let the tensors go; small buffers are kept, for others of the same sizes."""
@@ -198,6 +194,7 @@ class TensorStore:
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor, Any]]:
         """Yield (elements now, the saved ones, group), flat and `CHUNK` at a time; for tensors that are in place."""
+        self.wait()
         for bucket in self._buckets:
             for now, saved in bucket.pairs():
                 yield now, saved, bucket.group
@@ -205,25 +202,40 @@ class TensorStore:
     @property
     def unchanged(self) -> bool:
         """Whether all tensors have the saved bits, in the memory that they had."""
-        if not all(copy.in_place for copy in self.copies):
+        if not all(source.in_place for source in self._sources):
             return False
-        if self._host:
-            return all(bool(torch.equal(now, then)) for now, then in zip(self._checksums(), self._sums, strict=True))
         differences: list[Tensor] = []
         for now, saved, _ in self.pairs():
             differ = differs(now, saved)
-            if isinstance(differ, bool):
-                if differ:
-                    return False
-            else:
+            if isinstance(differ, Tensor):
                 differences.append(differ)
+            elif differ:
+                return False
         return not (differences and bool(torch.stack(differences).any()))
 
     def restore(self) -> None:
-        """Put all bits back."""
+        """Put all bits back, into the memory where they were."""
         self.wait()
+        for source in self._sources:
+            source.put_back()
         for copy in self.copies:
             copy.restore()
+
+
+class _Source:
+    """A tensor that was captured, and its memory; tensors that share memory are several sources of one copy."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._alias = tensor, tensor.detach()
+        self._place = place(self._alias)
+
+    @property
+    def in_place(self) -> bool:
+        return place(self.tensor) == self._place
+
+    def put_back(self) -> None:
+        if not self.in_place:
+            self.tensor.data = self._alias
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -243,7 +255,7 @@ class _Bucket:
     """Tensors of one device and dtype, whose copies lie one after another."""
 
     def __init__(self, tensors: list[Tensor], group: Hashable, spare: Sequence[Tensor], *, host: bool) -> None:
-        self.group = group
+        self.group, self._host = group, host
         aliases = [dense(tensor.detach()) for tensor in tensors]
         size, like = sum(alias.numel() for alias in aliases), aliases[0]
         pinned = host and like.is_cuda
@@ -275,10 +287,12 @@ class _Bucket:
         live = self._live[0]
         if len(self._live) == 1 and _without_gaps(live):
             return live.as_strided((live.numel(),), (1,))
-        if self._gathered is None:
+        gathered = self._gathered
+        if gathered is None:
             flat = torch.empty_like(self.flat, device=live.device, pin_memory=False)
-            self._gathered = flat, _views(flat, self._live)
-        flat, views = self._gathered
+            gathered = flat, _views(flat, self._live)
+            self._gathered = None if self._host else gathered  # that option is there to spare memory
+        flat, views = gathered
         torch._foreach_copy_(views, self._live)
         return flat
 
@@ -308,12 +322,6 @@ def differs(a: Tensor, b: Tensor) -> bool | Tensor:
     if all(x.is_contiguous() and x.nbytes % 8 == 0 and x.data_ptr() % 8 == 0 for x in (a, b)):
         a, b = a.view(torch.int64), b.view(torch.int64)  # half the time
     return not torch.equal(a, b)
-
-
-def _checksum(flat: Tensor) -> Tensor:
-    """Two sums of a tensor's bits, [2] int64; the second one knows their order."""
-    bits = as_bits(flat).flatten().long()
-    return torch.stack([bits.sum(), (bits * torch.arange(1, 1 + len(bits), device=bits.device)).sum()])
 
 
 def as_bits(tensor: Tensor) -> Tensor:

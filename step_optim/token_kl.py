@@ -182,9 +182,7 @@ class TokenKL(LogitKL):
             )
 
     def _policy(self, replaced: Mapping[int, Tensor] | None = None) -> Rows:
-        rows = self._gather(self._batches(replaced))
-        self._reading.inference = True
-        return rows
+        return self._gather(self._batches(replaced))
 
     def _batches(self, replaced: Mapping[int, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         reading, layout = self._reading, self._layout

@@ -13,7 +13,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from step_optim.audit import Audit, FunctionKL, KLClosure, ReferenceKL
+from step_optim.audit import Audit, FunctionKL, KLClosure
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
 from step_optim.isolation import RNGState, isolated
@@ -123,7 +123,8 @@ class Transaction:
         if isinstance(self.kl, FunctionKL):
             self.weights.keep_candidate()  # a plain function may write into them
         with self.clock("audit"):
-            audit = self._audit(drift=True)  # it will probably stand
+            with self.weights.copied_aside():
+                audit = self._audit(drift=True)  # it will probably stand
             if self.kl.slices is None:  # a plain function says what its slices are by measuring them
                 self.budget.check_slices(audit.movement.slices)
                 self.limits = self.budget.at(self.step, audit.movement.slices)
@@ -134,7 +135,7 @@ class Transaction:
         isolation = nullcontext() if kl.isolates else isolated(kl.modules())
         with self.state.watch_groups(), isolation:
             with self.ranks.together():
-                audit = kl.audit(drift=drift or self._caps_drift) if isinstance(kl, ReferenceKL) else kl.audit()
+                audit = kl.audit_with_drift() if drift or self._caps_drift else kl.audit()
             return self._pooled(audit)
 
     @property
