@@ -49,6 +49,9 @@ class KLClosure(ABC):
     noise_floor: NoiseFloor | None = None
     """What rounding alone reads; None if it was not measured."""
 
+    takes_any_weights = False
+    """Whether `audit` copes with weights that are not finite: it may then run before anybody has looked at them."""
+
     used: Sequence[nn.Module] = ()
     """Modules that the latest measurement called. Their buffers are part of the policy, and roll back with it."""
 

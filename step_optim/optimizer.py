@@ -23,9 +23,9 @@ from step_optim.checks import (
     check_measures,
     plain_note,
 )
-from step_optim.controllers.base import Action, Controller, Outcome
+from step_optim.controllers.base import Action, Controller, Outcome, Point
 from step_optim.controllers.interpolate import Interpolate
-from step_optim.line import Line, Restep
+from step_optim.line import Line, Restep, loss_closure
 from step_optim.movement import Movement
 from step_optim.param_like import Copies, ParamLike, known_copies
 from step_optim.ranks import WORLD, Ranks
@@ -253,7 +253,7 @@ class STEPOptimizer(OptimizerWrapper):
         else:
             transaction = self._transaction(kl)
             with self._atomic(transaction), self._atomic(transaction):
-                self._begin(transaction)  # theta_t, and its policy as the reference
+                self._begin(transaction, patient=loss_closure(args, kwargs) is None)  # theta_t, its policy as reference
                 loss = transaction.propose(args, kwargs)  # theta~ = OptStep(theta_t, gradient)
                 self._decide(transaction)  # theta_t+1
         self._run_step_post_hooks(args, kwargs)
@@ -285,14 +285,13 @@ class STEPOptimizer(OptimizerWrapper):
     def _atomic(self, transaction: Transaction) -> Atomic:
         return Atomic(transaction, self._run, self._sink, self._on_error)
 
-    def _begin(self, transaction: Transaction) -> None:
+    def _begin(self, transaction: Transaction, *, patient: bool = False) -> None:
         """Capture theta_t, and take its policy as the reference unless it is that already."""
         run, closure, ranks = self._run, transaction.kl, transaction.ranks
         run.open = transaction
         anchored, run.anchored = run.anchored, None  # until it is certain again
-        known = transaction.begin()
+        known = transaction.begin(anchored, patient=patient)
         run.warned = run.warned or below_noise(transaction.limits, closure)  # a schedule may come down to it
-        known = known and anchored is not None and anchored == transaction.fingerprint()
         if not all(ranks.same(transaction.limits, known)):
             with transaction.clock("audit"), ranks.together():
                 closure.anchor()
@@ -302,24 +301,27 @@ class STEPOptimizer(OptimizerWrapper):
 
     def _decide(self, transaction: Transaction) -> None:
         """Commit a feasible candidate; otherwise do what the controller says."""
-        transaction.proposed, candidate = True, None
-        if not transaction.moved():
+        transaction.proposed = True
+        candidate = transaction.candidate()  # K_global and K_s on the control set
+        if transaction.anchored_again:
+            self._run.drift = None
+        if candidate is None:
             outcome = Outcome(Action.UNCHANGED)
         else:
-            candidate = transaction.candidate()  # K_global and K_s on the control set
-            if candidate.feasible:
-                outcome = Outcome(Action.COMMIT, candidate)
-            elif not math.isfinite(transaction.update_norm):
-                outcome = Outcome(Action.REJECT)  # no part of it is finite either
-            else:
-                with transaction.clock("search"):
-                    outcome = self.controller.decide(transaction.trial(candidate, self._run.progress.rejected_in_a_row))
-            outcome = transaction.settle(outcome, self.controller.on_reject)
+            outcome = transaction.settle(self._judge(transaction, candidate), self.controller.on_reject)
         if outcome.point is not None:
             with transaction.clock("audit"):
                 transaction.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference
             self._run.drift = outcome.point.drift
         transaction.stand(transaction.describe(outcome, candidate, self._drift_of(transaction)))
+
+    def _judge(self, transaction: Transaction, candidate: Point) -> Outcome:
+        if candidate.feasible:
+            return Outcome(Action.COMMIT, candidate)
+        if not math.isfinite(transaction.update_norm):
+            return Outcome(Action.REJECT)  # no part of it is finite either
+        with transaction.clock("search"):
+            return self.controller.decide(transaction.trial(candidate, self._run.progress.rejected_in_a_row))
 
     def _drift_of(self, transaction: Transaction) -> Movement | None:
         """Movement of the committed policy from pi_ref; measured again only if the policy changed."""

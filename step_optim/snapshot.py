@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from step_optim.tensors import TensorStore, differs, memory, plain_tensors, shard_count
+from step_optim.tensors import TensorStore, at_once, differs, memory, plain_tensors, shard_count
 
 
 class Update:
@@ -76,14 +76,16 @@ class Weights:
         return [copy.tensor for copy in self._store.copies]
 
     @torch.no_grad()
-    def capture(self) -> bool:
-        """Take the current weights as theta_t. True if they were it already, bit for bit."""
+    def capture(self) -> bool | Tensor:
+        """Take the current weights as theta_t. Tells whether they were other ones, in any bit; see `differs`."""
         self._has_candidate = False
         self._captured = list(self._parameters())
-        if self._store.covers(self._captured) and self._store.unchanged:
-            return True
-        self._store.capture(self._captured, self._shards)
-        return False
+        changed = True if not self._store.covers(self._captured) else self._store.changed()
+        if self._host:  # to copy is worse than to wait
+            changed = bool(changed)
+        if changed is not False:
+            self._store.capture(self._captured, self._shards)
+        return changed
 
     def remember(self, *, as_proposed: bool) -> None:
         """Take the current weights as theta_t of the next step, which will find out whether they are it still.
@@ -125,7 +127,7 @@ class Weights:
         differences, squares = [], []
         for now, previous, shards in self._differences():
             square = _square(now, previous)
-            sure = now.device.type == "cpu" and bool(square > 0)  # else 0.0 may have become -0.0
+            sure = at_once(now) and bool(square > 0)  # else 0.0 may have become -0.0
             squares.append(shards * square)
             differences.append(sure or differs(now, previous))
         return Update(differences, squares)
@@ -194,7 +196,7 @@ def _square(now: Tensor, previous: Tensor) -> Tensor:
         now, previous = now.float(), previous.float()
     wide: Any = torch.complex128 if now.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(now - previous, dtype=wide)
-    if now.device.type != "cpu" or not bool(norm.isfinite()):
+    if not at_once(now) or not bool(norm.isfinite()):
         stayed = (now == previous) | (now.isnan() & previous.isnan())
         difference = torch.where(stayed, 0, now - previous)
         norm = torch.linalg.vector_norm(difference, dtype=wide)

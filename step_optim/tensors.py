@@ -16,6 +16,9 @@ CHUNK = 2**22
 """Elements that are compared at once; smaller tensors are put together up to this many."""
 
 
+AT_ONCE = ("cpu", "meta")
+"""Devices whose results can be looked at without waiting for anything."""
+
 SMALL = 2**26
 """Bytes of buffers that are kept although nothing is in them: gradients lie elsewhere in every step."""
 
@@ -199,19 +202,16 @@ class TensorStore:
             for now, saved in bucket.pairs():
                 yield now, saved, bucket.group
 
+    def changed(self) -> bool | Tensor:
+        """Whether any tensor has other bits than the saved ones, or another place; see `differs`."""
+        if not all(source.in_place for source in self._sources):
+            return True
+        return any_of(differs(now, saved) for now, saved, _ in self.pairs())
+
     @property
     def unchanged(self) -> bool:
         """Whether all tensors have the saved bits, in the memory that they had."""
-        if not all(source.in_place for source in self._sources):
-            return False
-        differences: list[Tensor] = []
-        for now, saved, _ in self.pairs():
-            differ = differs(now, saved)
-            if isinstance(differ, Tensor):
-                differences.append(differ)
-            elif differ:
-                return False
-        return not (differences and bool(torch.stack(differences).any()))
+        return not bool(self.changed())
 
     def restore(self) -> None:
         """Put all bits back, into the memory where they were."""
@@ -312,16 +312,36 @@ def _without_gaps(tensor: Tensor) -> bool:
     return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor)) and not tensor.is_conj() and not tensor.is_neg()
 
 
+def at_once(tensor: Tensor) -> bool:
+    """Whether its device can be looked at without waiting."""
+    return tensor.device.type in AT_ONCE
+
+
 def differs(a: Tensor, b: Tensor) -> bool | Tensor:
     """Whether two flat tensors differ in any bit; an accelerator answers with a tensor, without waiting."""
     if a.device.type == "meta":
         return False
     a, b = as_bits(a), as_bits(b)
-    if a.device.type != "cpu":
+    if not at_once(a):
         return (a != b).any()
     if all(x.is_contiguous() and x.nbytes % 8 == 0 and x.data_ptr() % 8 == 0 for x in (a, b)):
         a, b = a.view(torch.int64), b.view(torch.int64)  # half the time
     return not torch.equal(a, b)
+
+
+def any_of(answers: Iterable[bool | Tensor]) -> bool | Tensor:
+    """Whether any answer is yes; a tensor if that cannot be told without waiting for an accelerator."""
+    waiting: list[Tensor] = []
+    for answer in answers:
+        if isinstance(answer, Tensor):
+            waiting.append(answer)
+        elif answer:
+            return True
+    if not waiting:
+        return False
+    if len({answer.device for answer in waiting}) > 1:
+        waiting = [answer.cpu() for answer in waiting]
+    return torch.stack(waiting).any()
 
 
 def as_bits(tensor: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ class TokenKL(LogitKL):
             unmoved weights that do not read 0 (dropout in eval mode, say).
     """
 
+    takes_any_weights = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -16,13 +16,15 @@ from torch.optim import Optimizer
 from step_optim.audit import Audit, FunctionKL, KLClosure
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
+from step_optim.fingerprint import Fingerprint
 from step_optim.isolation import RNGState, isolated
 from step_optim.line import Line, loss_closure
 from step_optim.movement import Movement
 from step_optim.ranks import Ranks
-from step_optim.snapshot import Weights
+from step_optim.snapshot import Update, Weights
 from step_optim.state import OptimizerState
 from step_optim.telemetry import StepRecord, TrialRecord
+from step_optim.tensors import any_of
 from step_optim.undo import uninterrupted
 
 
@@ -68,14 +70,28 @@ class Transaction:
         self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
         self._here: Point | None = None
         self._rng: RNGState | None = None
+        self._doubt: Tensor | None = None
+        self.anchored_again = False
+        """Whether the reference turned out not to be the policy of theta_t, and was taken anew in the middle."""
         self.ranks.begin()
 
-    def begin(self) -> bool:
-        """Take theta_t. True if these are the weights that were last committed."""
+    def begin(self, anchored: Any, *, patient: bool) -> bool:
+        """Take theta_t. True if the KL closure's reference is its policy.
+
+        Args:
+            anchored: `fingerprint` of the policy that is the reference; None if there is none.
+            patient: the answer may wait: True is then what is likely, and
+                `candidate`, which waits for the device anyway, makes sure.
+        """
         self.limits = self.budget.at(self.step, self.kl.slices or ())
         self.lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr") is not None)
         with self.clock("snapshot"):
-            return self.weights.capture()
+            changed = self.weights.capture()
+            stale = any_of([changed, True if anchored is None else _differ(anchored, self.fingerprint())])
+        if isinstance(stale, Tensor) and patient and self.kl.takes_any_weights and self.ranks.size == 1:
+            self._doubt = stale
+            return True
+        return not bool(stale)
 
     def capture_state(self, modules: Iterable[nn.Module]) -> None:
         """Take all else: the optimizer's state, gradients, random streams, the buffers of the policy's modules."""
@@ -104,31 +120,55 @@ class Transaction:
         with self.clock("inner"), self.state.watch_groups():
             return self.line.propose(args, kwargs)
 
-    def moved(self) -> bool:
-        """Whether any bit of the weights, on any rank, differs from theta_t."""
-        with self.clock("snapshot"):
-            updates = self.ranks.exchange(self.weights.update().read())
-            self.update_norm = math.sqrt(sum(square for _, square in updates) / len(updates))
-            return any(moved for moved, _ in updates)
-
-    def candidate(self) -> Point:
-        """Audit the weights that the inner step proposed.
+    def candidate(self) -> Point | None:
+        """Audit the weights that the inner step proposed; None if no bit of them, on any rank, is another one.
 
         An update that is not finite is infeasible without a forward: the
         control set may not touch its bad rows. An optimizer that only measures
         leaves even that to the bare run.
         """
+        with self.clock("snapshot"):
+            update = self.weights.update()
+        if self._doubt is not None:  # the device is waited for once, when it has all figures
+            with self.clock("audit"), self.weights.copied_aside():
+                audit = self._audit(drift=True)
+        if not self._moved(update):
+            if self._is_stale():
+                self._anchor_again()
+            return None
         if not math.isfinite(self.update_norm) and self.budget.limits_anything:
             return self._measure(Point(Audit(self._everywhere(math.nan)), Verdict({}, finite=False), alpha=1.0))
         if isinstance(self.kl, FunctionKL):
             self.weights.keep_candidate()  # a plain function may write into them
         with self.clock("audit"):
-            with self.weights.copied_aside():
-                audit = self._audit(drift=True)  # it will probably stand
+            if self._doubt is None or self._is_stale():
+                audit = self._audit_candidate()
             if self.kl.slices is None:  # a plain function says what its slices are by measuring them
                 self.budget.check_slices(audit.movement.slices)
                 self.limits = self.budget.at(self.step, audit.movement.slices)
             return self._point(audit, alpha=1.0)
+
+    def _moved(self, update: Update) -> bool:
+        with self.clock("snapshot"):
+            updates = self.ranks.exchange(update.read())
+        self.update_norm = math.sqrt(sum(square for _, square in updates) / len(updates))
+        return any(moved for moved, _ in updates)
+
+    def _is_stale(self) -> bool:
+        return self._doubt is not None and bool(self._doubt)
+
+    def _audit_candidate(self) -> Audit:
+        if self._is_stale():  # somebody wrote weights since the last commit
+            self.line.keep_candidate()
+            self.line.go(0)
+            self._anchor_again()
+            self.line.go(1)
+        with self.weights.copied_aside():
+            return self._audit(drift=True)  # it will probably stand
+
+    def _anchor_again(self) -> None:
+        self.kl.anchor()
+        self.anchored_again = True
 
     def _audit(self, *, drift: bool = False) -> Audit:
         kl = self.kl
@@ -311,3 +351,11 @@ class Transaction:
                 rng.restore()
 
         uninterrupted(undo)
+
+
+def _differ(anchored: tuple[KLClosure, Any], now: tuple[KLClosure, Any]) -> bool | Tensor:
+    """Whether two fingerprints are not of one policy; a tensor if only an accelerator can tell."""
+    (kl, then), (kl_now, print_now) = anchored, now
+    if kl is not kl_now:
+        return True
+    return then.differs(print_now) if isinstance(then, Fingerprint) else bool(then != print_now)
