@@ -64,10 +64,19 @@ def fingerprint(modules: Iterable[nn.Module], own: Collection[int] = ()) -> Fing
         if not tensor.is_inference()
     ]
     sums: dict[torch.device, list[Tensor]] = {}
+    samples: dict[Any, list[Tensor]] = {}
     for tensor, needs_grad, identity in tensors:
-        if identity not in own and tensor.numel() > 0 and tensor.device.type != "meta":
-            sums.setdefault(tensor.device, []).append(_sum_of_bits(tensor if needs_grad else _sample(tensor)))
-    return Fingerprint((children, marks), [torch.stack(parts) for parts in sums.values()])
+        if identity in own or tensor.numel() == 0 or tensor.device.type == "meta":
+            continue
+        part = _bits(tensor if needs_grad or tensor.numel() < SAMPLE else _sample(tensor))
+        if part.shape == (SAMPLE,):
+            samples.setdefault((part.device, part.dtype), []).append(part)
+        else:
+            sums.setdefault(part.device, []).append(part.sum(dtype=torch.int64))
+    found = [torch.stack(parts) for parts in sums.values()]
+    # One operation for all samples of a kind, where there may be hundreds of tensors.
+    found += [torch.cat(parts).view(len(parts), SAMPLE).sum(1, dtype=torch.int64) for parts in samples.values()]
+    return Fingerprint((children, marks), found)
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[Tensor, bool, int]]:
@@ -80,16 +89,15 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[Tensor, bool, int]]
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    step = max(1, tensor.numel() // SAMPLE)
+    """`SAMPLE` evenly spread elements, flat."""
     flat = tensor.detach()
-    return flat.view(-1)[::step] if flat.is_contiguous() else flat.reshape(-1)[::step]
+    flat = flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
+    return flat[:: tensor.numel() // SAMPLE][:SAMPLE]
 
 
-def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's bits, read as integers."""
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory, read as integers."""
     plain = tensor.detach()
     if plain.is_complex():
         plain = torch.view_as_real(plain.resolve_conj())
-    if plain.dtype is not torch.bool:
-        plain = plain.view(BITS[plain.element_size()])
-    return plain.sum(dtype=torch.int64)
+    return plain if plain.dtype is torch.bool else plain.view(BITS[plain.element_size()])

@@ -87,7 +87,7 @@ class _Modes:
         buffers = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
         self._seen[id(module)] = (module, module.training, buffers)
         self.modules.append(module)
-        module.training = False
+        _set_training(module, False)
 
     def without_autocast(self, module: Any) -> None:
         """Undo what accelerate does to ``forward``: it puts autocast inside, out of reach from out here."""
@@ -110,11 +110,19 @@ class _Modes:
             end_forward(module)
         for module, training, buffers in reversed(self._seen.values()):  # a compiled module shares its inner one's flag
             reshard(module)
-            module.training = training
+            _set_training(module, training)
             for name, (buffer, saved) in buffers.items():
                 module._buffers[name] = buffer
                 if not same_bits(buffer, saved):  # an unneeded write would look like an outside edit
                     buffer.copy_(saved)
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    """Set a module's own flag; `nn.Module.__setattr__` takes ten times as long, and models have a thousand modules."""
+    if "training" in vars(module):
+        vars(module)["training"] = training
+    else:  # TorchScript has it elsewhere
+        module.training = training
 
 
 @contextmanager

@@ -157,5 +157,6 @@ def _textbook_kl(z_p: Tensor, z_c: Tensor, strength: Tensor | None) -> Tensor:
 def prompt_means(rows: Tensor, prompt_of_row: Tensor, prompts: int) -> Tensor:
     """Mean over each prompt's own rows: [..., R] -> [..., C] float64 (the inner 1/T_x sum of the paper)."""
     sums = torch.zeros(*rows.shape[:-1], prompts, dtype=torch.float64, device=rows.device)
-    sums.index_add_(-1, prompt_of_row, rows.double())
-    return sums / torch.bincount(prompt_of_row, minlength=prompts)
+    counts = torch.zeros(prompts, dtype=torch.float64, device=rows.device)
+    counts.index_add_(0, prompt_of_row, torch.ones_like(prompt_of_row, dtype=torch.float64))  # bincount would wait
+    return sums.index_add_(-1, prompt_of_row, rows.double()) / counts

@@ -87,6 +87,7 @@ class Transaction:
         self.lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr") is not None)
         with self.clock("snapshot"):
             changed = self.weights.capture()
+        with self.clock("audit"):
             stale = any_of([changed, True if anchored is None else _differ(anchored, self.fingerprint())])
         if isinstance(stale, Tensor) and patient and self.kl.takes_any_weights and self.ranks.size == 1:
             self._doubt = stale

@@ -150,7 +150,7 @@ def bits(value: Any) -> Any:
             return ("sparse", bits(value._indices()), bits(value._values()))
         plain = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
         return (
-            (str(value.dtype), tuple(value.shape), plain.contiguous().view(torch.uint8).numpy().tobytes())
+            (str(value.dtype), tuple(value.shape), plain.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             if (plain.dim())
             else (str(value.dtype), (), plain.reshape(1).view(torch.uint8).numpy().tobytes())
         )

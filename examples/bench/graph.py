@@ -13,9 +13,7 @@ from torch import Tensor
 from workload import Workload
 
 from step_optim import ControlSet
-
-MICRO_BATCH = 4
-"""Prompts a batch."""
+from step_optim.layout import micro_batch_of
 
 HEAD_PASSES = 4
 """Times that the [R, V] float32 values of the head blocks cross the memory: two GEMMs write, the KL reads both."""
@@ -44,7 +42,8 @@ def micro_batches(control: ControlSet) -> list[Tensor]:
     """The control set's ids, longest first, padded a few prompts at a time."""
     texts = [torch.cat(pair) for pair in zip(control.prompts, control.responses, strict=True)]
     texts.sort(key=len, reverse=True)
-    parts = [texts[i : i + MICRO_BATCH] for i in range(0, len(texts), MICRO_BATCH)]
+    size = micro_batch_of(control, None)
+    parts = [texts[i : i + size] for i in range(0, len(texts), size)]
     return [torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in parts]
 
 
@@ -87,13 +86,14 @@ def roofline(bench: Bench, workload: Workload, rounds: int) -> dict[str, float]:
     head = bench.model.get_output_embeddings().weight
     body = [p for p in bench.model.parameters() if p is not head]
     block = bench.control.response_tokens * head.shape[0]
+    exact = head.is_cuda and head.element_size() == 2  # its products are made by tensor cores, and summed in float32
     bench.start.put_back()
     bench.kl.anchor()
     batches = audited_tokens(bench)
     tokens, rates = sum(batches), peak_rates(workload)
     flops = (
         2 * sum(p.numel() for p in body) * tokens / rates["body_flops"]
-        + 4 * block * head.shape[1] / rates["head_flops"]
+        + 4 * block * head.shape[1] / rates["body_flops" if exact else "head_flops"]
     )
     read = sum(p.numel() * p.element_size() for p in body) * len(batches) + 2 * head.numel() * head.element_size()
     moved = (read + HEAD_PASSES * 4 * block) / rates["bytes"]
