@@ -181,6 +181,8 @@ class ReferenceKL(KLClosure):
     def __init__(self) -> None:
         self._reference: Any = None
         self._origin: Any = None
+        self._watch = True
+        """Whether measurements may call modules that are not among `modules`."""
 
     @abstractmethod
     def _policy(self) -> Any:
@@ -210,7 +212,7 @@ class ReferenceKL(KLClosure):
     def _audited(self, *, drift: bool) -> Audit:
         if self._reference is None:
             raise RuntimeError(f"{type(self).__name__} has no reference yet; call anchor() before the weights move")
-        with isolated(self.modules()) as self.used:
+        with isolated(self.modules(), watch=self._watch) as self.used:
             policy = self._policy()
             also = [self._origin] if drift and self._origin is not self._reference else []
             moved = self._movements(policy, self._reference, *also)
@@ -219,7 +221,7 @@ class ReferenceKL(KLClosure):
     def anchor(self, audit: Audit | None = None) -> None:
         """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
         if audit is None:
-            with isolated(self.modules()) as self.used:
+            with isolated(self.modules(), watch=self._watch) as self.used:
                 self._reference = self._policy()
         else:
             self._reference = audit.policy

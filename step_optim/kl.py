@@ -72,7 +72,7 @@ def stream_kl(
         z, differences = reader.read(start, stop)
         if strength is not None:
             z, differences = _mixed(z, differences, strength)
-        sums.append(_block_sums(z, differences, scratch))
+        sums.append(_block_sums(z, differences, scratch, coarse=reader.exact))
     peak, mass, centre, growth, largest = (torch.stack(part) for part in zip(*sums, strict=True))
     weight = mass * torch.exp(peak - peak.amax(0))  # [blocks, R]
     weight = (weight / weight.sum(0))[:, None]  # [blocks, 1, R]; the others are [blocks, J, R]
@@ -94,26 +94,33 @@ def _weakened(v: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, v * weight)
 
 
-def _block_sums(z: Tensor, differences: list[Tensor], scratch: Scratch) -> tuple[Tensor, ...]:
+def _block_sums(z: Tensor, differences: list[Tensor], scratch: Scratch, *, coarse: bool) -> tuple[Tensor, ...]:
     """Sums of one vocabulary block, float64: its largest logit and mass [R]; of each reference, see below, [J, R].
 
-    Writes over what it is given.
+    Writes over what it is given. ``coarse``: the logits' difference is not
+    known well enough for `SERIES` to matter, for it comes from 16-bit numbers.
     """
     peak = z.amax(1, keepdim=True)
     c = z.sub_(peak).exp_()
     mass = c.sum(1)
-    each = [_reference_sums(c, mass, v, scratch) for v in differences]
+    each = [_reference_sums(c, mass, v, scratch, coarse=coarse) for v in differences]
     return peak[:, 0].double(), mass.double(), *(torch.stack(part) for part in zip(*each, strict=True))
 
 
-def _reference_sums(c: Tensor, mass: Tensor, v: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_sums(
+    c: Tensor, mass: Tensor, v: Tensor, scratch: Scratch, *, coarse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The centre E[v] of one block, E[expm1(u) - u] around it, and the largest |u|; [R] float64 each."""
     product = scratch.like("product", c)
     mean = torch.mul(c, v, out=product).sum(1) / mass
     u = v.sub_(mean[:, None])
     largest = torch.maximum(u.amax(1), -u.amin(1))
     rest = torch.mul(c, u, out=product).sum(1).double() / mass  # of the mean, which was rounded
-    growth = _growth(c, u, largest, product, scratch).double() / mass
+    straight = coarse or u.dtype == torch.float64
+    growth = (
+        torch.expm1(u, out=product).sub_(u).mul_(c).sum(1) if straight else _growth(c, u, largest, product, scratch)
+    )
+    growth = growth.double() / mass
     # E[e^u'] for u' = u - rest, from that for u.
     growth = torch.expm1(-rest) + torch.exp(-rest) * (rest + growth)
     return mean.double() + rest, growth, largest.double()
@@ -121,8 +128,6 @@ def _reference_sums(c: Tensor, mass: Tensor, v: Tensor, scratch: Scratch) -> tup
 
 def _growth(c: Tensor, u: Tensor, largest: Tensor, product: Tensor, scratch: Scratch) -> Tensor:
     """Sum of c (expm1(u) - u), [R]: as it stands where u is large, as a series where it would cancel."""
-    if u.dtype == torch.float64:
-        return torch.expm1(u, out=product).sub_(u).mul_(c).sum(1)
     large = torch.ops.aten.hardshrink.out(u, SERIES, out=scratch.like("large", u))  # u where |u| > SERIES, else 0
     small = u.sub_(large)
     series = torch.mul(small, 1 / 720, out=product)

@@ -139,7 +139,7 @@ class LogitKL(ReferenceKL):
         trained = [p for p in parameters if p.requires_grad]
         gradients = {id(p): torch.zeros_like(p) for p in parameters}
         total, parts = 0.0, []
-        with isolated(self.modules(), grad=True):
+        with isolated(self.modules(), grad=True, watch=self._watch):
             for rows, x in self._batches():
                 target = self._mixture(candidate.policy, strength, rows)
                 logits = Rows(x, self._head(live=True)).logits()

@@ -133,12 +133,12 @@ class Reader:
     def __init__(self, candidate: Rows, references: Sequence[Rows], scratch: Scratch) -> None:
         self._candidate, self._references, self._scratch = candidate, references, scratch
         head = candidate.head
-        self._exact = head is not None and _exact_products(candidate.x, head.weight)
-        self._x = (
-            candidate.x if head is None or self._exact else candidate.x.to(at_least_float32(head.weight[:0]).dtype)
-        )
-        self._operands = [
-            None if head is None or r.head is not head else r.x if self._exact else r.x.to(self._x.dtype) - self._x
+        self.exact = all(_exact_products(policy, candidate) for policy in (candidate, *references))
+        """Whether the logits themselves are subtracted."""
+        wide = torch.float32 if head is None else at_least_float32(head.weight[:0]).dtype
+        self._x = candidate.x if head is None or self.exact else candidate.x.to(wide)
+        self._steps = [
+            r.x.to(wide) - self._x if r.head is not None and r.head is head and not self.exact else None
             for r in references
         ]
 
@@ -147,33 +147,44 @@ class Reader:
         head = self._candidate.head
         if head is None:
             z = self._candidate.block(start, stop).clone()
-            weight = z  # not used: without a head no reference has an operand
-        else:
-            weight = head.weight[start:stop] if self._exact else at_least_float32(head.weight[start:stop])
-            z = self._product(self._x, weight, "logits")
-        differences = []
-        for j, (reference, operand) in enumerate(zip(self._references, self._operands, strict=True)):
-            if operand is None:
-                differences.append(_difference(reference, self._candidate, start, stop))
-            else:
-                v = self._product(operand, weight, f"difference {j}")
-                differences.append(v.sub_(z) if self._exact else v)
-        if head is not None and head.bias is not None:
-            z += head.bias[start:stop]
-        return z, differences
+            return z, [_difference(reference, self._candidate, start, stop) for reference in self._references]
+        if self.exact:
+            z = self._logits(self._candidate, start, stop, "logits")
+            return z, [
+                self._logits(reference, start, stop, f"difference {j}").sub_(z)
+                for j, reference in enumerate(self._references)
+            ]
+        columns = head.columns(start, stop)
+        z = self._product(self._x, columns.weight, "logits")
+        if columns.bias is not None:
+            z += columns.bias
+        return z, [
+            _difference(reference, self._candidate, start, stop)
+            if step is None
+            else self._product(step, columns.weight, f"difference {j}")
+            for j, (reference, step) in enumerate(zip(self._references, self._steps, strict=True))
+        ]
+
+    def _logits(self, policy: Rows, start: int, stop: int, name: str) -> Tensor:
+        assert policy.head is not None
+        z = self._product(policy.x, policy.head.weight[start:stop], name)
+        return z if policy.head.bias is None else z.add_(policy.head.bias[start:stop])
 
     def _product(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
         """X @ weight.T, in float32 at least."""
-        dtype = torch.float32 if self._exact else x.dtype
+        dtype = torch.float32 if self.exact else x.dtype
         out = self._scratch(name, (x.shape[0], weight.shape[0]), dtype, x.device)
-        if self._exact:
+        if self.exact:
             return torch.ops.aten.mm.dtype_out(x, weight.T, dtype, out=out)  # type: ignore[no-any-return]
         return torch.mm(x, weight.T, out=out)
 
 
-def _exact_products(x: Tensor, weight: Tensor) -> bool:
-    """Whether x @ weight.T can be had with 16-bit factors and float32 sums: torch 2.8, on CUDA."""
-    return x.is_cuda and x.element_size() == 2 and x.dtype == weight.dtype and MIXED_PRODUCTS
+def _exact_products(policy: Rows, candidate: Rows) -> bool:
+    """Whether the logits can be had from 16-bit factors and float32 sums: torch 2.8, on CUDA."""
+    x, head = policy.x, policy.head
+    if head is None or candidate.head is None or not x.is_cuda or not MIXED_PRODUCTS:
+        return False
+    return x.element_size() == 2 and x.dtype == head.weight.dtype == candidate.x.dtype
 
 
 def _difference(reference: Rows, candidate: Rows, start: int, stop: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from step_optim.isolation import BITS, same_bits
 
-CHUNK = 2**22
+CHUNK = {"cpu": 2**22, "cuda": 2**25}
 """Elements that are compared at once; smaller tensors are put together up to this many."""
 
 
@@ -36,12 +36,11 @@ class TensorCopy:
         self.alias = tensor.detach()  # that memory, also if `.data` is swapped later
         self.dense = dense(self.alias)
         self.bits = torch.empty_like(self.dense) if bits is None else bits
-        self._place = place(self.alias)
 
     @property
     def in_place(self) -> bool:
         """Whether the tensor still lives in the memory that it had."""
-        return place(self.tensor) == self._place
+        return place(self.tensor) == place(self.alias)
 
     @property
     def saved(self) -> Tensor:
@@ -77,7 +76,7 @@ def memory(tensor: Tensor) -> Hashable:
 
 def dense(tensor: Tensor) -> Tensor:
     """The tensor, or the memory under it if its elements overlap (an expanded tensor cannot be written)."""
-    if torch._debug_has_internal_overlap(tensor) != 1:
+    if tensor.is_contiguous() or torch._debug_has_internal_overlap(tensor) != 1:
         return tensor
     return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
 
@@ -184,6 +183,9 @@ class TensorStore:
             for every in alike.values()
             for part in _parts(every)
         ]
+        scratch: dict[Any, _Scratch] = {}
+        for bucket in self._buckets:
+            bucket.share(scratch)
         copies = {id(copy.tensor): copy for bucket in self._buckets for copy in bucket.copies}
         self.copies = [copies[id(tensor)] for tensor in unique]
         self._spare = []
@@ -243,7 +245,7 @@ def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     part: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if part and size + tensor.numel() > CHUNK:
+        if part and size + tensor.numel() > chunk_of(tensor):
             yield part
             part, size = [], 0
         part.append(tensor)
@@ -267,7 +269,13 @@ class _Bucket:
             TensorCopy(tensor, bits) for tensor, bits in zip(tensors, _views(self.flat, aliases), strict=True)
         ]
         self._live = [copy.dense for copy in self.copies]
-        self._gathered: tuple[Tensor, list[Tensor]] | None = None
+        self._scratch = _Scratch()
+        self._views: list[Tensor] = []
+
+    def share(self, scratch: dict[Any, _Scratch]) -> None:
+        """Gather into the same memory as others of this device and dtype."""
+        self._scratch = scratch.setdefault((self._live[0].device, self._live[0].dtype), _Scratch())
+        self._scratch.size = max(self._scratch.size, len(self.flat))
 
     def fill(self) -> None:
         """Take the bits as they are now."""
@@ -275,26 +283,34 @@ class _Bucket:
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (elements now, the saved ones), some at a time."""
-        for now, saved in zip(self.now(), self.flat.split(CHUNK), strict=True):  # type: ignore[no-untyped-call]
+        every = self._all()
+        size = chunk_of(every)
+        for now, saved in zip(every.split(size), self.flat.split(size), strict=True):  # type: ignore[no-untyped-call]
             yield now, saved.to(now.device, non_blocking=True)
 
-    def now(self) -> Sequence[Tensor]:
-        """The elements one after another, some at a time; the next call writes over them."""
-        return self._all().split(CHUNK)  # type: ignore[no-any-return, no-untyped-call]
-
     def _all(self) -> Tensor:
-        """A single tensor without gaps lies there already."""
+        """All elements one after another, in memory that the next bucket writes over; a single tensor lies there."""
         live = self._live[0]
         if len(self._live) == 1 and _without_gaps(live):
             return live.as_strided((live.numel(),), (1,))
-        gathered = self._gathered
-        if gathered is None:
-            flat = torch.empty_like(self.flat, device=live.device, pin_memory=False)
-            gathered = flat, _views(flat, self._live)
-            self._gathered = None if self._host else gathered  # that option is there to spare memory
-        flat, views = gathered
-        torch._foreach_copy_(views, self._live)
+        flat = self._scratch.like(live)[: len(self.flat)]
+        if not self._views:
+            self._views = _views(flat, self._live)
+        torch._foreach_copy_(self._views, self._live)
         return flat
+
+
+class _Scratch:
+    """Memory that buckets gather their tensors into, one after another."""
+
+    size = 0
+    _flat: Tensor | None = None
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return it; it is allocated when it is first needed."""
+        if self._flat is None:
+            self._flat = torch.empty(self.size, dtype=tensor.dtype, device=tensor.device)
+        return self._flat
 
 
 def _views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -310,6 +326,11 @@ def _views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _without_gaps(tensor: Tensor) -> bool:
     return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor)) and not tensor.is_conj() and not tensor.is_neg()
+
+
+def chunk_of(tensor: Tensor) -> int:
+    """`CHUNK` of its device."""
+    return CHUNK.get(tensor.device.type, CHUNK["cuda"])
 
 
 def at_once(tensor: Tensor) -> bool:

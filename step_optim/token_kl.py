@@ -98,11 +98,13 @@ class TokenKL(LogitKL):
         """Which of the short ways this model does not allow, and why."""
         self._reading = Reading(model, audit_dtype)
         self._layout = Layout.of(self.control, micro_batch)
-        with isolated([model]), self._reading.cast():
+        with isolated([model]) as called, self._reading.cast():
             self._find_readout()
             shared = shared_prefix(control)
             if prefix or (prefix is None and worth_sharing(control, shared)):
                 self._share(shared, micro_batch)
+        own = {id(module) for module in model.modules()}
+        self._watch = any(id(module) not in own for module in called)
         if noise_floor:
             with isolated([model]):
                 self.noise_floor = self._measure_noise()

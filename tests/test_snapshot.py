@@ -94,7 +94,7 @@ def some_tensors(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def test_a_store_puts_every_layout_back(seed, dtype, chunk, host):
     """Whatever is captured, in whatever pieces it is compared, an edit is seen and the old bits return."""
     tensors = some_tensors(seed, dtype)
-    with mock.patch.object(stores, "CHUNK", chunk):
+    with mock.patch.dict(stores.CHUNK, cpu=chunk):
         store = stores.TensorStore(host=host)
         store.capture(tensors)
         assert [copy.tensor is tensor for copy, tensor in zip(store.copies, tensors, strict=True)] == [True] * len(
