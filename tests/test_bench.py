@@ -46,7 +46,7 @@ def test_a_quick_run_measures_everything_and_can_be_rendered_again(tmp_path):
     run(tmp_path, "--quick", "--device", "cpu", "--threads", "1", "--rounds", "1")
     raw, table = (tmp_path / "runs" / "bench" / f"cpu-quick.{suffix}" for suffix in ("json", "md"))
     result = json.loads(raw.read_text())
-    assert list(result["sections"]) == ["step", "search", "curves", "numerics", "graph"]
+    assert list(result["sections"]) == ["step", "search", "curves", "numerics", "noise", "graph"]
     assert result["skipped"] == []
     for step in result["sections"]["step"].values():
         check_methods(step["methods"])

@@ -26,6 +26,7 @@ import torch
 from curves import measure_curves
 from graph import measure_graph
 from measure import clean
+from noise import measure_noise
 from numerics import measure_numerics
 from picture import draw
 from progress import Progress
@@ -36,7 +37,7 @@ from workload import Workload, padded_tokens, quick_workload, real_tokens, workl
 
 HERE = Path(__file__).parent
 RAW = Path("runs") / "bench"
-SECTIONS = ("step", "search", "curves", "numerics", "graph")
+SECTIONS = ("step", "search", "curves", "numerics", "noise", "graph")
 
 
 def arguments() -> argparse.Namespace:
@@ -112,6 +113,7 @@ def sections(args: argparse.Namespace, found: Workload, progress: Progress) -> d
         "search": lambda: measure_searches(found, 2 if args.quick else 3, progress),
         "curves": lambda: measure_curves(found, args.rounds, args.quick, progress),
         "numerics": lambda: measure_numerics(found),
+        "noise": lambda: measure_noise(found, progress),
         "graph": lambda: measure_graph(found, args.rounds, progress),
     }
 

@@ -19,7 +19,13 @@ def markdown(result: dict[str, Any]) -> str:
     parts = [*_top(result), *_goals(sections)]
     for kind, step in sections.get("step", {}).items():
         parts += _step(kind, step)
-    for name, write in {"search": _search, "curves": _curves, "numerics": _numerics, "graph": _graph}.items():
+    for name, write in {
+        "search": _search,
+        "curves": _curves,
+        "numerics": _numerics,
+        "noise": _noise,
+        "graph": _graph,
+    }.items():
         if name in sections:
             parts += write(sections[name])
     if result["skipped"]:
@@ -145,6 +151,13 @@ def _numerics(points: list[dict[str, float]]) -> Iterator[str]:
     )
     rows = ([f"{p['kl']:.2g}", f"{p['step_optim']:.1e}", f"{p['textbook']:.1e}"] for p in points)
     yield table(["KL [nats]", "step_optim", "textbook sum"], rows)
+
+
+def _noise(found: list[dict[str, Any]]) -> Iterator[str]:
+    yield "## Noise floor"
+    yield "What an audit of eight prompts reads of a movement that is known to be next to nothing, in nats per token."
+    rows = ([f["dtype"], f"{f['measured']:.1e}", f"{f['expected']:.1e}"] for f in found)
+    yield table(["audit in", "reads", "is"], rows)
 
 
 def _graph(found: dict[str, Any]) -> Iterator[str]:
