@@ -47,7 +47,7 @@ class TokenKL(LogitKL):
         audit_dtype: what the weights are cast to in audits; by default they
             stay as they are. float32 lets a bf16 model be audited below bf16's
             noise (an audit then holds a float32 copy of the weights).
-        noise_floor: whether to measure `noise_floor` here, with four
+        noise_floor: whether to measure `noise_floor` here, with some four
             evaluations of the control set.
         check_parameters: refuse an optimizer with parameters that the model
             does not have. False for a value head that the policy does not read.
@@ -191,11 +191,11 @@ class TokenKL(LogitKL):
     def _batches(self, replaced: Mapping[int, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         reading, layout = self._reading, self._layout
         with reading.cast(replaced):
-            past = reading.past(layout.prefix)
+            past = None
             for batch in layout.batches:
-                yield batch.rows, reading.rows(batch, past)
-                if torch.is_grad_enabled():  # the graph is used up
+                if past is None or torch.is_grad_enabled():  # a graph serves one batch
                     past = reading.past(layout.prefix)
+                yield batch.rows, reading.rows(batch, past)
             for _ in range(self._spare_forwards):  # FSDP2 gathers weights in every forward: all make as many
                 reading.rows(layout.batches[-1])
 
