@@ -126,10 +126,19 @@ class Budget:
         return value if isinstance(value, Budget) else cls(mean=value)
 
     @property
+    def _bounds(self) -> list[Bound | None]:
+        slices = list(self.slices.values()) if isinstance(self.slices, Mapping) else [self.slices]
+        return [self.mean, self.reference, *slices]
+
+    @property
     def limits_anything(self) -> bool:
         """Whether any part is finite, or a schedule; if not, the optimizer only measures."""
-        slices = list(self.slices.values()) if isinstance(self.slices, Mapping) else [self.slices]
-        return any(bound is not None and bound != math.inf for bound in (self.mean, self.reference, *slices))
+        return any(bound is not None and bound != math.inf for bound in self._bounds)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether any part is a callable of the step index."""
+        return any(callable(bound) for bound in self._bounds)
 
     def check_slices(self, names: Iterable[str] | None) -> None:
         """Refuse a budget for slices that the KL closure does not have.

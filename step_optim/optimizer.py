@@ -166,7 +166,9 @@ class STEPOptimizer(OptimizerWrapper):
         closure = self._fitting(kl)
         closure.load_state_dict(self._run.kl_state)
         self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
-        self._run.warned = below_noise(self.budget.at(self._run.progress.step, closure.slices or ()), closure)
+        self._run.warned = not self.budget.is_scheduled and below_noise(
+            self.budget.at(0, closure.slices or ()), closure
+        )
 
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
@@ -174,7 +176,7 @@ class STEPOptimizer(OptimizerWrapper):
         check_line(self._inner, self.controller, self._shrink, new)
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
-            self._run.warned = below_noise(new.at(self._run.progress.step, self._run.kl.slices or ()), self._run.kl)
+            self._run.warned = not new.is_scheduled and below_noise(new.at(0, self._run.kl.slices or ()), self._run.kl)
         self._run.budget = new
 
     def refresh(self, *, restart_drift: bool = False) -> None:
