@@ -190,14 +190,24 @@ class Weights:
             self._store.restore()
 
 
+IN_CACHE = 2**17
+"""Elements that a CPU subtracts at once: a temporary of the size of all weights costs more than the arithmetic."""
+
+
 def _square(now: Tensor, previous: Tensor) -> Tensor:
     """‖now - previous‖², 0-dim float64; what did not move counts nothing, be it infinite."""
+    if not at_once(now) or now.dim() != 1:
+        return _square_of(now, previous)
+    pieces = zip(now.split(IN_CACHE), previous.split(IN_CACHE), strict=True)  # type: ignore[no-untyped-call]
+    return torch.stack([_square_of(a, b) for a, b in pieces]).sum()
+
+
+def _square_of(now: Tensor, previous: Tensor) -> Tensor:
     if now.is_floating_point() and now.element_size() < 4:
         now, previous = now.float(), previous.float()
     wide: Any = torch.complex128 if now.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(now - previous, dtype=wide)
     if not at_once(now) or not bool(norm.isfinite()):
         stayed = (now == previous) | (now.isnan() & previous.isnan())
-        difference = torch.where(stayed, 0, now - previous)
-        norm = torch.linalg.vector_norm(difference, dtype=wide)
+        norm = torch.linalg.vector_norm(torch.where(stayed, 0, now - previous), dtype=wide)
     return norm.double().square()
