@@ -37,7 +37,7 @@ class Summary:
         if record.triggered:
             add("trials", len(record.trials))
             add("trials_count", 1)
-            sums["trials_max"] = max(sums.get("trials_max", 0.0), len(record.trials))
+            sums["trials_max"] = max(sums.get("trials_max", 0.0), float(len(record.trials)))
         if record.alpha is not None and record.triggered:
             add("alpha_sum", record.alpha)
             add("alpha_count", 1)

@@ -105,8 +105,9 @@ def record_of(optimizer: STEPOptimizer, whole: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("budget", [math.inf, 1e-4])
 @pytest.mark.parametrize("whole", [True, False])
 def test_dcp_save_and_load(tmp_path, budget, whole):
-    """A run saved and loaded through torch.distributed.checkpoint goes on to the bit; counters need a file beside."""
+    """A run through torch.distributed.checkpoint goes on to the bit; counters and the memory of searches need a file beside."""
     model, optimizer = fresh(0, budget)
+    optimizer.controller = Interpolate(memory=whole)
     train(model, optimizer, range(4))
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
@@ -116,6 +117,7 @@ def test_dcp_save_and_load(tmp_path, budget, whole):
     train(model, optimizer, range(4, 8), after=lambda _: expected.append(record_of(optimizer, whole)))
 
     again, resumed = fresh(1, budget)
+    resumed.controller = Interpolate(memory=whole)
     weights, state = get_state_dict(again, resumed)
     target = {"model": weights, "optimizer": state}
     dcp.load(target, checkpoint_id=tmp_path)

@@ -5,8 +5,8 @@
     python examples/bench --only step --rounds 9
     python examples/bench --render runs/bench/cpu.json   # table and picture from an earlier run
 
-Tables and pictures go to examples/bench, the raw figures to runs/bench, section by section. The real model takes some
-two hours on one thread; --seconds 3600 leaves out optional points after an hour.
+Tables and pictures go to examples/bench (those of a part to runs/bench), the raw figures to runs/bench, section by
+section. The real model takes some two hours on one thread; --seconds 3600 leaves out optional points after an hour.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a directory, a hub id, or qwen-0.5b, qwen-1.5b, tiny: random weights")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few points")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after these, optional points are skipped")
-    parser.add_argument("--out", type=Path, help="folder of the report (default: examples/bench, quick: runs/bench)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the report (default: examples/bench; of a part, or quick: runs/bench)"
+    )
     parser.add_argument("--render", type=Path, help="only make the report, from the raw figures of an earlier run")
     parser.add_argument("--resume", action="store_true", help="keep the sections that an interrupted run finished")
     args = parser.parse_args()
@@ -68,7 +70,7 @@ def main() -> None:
     """Measure and report."""
     args = arguments()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what peft calls
-    out = args.out or (RAW if args.quick else HERE)
+    out = args.out or (RAW if args.quick or args.only != SECTIONS else HERE)  # a part does not replace the whole
     if args.render:
         report(json.loads(args.render.read_text()), out)
         return
