@@ -105,7 +105,7 @@ class Run:
         Raises:
             ValueError: it cannot be read, or is of another run.
         """
-        progress, kl_state = (self.progress, self.kl_state) if state is None else _read(state)
+        progress, kl_state = (self.progress, self.kl_state) if state is None else _read(state, self.controller)
         if state is not None and self.kl is not None:
             self.kl.check_state_dict(kl_state)
 
@@ -116,19 +116,19 @@ class Run:
             if self.kl is not None:
                 self.kl.load_state_dict(kl_state)
                 self.kl_state = {}
-            self.controller.load_state_dict(state["controller"])
+            self.controller.load_state_dict(dict(state["controller"]))
 
         return take_over
 
 
-def _read(state: Mapping[str, Any]) -> tuple[Progress, Mapping[str, Any]]:
+def _read(state: Mapping[str, Any], controller: Controller) -> tuple[Progress, Mapping[str, Any]]:
     """Read how far a run was, and its KL closure's part of the checkpoint."""
     try:
         version, kl_state = _count(state["version"]), {str(name): value for name, value in state["kl"].items()}
         summary = Summary({str(name): float(value) for name, value in state["summary"].items()})
         summary.figures()
         progress = Progress(_count(state["step"]), _count(state["rejected_in_a_row"]), summary)
-        dict(state["controller"])
+        controller.check_state_dict(dict(state["controller"]))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint's entry 'step_optim' is damaged ({type(error).__name__}: {error}); without that entry the "

@@ -126,6 +126,8 @@ class Weights:
         """
         differences, squares = [], []
         for now, previous, shards in self._differences():
+            if now.is_meta:  # no bits that could differ
+                continue
             square = _square(now, previous)
             sure = at_once(now) and bool(square > 0)  # else 0.0 may have become -0.0
             squares.append(shards * square)

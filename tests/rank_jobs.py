@@ -170,11 +170,9 @@ def uneven() -> list[dict[str, Any]]:
     """Measure with a function that makes more forwards on one rank; FSDP2's root gathers its weights in the first."""
 
     def measured(kl: TokenKL) -> Any:
-        run_forward = kl._read
-
         def fn() -> float:
             times = 3 if dist.get_rank() == 0 else 1
-            rows = [run_forward(kl._batch_list[0], "full") for _ in range(times)]
+            rows = [kl._reading.rows(kl._layout.batches[0], readout="full") for _ in range(times)]
             return float(rows[-1].square().mean())
 
         return fn

@@ -15,7 +15,7 @@ from tests.models import nudge, tiny_gpt2, tiny_llama
 from tests.test_kl import float64_kl
 from tests.test_prefix import chat_control
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("prefix", [False, True])

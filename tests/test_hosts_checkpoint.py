@@ -105,7 +105,7 @@ def record_of(optimizer: STEPOptimizer, whole: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("budget", [math.inf, 1e-4])
 @pytest.mark.parametrize("whole", [True, False])
 def test_dcp_save_and_load(tmp_path, budget, whole):
-    """A run through torch.distributed.checkpoint goes on to the bit; counters and searches' memory need a file beside."""
+    """A run through torch.distributed.checkpoint goes on to the bit; counters and searches need a file beside."""
     model, optimizer = fresh(0, budget)
     optimizer.controller = Interpolate(memory=whole)
     train(model, optimizer, range(4))

@@ -128,3 +128,14 @@ def test_audits_per_trigger_are_counted() -> None:
     assert figures["trigger_rate"] == 1.0
     assert figures["audits_per_trigger"] == figures["audits_per_step"] - 1
     assert figures["max_audits_per_trigger"] >= len(optimizer.last.trials)
+
+
+@pytest.mark.parametrize("damage", [None, 3, {"mean": None}, {"mean": [math.nan]}, {"mean": [1, 2, 3]}, {"mean": [1e9]}])
+def test_a_damaged_profile_is_refused_before_anything_changes(damage) -> None:
+    """The checkpoint is named as damaged; controller and counters are those before."""
+    optimizer = run(Interpolate(), 2)
+    state, before = optimizer.state_dict(), optimizer.controller.state_dict()
+    state["step_optim"]["controller"]["profile"] = damage
+    with pytest.raises(ValueError, match="the checkpoint's entry 'step_optim' is damaged"):
+        optimizer.load_state_dict(state)
+    assert optimizer.controller.state_dict() == before

@@ -164,6 +164,7 @@ def test_an_unknown_snapshot_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_snapshot_in_pinned_memory():
     """On CUDA the copies lie in pinned host memory, the steps are those of snapshot="device", and rollbacks exact."""
     seen = {}

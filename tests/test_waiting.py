@@ -144,6 +144,7 @@ def test_a_loss_closure_and_a_window_know_at_the_start(behind, edit) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_host_waits_for_the_device_at_the_decision_only() -> None:
     """In a committed step the first call of ours that synchronises is the KL's: the device has nothing left to do."""
     model = tiny_llama(hidden=64, layers=4).cuda()

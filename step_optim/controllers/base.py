@@ -151,6 +151,9 @@ class Controller(ABC):
         """What a resumed run needs; plain values."""
         return {}
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that cannot be read, by any exception, before anything has changed."""
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject
-from step_optim.controllers.search import Profile, largest_feasible
+from step_optim.controllers.search import Profile, largest_feasible, read_profile
 
 SEARCHES = ("model", "bisect", "backtrack")
 
@@ -88,6 +88,10 @@ class Interpolate(Controller):
         """The profile of the last searches."""
         return {"profile": {name: list(slopes) for name, slopes in self.profile.items()}} if self.profile else {}
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse what is no profile."""
+        read_profile(state.get("profile", {}))
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.profile = {str(name): [float(s) for s in slopes][-2:] for name, slopes in state.get("profile", {}).items()}
+        self.profile = read_profile(state.get("profile", {}))

@@ -73,6 +73,10 @@ class Project(Controller):
         """The profile of the last line search."""
         return self._line.state_dict()
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse what is no profile."""
+        self._line.check_state_dict(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self._line.load_state_dict(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 MODEL_TRIALS = 4
 """Model-guided trials before bisection steps in whenever one did not halve the bracket; real steps need 2 to 3."""
@@ -21,6 +21,23 @@ Profile: TypeAlias = "dict[str, list[float]]"
 NEARLY_FLAT = 0.5
 """Range of log h up to which it is taken for a polynomial in alpha, as on all real steps seen; else in log alpha, where
 sums of powers are nearly straight."""
+
+
+STEEPEST = 100.0
+"""|slope| beyond which a remembered one is no measurement: h would change e^50 times from alpha = 0.5 to 1."""
+
+
+def read_profile(state: Mapping[str, Any]) -> Profile:
+    """Read a profile from a checkpoint.
+
+    Raises:
+        Exception: of any kind, if it is none.
+    """
+    profile = {str(name): [float(slope) for slope in slopes] for name, slopes in state.items()}
+    for name, slopes in profile.items():
+        if not 1 <= len(slopes) <= 2 or not all(abs(slope) <= STEEPEST for slope in slopes):
+            raise ValueError(f"profile[{name!r}]={slopes} are no two slopes")
+    return profile
 
 
 class Ratios(Protocol):
@@ -125,7 +142,7 @@ def largest_feasible(
             best = alpha, point
     if profile is not None and best is not None:
         for name, slope in _slopes(bracket.found[0], _found(*best)).items():
-            profile[name] = [*profile.get(name, []), slope][-2:]
+            profile[name] = [*profile.get(name, []), max(-STEEPEST, min(slope, STEEPEST))][-2:]
     return best
 
 
