@@ -130,7 +130,9 @@ def test_audits_per_trigger_are_counted() -> None:
     assert figures["max_audits_per_trigger"] >= len(optimizer.last.trials)
 
 
-@pytest.mark.parametrize("damage", [None, 3, {"mean": None}, {"mean": [math.nan]}, {"mean": [1, 2, 3]}, {"mean": [1e9]}])
+@pytest.mark.parametrize(
+    "damage", [None, 3, {"mean": None}, {"mean": [math.nan]}, {"mean": [1, 2, 3]}, {"mean": [1e9]}]
+)
 def test_a_damaged_profile_is_refused_before_anything_changes(damage) -> None:
     """The checkpoint is named as damaged; controller and counters are those before."""
     optimizer = run(Interpolate(), 2)
