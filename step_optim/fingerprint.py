@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from step_optim.isolation import BITS
+from step_optim.isolation import as_bits
 from step_optim.tensors import any_of, differs, plain_tensors
 
 SAMPLE = 256
@@ -68,7 +68,7 @@ def fingerprint(modules: Iterable[nn.Module], own: Collection[int] = ()) -> Fing
     for tensor, needs_grad, identity in tensors:
         if identity in own or tensor.numel() == 0 or tensor.device.type == "meta":
             continue
-        part = _bits(tensor if needs_grad or tensor.numel() < SAMPLE else _sample(tensor))
+        part = as_bits(tensor if needs_grad or tensor.numel() < SAMPLE else _sample(tensor))
         if part.shape == (SAMPLE,):
             samples.setdefault((part.device, part.dtype), []).append(part)
         else:
@@ -93,11 +93,3 @@ def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach()
     flat = flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
     return flat[:: tensor.numel() // SAMPLE][:SAMPLE]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory, read as integers."""
-    plain = tensor.detach()
-    if plain.is_complex():
-        plain = torch.view_as_real(plain.resolve_conj())
-    return plain if plain.dtype is torch.bool else plain.view(BITS[plain.element_size()])

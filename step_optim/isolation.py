@@ -28,13 +28,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     if a.device.type == "meta":  # no bits at all: an inner step has to say itself that it cannot work on these
         return True
-    a, b = a.detach(), b.detach()
-    if a.is_complex():
-        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
-    if a.is_floating_point():
-        bits = BITS[a.element_size()]
-        a, b = a.view(bits), b.view(bits)
-    return torch.equal(a, b)
+    return torch.equal(as_bits(a), as_bits(b))
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same memory, read as integers; a complex tensor with one more dimension."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.view(BITS[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)

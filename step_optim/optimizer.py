@@ -59,11 +59,10 @@ class STEPOptimizer(OptimizerWrapper):
         shrink: how a part of a step is taken: ``"interpolate"`` between the
             weights, with the candidate's optimizer state; or ``"restep"``, the
             inner step again at alpha times its learning rate.
-        snapshot: where the copies are kept that a rollback needs: ``"device"``,
-            beside the weights; or ``"cpu"``, in pinned host memory, which a
-            full fine-tuning may have to spare its device (a third or more of
-            the memory of weights, gradients and moments), at the price of
-            sending them over the bus in every step.
+        snapshot: where the copies are kept that a rollback needs (weights,
+            moments, and in the step gradients): ``"device"``, beside them; or
+            ``"cpu"``, in pinned host memory, for a full fine-tuning that would
+            not fit otherwise. Every step then sends them over the bus.
         param_like: where the optimizer keeps copies of the weights (keys of
             ``state[parameter]``, or a function of the inner optimizer that lists
             (copy, parameter) pairs): interpolation moves them along. By
@@ -253,9 +252,9 @@ class STEPOptimizer(OptimizerWrapper):
         if window is not None:  # inside a window this is one more part of its candidate
             loss = window.propose(args, kwargs)
         else:
-            transaction = self._transaction(kl)
+            transaction = self._transaction(kl, patient=loss_closure(args, kwargs) is None)
             with self._atomic(transaction), self._atomic(transaction):
-                self._begin(transaction, patient=loss_closure(args, kwargs) is None)  # theta_t, its policy as reference
+                self._begin(transaction)  # theta_t, and its policy as the reference
                 loss = transaction.propose(args, kwargs)  # theta~ = OptStep(theta_t, gradient)
                 self._decide(transaction)  # theta_t+1
         self._run_step_post_hooks(args, kwargs)
@@ -271,7 +270,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._refuse_inside_window("window()")
         if self._parts.line.restarts and self.controller.shrinks:
             raise RuntimeError("shrink='restep' cannot run the body of a window again; use shrink='interpolate'")
-        transaction = self._transaction(kl)
+        transaction = self._transaction(kl, patient=False)
         if isinstance(transaction.kl, Unbound):
             transaction.kl.audit()  # raises: a window is there to move weights
         transaction.rewind = False  # the body's dropout and data have drawn from the same random streams
@@ -280,19 +279,19 @@ class STEPOptimizer(OptimizerWrapper):
             yield
             self._decide(transaction)
 
-    def _transaction(self, kl: KLClosure | Callable[[], Any] | None) -> Transaction:
+    def _transaction(self, kl: KLClosure | Callable[[], Any] | None, *, patient: bool) -> Transaction:
         closure = self._fitting(kl) if kl is not None else self._run.kl or Unbound()
-        return Transaction(self._parts, closure, self.budget, self._run.progress.step)
+        return Transaction(self._parts, closure, self.budget, self._run.progress.step, patient=patient)
 
     def _atomic(self, transaction: Transaction) -> Atomic:
         return Atomic(transaction, self._run, self._sink, self._on_error)
 
-    def _begin(self, transaction: Transaction, *, patient: bool = False) -> None:
+    def _begin(self, transaction: Transaction) -> None:
         """Capture theta_t, and take its policy as the reference unless it is that already."""
         run, closure, ranks = self._run, transaction.kl, transaction.ranks
         run.open = transaction
         anchored, run.anchored = run.anchored, None  # until it is certain again
-        known = transaction.begin(anchored, patient=patient)
+        known = transaction.begin(anchored)
         run.warned = run.warned or below_noise(transaction.limits, closure)  # a schedule may come down to it
         if not all(ranks.same(transaction.limits, known)):
             with transaction.clock("audit"), ranks.together():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from step_optim.tensors import TensorStore, at_once, differs, memory, plain_tensors, shard_count
+from step_optim.store import TensorStore
+from step_optim.tensors import TensorCopy, at_once, differs, memory, plain_tensors, shard_count
 
 
 class Update:
@@ -55,25 +56,30 @@ class Weights:
         self._shards_of: dict[int, int] = {}
 
     @property
+    def _copies(self) -> list[TensorCopy]:
+        """One for each piece of memory: the candidate's, once it is known. A step may part what shared some."""
+        return (self._candidate if self._has_candidate else self._store).copies
+
+    @property
     def live(self) -> list[Tensor]:
         """The weights as they are now, wherever an optimizer has put their `.data`."""
-        return [copy.tensor.detach() for copy in self._store.copies]
+        return [copy.tensor.detach() for copy in self._copies]
 
     @property
     def previous(self) -> list[Tensor]:
         """theta_t."""
-        return [copy.saved for copy in self._store.copies]
+        return [self._store.saved(copy.tensor) for copy in self._copies]
 
     @property
     def candidate(self) -> list[Tensor]:
         """What the inner step proposed; known once a controller asks."""
         assert self._has_candidate
-        return [copy.saved for copy in self._candidate.copies]
+        return [copy.saved for copy in self._copies]
 
     @property
     def parameters(self) -> list[Tensor]:
         """The parameter objects themselves, for autograd."""
-        return [copy.tensor for copy in self._store.copies]
+        return [copy.tensor for copy in self._copies]
 
     @torch.no_grad()
     def capture(self) -> bool | Tensor:
@@ -113,8 +119,8 @@ class Weights:
     def of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A plain parameter as it is, at theta_t, and at the candidate."""
         place = memory(parameter)
-        index = next(i for i, copy in enumerate(self._store.copies) if memory(copy.tensor) == place)
-        return self.live[index], self._store.copies[index].saved, self._candidate.copies[index].saved
+        copy = next(copy for copy in self._copies if memory(copy.tensor) == place)
+        return copy.tensor.detach(), self._store.saved(copy.tensor), copy.saved
 
     @torch.no_grad()
     def update(self) -> Update:
@@ -135,11 +141,12 @@ class Weights:
         return Update(differences, squares)
 
     def _differences(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        if all(copy.in_place for copy in self._store.copies):
+        if self._store.in_place:
             yield from self._store.pairs()
             return
-        for copy in self._store.copies:  # an optimizer has put a parameter's `.data` somewhere else
-            yield copy.tensor.detach(), copy.saved, self._shards_of[id(copy.tensor)]
+        distinct = {memory(tensor): tensor for tensor in self._captured}  # somebody has put `.data` somewhere else
+        for tensor in distinct.values():
+            yield tensor.detach(), self._store.saved(tensor), self._shards(tensor)
 
     @torch.no_grad()
     def keep_candidate(self, *, aside: bool = False) -> None:
@@ -162,13 +169,15 @@ class Weights:
         if alpha == 0:
             self._store.restore()
             return
-        for previous, candidate in zip(self._store.copies, self._candidate.copies, strict=True):
-            there = candidate.saved
-            previous.tensor.detach().copy_(there if alpha == 1 else torch.lerp(previous.saved, there, alpha))
+        self._candidate.put_back()
+        for copy in self._copies:
+            there, previous = copy.saved, self._store.saved(copy.tensor)
+            copy.tensor.detach().copy_(there if alpha == 1 else torch.lerp(previous, there, alpha))
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
         """Write these weights, one tensor for each of `live`."""
+        self._candidate.put_back()
         for live, value in zip(self.live, values, strict=True):
             live.copy_(value)
 
@@ -176,12 +185,12 @@ class Weights:
     def alignment(self) -> tuple[float, float]:
         """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖², counted as in `update`."""
         products: dict[torch.device, list[Tensor]] = {}
-        for copy, candidate in zip(self._store.copies, self._candidate.copies, strict=True):
-            live, previous = copy.tensor.detach(), copy.saved
+        for copy in self._copies:
+            live, previous = copy.tensor.detach(), self._store.saved(copy.tensor)
             wide = torch.complex128 if live.is_complex() else torch.float64
-            step, way = (live.to(wide) - previous).flatten(), (candidate.saved.to(wide) - previous).flatten()
+            step, way = (live.to(wide) - previous).flatten(), (copy.saved.to(wide) - previous).flatten()
             both = torch.stack([torch.vdot(way, step).real, torch.vdot(way, way).real])
-            products.setdefault(live.device, []).append(both * self._shards_of[id(copy.tensor)])
+            products.setdefault(live.device, []).append(both * self._shards(copy.tensor))
         along, length = zip(*(torch.stack(part).sum(0).tolist() for part in products.values()), strict=True)
         return sum(along), sum(length)
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from step_optim.tensors import TensorCopy, TensorStore, plain_tensors
+from step_optim.store import TensorStore
+from step_optim.tensors import TensorCopy, plain_tensors
 
 _OPAQUE = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 _MISSING = object()

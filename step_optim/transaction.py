@@ -50,9 +50,12 @@ class Transaction:
         kl: measures movement.
         budget: resolved at ``step``.
         step: the step index.
+        patient: whether it may turn out late, when `candidate` waits for the
+            device anyway, that the reference was not theta_t's policy. Not
+            where a forward inside the step may move buffers.
     """
 
-    def __init__(self, parts: Parts, kl: KLClosure, budget: Budget, step: int) -> None:
+    def __init__(self, parts: Parts, kl: KLClosure, budget: Budget, step: int, *, patient: bool = False) -> None:
         self.optimizer, self.weights, self.state = parts.optimizer, parts.weights, parts.state
         self.line, self.ranks = parts.line, parts.ranks
         self.kl, self.budget, self.step = kl, budget, step
@@ -70,18 +73,18 @@ class Transaction:
         self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
         self._here: Point | None = None
         self._rng: RNGState | None = None
+        self._patient = patient
         self._doubt: Tensor | None = None
+        """Whether the reference is another policy, if that is still being computed."""
         self.anchored_again = False
         """Whether the reference turned out not to be the policy of theta_t, and was taken anew in the middle."""
         self.ranks.begin()
 
-    def begin(self, anchored: Any, *, patient: bool) -> bool:
-        """Take theta_t. True if the KL closure's reference is its policy.
+    def begin(self, anchored: Any) -> bool:
+        """Take theta_t. True if the KL closure's reference is its policy, as far as can be told without waiting.
 
         Args:
             anchored: `fingerprint` of the policy that is the reference; None if there is none.
-            patient: the answer may wait: True is then what is likely, and
-                `candidate`, which waits for the device anyway, makes sure.
         """
         self.limits = self.budget.at(self.step, self.kl.slices or ())
         self.lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr") is not None)
@@ -89,7 +92,7 @@ class Transaction:
             changed = self.weights.capture()
         with self.clock("audit"):
             stale = any_of([changed, True if anchored is None else _differ(anchored, self.fingerprint())])
-        if isinstance(stale, Tensor) and patient and self.kl.takes_any_weights and self.ranks.size == 1:
+        if isinstance(stale, Tensor) and self._patient and self.kl.takes_any_weights and self.ranks.size == 1:
             self._doubt = stale
             return True
         return not bool(stale)
