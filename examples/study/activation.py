@@ -1,0 +1,192 @@
+"""Did every condition do something of its own? Before any result: rates of all runs, and what would void the study.
+
+A label whose traces are those of another label, and a controller that never acted, are the failures that made the
+paper's comparison empty. Both fail the study here, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from config import Study
+from evidence import condition_of
+from figures import is_limited
+from traces import Run
+
+from step_optim import Action, integrity
+
+ACCEPTED, SHRUNK = "accept", "shrink"
+"""Branches that every branching point has."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What `check` found."""
+
+    problems: tuple[str, ...]
+    """each of them voids a comparison"""
+    notes: tuple[str, ...]
+    """what a reader should know, and voids nothing"""
+    rates: tuple[str, ...]
+    """what every run did, a line each"""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every condition did something, and something of its own."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        return "\n".join([*self.rates, *self.notes, *self.problems, "ok" if self.ok else "not ok"])
+
+
+def check(runs: Sequence[Run], branches: Sequence[Mapping[str, Any]], study: Study | None = None) -> Activation:
+    """Look for conditions that never acted, and for traces that are the same."""
+    study = study or Study()
+    if not runs:
+        return Activation(("NO RUNS: nothing was measured",), (), ())
+    whole = [run for run in runs if run.records and len(run.records) == len(run.updates)]
+    idle = {run.name for run in whole if is_idle(run, study)}
+    never = list(_never_acted(whole, idle))
+    identical, excused = _identical(whole, idle)
+    problems = [*_damaged(runs), *_budgets(whole), *never, *identical, *_arms_and_seeds(whole), *_branches(branches)]
+    notes = [f"note: {name} never acted; other seeds of that condition did" for name in _idle_alone(whole, idle)]
+    return Activation(tuple(problems), (*notes, *excused), tuple(map(_rates, whole)))
+
+
+def is_idle(run: Run, study: Study) -> bool:
+    """Whether a run's condition has a mechanism, and the mechanism changed nothing in this run."""
+    condition = condition_of(run.condition)
+    updates = run.updates
+    if condition.limits or is_limited(run):
+        return not any(record.triggered for record in run.records)
+    if condition.target_kl is not None:
+        return all(update.get("minibatches", 0) >= study.epochs * study.minibatches for update in updates)
+    if condition.adaptive_kl is not None:
+        return len({update.get("beta") for update in updates}) == 1
+    if condition.reference == "ratchet":
+        acts = "held" if "cap" in condition.reference_options else "moved"
+        return not any(update.get("reference") == acts for update in updates)
+    return False
+
+
+def own_action(run: Run, study: Study) -> str:
+    """Say in a few words what a baseline's mechanism did; nothing if it has none."""
+    condition, updates = condition_of(run.condition), run.updates
+    if condition.target_kl is not None:
+        stopped = sum(update.get("minibatches", 0) < study.epochs * study.minibatches for update in updates)
+        return f"stopped early on {stopped} of {len(updates)}"
+    if condition.adaptive_kl is not None:
+        betas = [update["beta"] for update in updates if "beta" in update]
+        return f"beta {min(betas):.3g} to {max(betas):.3g}" if betas else ""
+    if condition.reference != "fixed":
+        moved, held = (sum(update.get("reference") == what for update in updates) for what in ("moved", "held"))
+        return f"reference moved {moved}, held {held} times"
+    return ""
+
+
+def _damaged(runs: Sequence[Run]) -> Iterator[str]:
+    seen: set[str] = set()
+    for run in runs:
+        if not run.records or len(run.records) != len(run.updates):
+            yield f"DAMAGED: {run.name} has {len(run.records)} records of {len(run.updates)} updates"
+        if run.name in seen:
+            yield f"TWICE: {run.name} is there more than once"
+        seen.add(run.name)
+    for arm in dict.fromkeys(run.arm for run in runs):
+        lengths = sorted({len(run.records) for run in runs if run.arm == arm})
+        if len(lengths) > 1:
+            yield f"LENGTHS: the runs of {arm} have {lengths} updates; they cannot be compared"
+
+
+def _budgets(runs: Sequence[Run]) -> Iterator[str]:
+    """Labels and budgets must agree, whatever the records call themselves."""
+    for run in runs:
+        limited, expected = is_limited(run), bool(condition_of(run.condition).limits)
+        if expected and not limited:
+            yield f"NO BUDGET: {run.name} is a controller's label, but all its budgets are infinite"
+        if limited and not expected:
+            yield f"BUDGET: {run.name} is a baseline's label, but it has a finite budget"
+
+
+def _never_acted(runs: Sequence[Run], idle: set[str]) -> Iterator[str]:
+    for (arm, condition), found in _grouped(runs, "arm", "condition").items():
+        if all(run.name in idle for run in found):
+            yield f"NEVER ACTED: {arm}/{condition}, on none of its {len(found)} seeds; it shows nothing"
+
+
+def _idle_alone(runs: Sequence[Run], idle: set[str]) -> list[str]:
+    """Runs that did nothing, of conditions that did something on other seeds."""
+    groups = _grouped(runs, "arm", "condition").values()
+    return [run.name for found in groups for run in found if run.name in idle and not _all_idle(found, idle)]
+
+
+def _all_idle(runs: Iterable[Run], idle: set[str]) -> bool:
+    return all(run.name in idle for run in runs)
+
+
+def _identical(runs: Sequence[Run], idle: set[str]) -> tuple[list[str], list[str]]:
+    """Conditions of one arm and seed with one trace: problems, and those that an idle mechanism explains."""
+    problems, excused = [], []
+    alone = set(_idle_alone(runs, idle))
+    for (arm, seed), found in _grouped(runs, "arm", "seed").items():
+        named = {run.condition: run for run in found}
+        same = set(integrity.check({name: run.records for name, run in named.items()}).identical)
+        for a, b in combinations(named, 2):
+            how = "trace" if (a, b) in same else "path" if _path(named[a]) == _path(named[b]) != () else None
+            if how and alone & {named[a].name, named[b].name}:
+                excused.append(
+                    f"note: {arm}/{a} and {arm}/{b} have the same {how} on seed {seed}: one of them was idle"
+                )
+            elif how:
+                problems.append(f"IDENTICAL: {arm}/{a} and {arm}/{b} have the same {how} on seed {seed}")
+    return problems, excused
+
+
+def _path(run: Run) -> tuple[Any, ...]:
+    """Where the policy went, as held-out prompts saw it; nothing if it never moved."""
+    path = tuple((update["held"]["mean"], *sorted(update["held"]["slices"].items())) for update in run.updates)
+    return path if any(moved[0] > 0 for moved in path) else ()
+
+
+def _arms_and_seeds(runs: Sequence[Run]) -> Iterator[str]:
+    """One condition in several arms and seeds: each arm has its learning rates, each seed its samples."""
+    for (condition,), found in _grouped(runs, "condition").items():
+        names = {f"{run.arm}/{condition}/{run.seed}": run.records for run in found}
+        for a, b in integrity.check(names).identical:
+            yield f"IDENTICAL: {a} and {b} have the same trace; arms and seeds must differ"
+
+
+def _branches(branches: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Branches of one point must differ somewhere, and there must be something to shrink."""
+    points: dict[str, dict[tuple[Any, Any], Mapping[str, Any]]] = {}
+    for branch in branches:
+        points.setdefault(branch["branch"], {})[branch["seed"], branch["t"]] = branch
+    for (a, at_a), (b, at_b) in combinations(points.items(), 2):
+        shared = at_a.keys() & at_b.keys()
+        if shared and all(_outcome(at_a[point]) == _outcome(at_b[point]) for point in shared):
+            yield f"IDENTICAL: the branches {a} and {b} agree in every figure at all {len(shared)} points"
+    shrunk = [branch.get("alpha") for branch in points.get(SHRUNK, {}).values()]
+    if shrunk and all(alpha is not None and alpha >= 1 for alpha in shrunk):
+        yield f"NEVER ACTED: the branch {SHRUNK}, at none of its {len(shrunk)} points"
+
+
+def _outcome(branch: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(repr(branch.get(name)) for name in ("control", "held", "reward_now", "reward_next"))
+
+
+def _grouped(runs: Iterable[Run], *names: str) -> dict[tuple[Any, ...], list[Run]]:
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(getattr(run, name) for name in names), []).append(run)
+    return groups
+
+
+def _rates(run: Run) -> str:
+    """What a run did, in a line."""
+    rate = {action: sum(record.action is action for record in run.records) / len(run.records) for action in Action}
+    triggered = sum(record.triggered for record in run.records) / len(run.records)
+    acts = ", ".join(f"{action} {share:.0%}" for action, share in rate.items() if share)
+    return f"{run.name}: triggered {triggered:.0%}; {acts}"

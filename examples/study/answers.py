@@ -1,0 +1,189 @@
+"""The answer in a paragraph, and in sentences per question, all computed from the contrasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+import forks
+import paired
+from config import PRIMARY
+from evidence import BASELINE, COMPONENTS, HIGH, METRICS, Evidence, arm_of, label
+from forks import OUTCOMES, Forks
+from mechanisms import generalises, livelock, reward_lost
+from paired import Contrast
+from wording import number, percent, sentence, verdict
+
+MEANINGS = {
+    (1, 1): "STEP helped: M and reward are both higher",
+    (1, 0): "STEP helped: M is higher, at no loss of reward that this study can see",
+    (1, -1): "STEP bought stability with reward: M is higher, and reward lower",
+    (0, 1): "reward is higher, and no difference in M can be seen",
+    (0, 0): "STEP neither helped nor slowed learning in a way that this study can see",
+    (0, -1): "STEP only slowed learning: reward is lower, and M no better",
+    (-1, 1): "STEP hurt M, though reward is higher",
+    (-1, 0): "STEP hurt: M is lower, and no difference in reward can be seen",
+    (-1, -1): "STEP hurt: M and reward are both lower",
+}
+"""What the directions of M and of the gain in reward mean together."""
+
+
+def answer(evidence: Evidence) -> str:
+    """The study in a paragraph."""
+    arm, condition, baseline = PRIMARY
+    found = evidence.primary
+    if found["score"].n == 0:
+        return (
+            f"The primary contrast ({label(condition)} against {label(baseline)}, {arm_of(arm).label}) has not been "
+            "run: this study has no answer yet."
+        )
+    what = f"{arm_of(arm).label}, {evidence.study.updates} updates of {evidence.study.model}"
+    opening = f"{label(condition)} against {label(baseline)} ({what}): {conclusion(found['score'], found['gain'])}"
+    parts = [f"{METRICS[m].words} {verdict(found[m])}" for m in ("score", *COMPONENTS, "drift", "nll_change")]
+    others = [*_acted(evidence, arm, condition), *against_tuned(evidence, HIGH, condition)]
+    return " ".join(map(sentence, (opening, *parts, *others)))
+
+
+def conclusion(score: Contrast, gain: Contrast) -> str:
+    """Say what M and reward mean together."""
+    n = min(score.n, gain.n)
+    if n < paired.SEEDS_FOR_WORDS:
+        return "too few seeds to say anything"
+    weak = n < paired.SEEDS_FOR_P and (score.direction or gain.direction)
+    return MEANINGS[score.direction, gain.direction] + (" (suggestive)" if weak else "")
+
+
+def _acted(evidence: Evidence, arm: str, condition: str) -> Iterator[str]:
+    """How often the controller acted, how hard, and at what price."""
+    found = list(evidence.of(arm, condition).values())
+    alphas = [alpha for figures in found for alpha in figures.alphas]
+    text = f"the controller acted on {percent(fmean(figures.trigger_rate for figures in found))} of the updates"
+    precision, recall = (evidence.known(arm, condition, name) for name in ("precision", "recall"))
+    if recall:
+        exact = f", {percent(fmean(precision))} of its triggers were shocks" if precision else ""
+        text += f" ({percent(fmean(recall))} of the known shocks triggered it{exact})"
+    if alphas:
+        text += f", with a median alpha of {number(median(alphas))}"
+    yield f"{text}; it cost {price(evidence, arm, condition)}"
+
+
+def price(evidence: Evidence, arm: str, condition: str) -> str:
+    """What a condition costs."""
+    found = evidence.of(arm, condition).values()
+    overhead = evidence.known(arm, condition, "overhead_updates")
+    audits, lost = (fmean(getattr(f, name) for f in found) for name in ("audits_per_step", "rejected"))
+    return (
+        f"{number(fmean(overhead) if overhead else None, 2)} of a bare update's time per update (audits per update: "
+        f"{number(audits, 2)}), and {number(lost, 2)} of {evidence.study.updates} updates were lost to rejection"
+    )
+
+
+def against_tuned(evidence: Evidence, arm: str, condition: str) -> Iterator[str]:
+    """Compare with fixed KL at its best learning rate."""
+    tuned = evidence.tuned
+    if tuned in (None, arm) or not evidence.of(arm, condition):
+        return
+    score, gain = (evidence.contrast(metric, arm, condition, BASELINE, tuned) for metric in ("score", "gain"))
+    rates = [number(arm_of(name).learning_rate) for name in (arm, str(tuned))]
+    yield (
+        f"at a learning rate of {rates[0]}, against {label(BASELINE)} at its best one ({rates[1]}), M "
+        f"{verdict(score)}, and {METRICS['gain'].words} {verdict(gain)}"
+    )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question and what the data say."""
+
+    question: str
+    sentences: Sequence[str]
+
+
+def answers(evidence: Evidence, branches: Forks) -> Iterator[Answer]:
+    """All questions, in order."""
+    yield Answer("When does STEP help, and when does it only slow learning?", list(_helps(evidence)))
+    yield Answer("What does each controller cost?", list(_costs(evidence)))
+    yield Answer("Does projection earn its price?", list(_projection(evidence, branches)))
+    yield Answer("After a rejection: roll the moments back, or keep them?", list(_moments(evidence, branches)))
+    yield Answer("Does a control set generalise?", list(generalises(evidence)))
+    yield Answer("Why does a gate livelock?", list(livelock(evidence)))
+    yield Answer("Why does interpolation lose reward, where it does?", list(reward_lost(evidence)))
+
+
+def _helps(evidence: Evidence) -> Iterator[str]:
+    for arm in evidence.arms:
+        for condition in evidence.limited(arm):
+            score, gain = (evidence.contrast(metric, arm, condition) for metric in ("score", "gain"))
+            if score.n == 0:
+                continue
+            short = f"{where(arm, condition)}: {conclusion(score, gain)}"
+            said = f"M {verdict(score)}; {METRICS['gain'].words} {verdict(gain)}"
+            tuned = against_tuned(evidence, arm, condition) if arm == HIGH else ()
+            yield " ".join(map(sentence, (short, said, *tuned)))
+
+
+def _costs(evidence: Evidence) -> Iterator[str]:
+    for arm in evidence.arms:
+        limited = evidence.limited(arm)
+        for condition in limited:
+            yield f"{where(arm, condition)}: {price(evidence, arm, condition)}"
+        if limited and evidence.of(arm, BASELINE):
+            yield f"{where(arm, BASELINE)}, which only measures: {price(evidence, arm, BASELINE)}"
+
+
+def _projection(evidence: Evidence, branches: Forks) -> Iterator[str]:
+    for arm in evidence.arms:
+        score, gain = (evidence.contrast(m, arm, "project", "interpolate") for m in ("score", "gain"))
+        if score.n == 0:
+            continue
+        residual = evidence.known(arm, "project", "residual_ratio")
+        left = (
+            f"it left {percent(fmean(residual))} of interpolation's logit residual on the control set; "
+            if residual
+            else ""
+        )
+        times = [fmean(evidence.known(arm, c, "overhead_seconds") or [0.0]) for c in ("project", "interpolate")]
+        yield (
+            f"{arm_of(arm).label}: {left}against interpolation, M {verdict(score)}, and {METRICS['gain'].words} "
+            f"{verdict(gain)}; audits and control took {number(times[0])} s a run against {number(times[1])} s. "
+            f"{worth(score, gain)}"
+        )
+    outcomes = ("distance_control", "distance_held", "gain_next", "seconds")
+    yield from _branches_differ(branches, "project", "shrink", outcomes)
+
+
+def worth(score: Contrast, gain: Contrast) -> str:
+    """Say whether something is better that a higher price could be paid for."""
+    if min(score.n, gain.n) < paired.SEEDS_FOR_WORDS:
+        return "Too few seeds to say whether it earns its price"
+    if min(score.direction, gain.direction) < 0:
+        return "It does not earn its price here: something is worse"
+    if max(score.direction, gain.direction) > 0:
+        return "It gains something here that interpolation does not"
+    return "It does not visibly earn its price here"
+
+
+def _moments(evidence: Evidence, branches: Forks) -> Iterator[str]:
+    for arm in evidence.arms:
+        score, gain, lost = (evidence.contrast(m, arm, "gate_keep", "gate") for m in ("score", "gain", "rejected"))
+        if score.n:
+            yield (
+                f"{arm_of(arm).label}: with moments kept, against rolled back, M {verdict(score)}, "
+                f"{METRICS['gain'].words} {verdict(gain)}, and the number of rejected updates {verdict(lost)}"
+            )
+    yield from _branches_differ(branches, "reject_keep", "reject", ("gain_next",))
+    yield from _branches_differ(branches, "shrink_restore", "shrink", ("gain_next",))
+
+
+def _branches_differ(branches: Forks, a: str, b: str, outcomes: Sequence[str]) -> Iterator[str]:
+    """One branch against another, in words."""
+    found = {outcome: branches.contrast(outcome, a, b) for outcome in outcomes}
+    said = [f"{OUTCOMES[name].words} {verdict(contrast, 'point')}" for name, contrast in found.items() if contrast.n]
+    if said:
+        yield f'branches, "{forks.label(a)}" against "{forks.label(b)}": {"; ".join(said)}'
+
+
+def where(arm: str, condition: str) -> str:
+    """A condition and its arm, in words."""
+    return f"{label(condition)}, {arm_of(arm).label}"

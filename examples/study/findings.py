@@ -1,0 +1,113 @@
+"""REPORT.md, its pictures, and the page for the README: everything is computed from the runs and the config file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import activation
+from activation import Activation
+from answers import answer, answers
+from config import PLAN, Batch, Study
+from evidence import Evidence
+from forks import Forks
+from mechanisms import limits
+from results import branching_part, grid_part, paper_part, primary_part, results_part
+from setting import COMMANDS, activation_part, setup_part
+from traces import Run
+from wording import bullets, counted, sentence
+
+
+def write(
+    runs: Sequence[Run],
+    branches: Sequence[Mapping[str, Any]],
+    out: Path,
+    *,
+    study: Study | None = None,
+    plan: Sequence[Batch] = PLAN,
+    commands: Sequence[str] = COMMANDS,
+) -> Path:
+    """Write REPORT.md, summary.md and the pictures into a folder, and return the report's path.
+
+    Args:
+        runs: finished runs, of any part of the plan.
+        branches: outcomes of the branching experiment; may be empty.
+        out: the folder; made if it is not there.
+        study: the settings of the runs; those of the config file if left out.
+        plan: what should have been run.
+        commands: what made the runs, for the reader.
+    """
+    evidence, found = Evidence(runs, branches, study or Study(), plan), activation.check(runs, branches, study)
+    out.mkdir(parents=True, exist_ok=True)
+    report = out / "REPORT.md"
+    report.write_text(joined(report_parts(evidence, found, {}, commands)))
+    (out / "summary.md").write_text(joined(summary_parts(evidence, found, {})))
+    return report
+
+
+def report_parts(
+    evidence: Evidence, found: Activation, pictures: Mapping[str, str], commands: Sequence[str]
+) -> Iterator[str]:
+    """All of the report, in order."""
+    forks = Forks(evidence.branches)
+    yield "# Does a trust region after the optimizer step help?"
+    yield status(evidence, found)
+    yield f"**Answer.** {answer(evidence)}"
+    yield from primary_part(evidence)
+    yield from shown(pictures, "outcomes", "differences")
+    yield from activation_part(evidence, found)
+    yield from shown(pictures, *(name for name in pictures if name.startswith("activation")))
+    yield from setup_part(evidence, commands)
+    yield from results_part(evidence)
+    yield from grid_part(evidence)
+    yield from shown(pictures, "learning_rates")
+    yield from branching_part(forks)
+    yield from shown(pictures, "branches")
+    yield from paper_part(evidence)
+    yield from answers_part(evidence, forks)
+    yield from shown(pictures, "held_out")
+    yield "## What cannot be claimed"
+    yield bullets([sentence(text) for text in limits(evidence)])
+
+
+def summary_parts(evidence: Evidence, found: Activation, pictures: Mapping[str, str]) -> Iterator[str]:
+    """One page of it."""
+    yield status(evidence, found)
+    yield answer(evidence)
+    yield from shown(pictures, "outcomes")
+    yield from primary_part(evidence)
+    for item in answers(evidence, Forks(evidence.branches)):
+        if item.sentences:
+            yield f"**{item.question}**"
+            yield bullets([sentence(text) for text in item.sentences])
+
+
+def status(evidence: Evidence, found: Activation) -> str:
+    """Whether the study can be read at all: the first line of every page."""
+    runs, absent = counted(len(evidence.whole_runs), "run"), sum(map(len, evidence.missing.values()))
+    unfinished = f" Unfinished: {counted(absent, 'planned run')} missing (listed under Setup)." if absent else ""
+    if found.ok:
+        return f"Activation: **ok** ({runs}): every controller acted, no two conditions have one trace.{unfinished}"
+    count = counted(len(found.problems), "problem")
+    return f"Activation: **not ok** ({runs}): {count}, listed below, which void what they touch.{unfinished}"
+
+
+def answers_part(evidence: Evidence, forks: Forks) -> Iterator[str]:
+    """The plain answers."""
+    yield "## Plain answers"
+    for item in answers(evidence, forks):
+        yield f"### {item.question}"
+        yield bullets([sentence(text) for text in item.sentences]) or "Not measured."
+
+
+def shown(pictures: Mapping[str, str], *names: str) -> Iterator[str]:
+    """Pictures that were drawn, with what they say to those who cannot see them."""
+    for name in names:
+        if name in pictures:
+            yield f"![{pictures[name]}]({name}.png)"
+
+
+def joined(parts: Iterator[str]) -> str:
+    """One text."""
+    return "\n\n".join(parts) + "\n"
