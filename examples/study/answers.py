@@ -75,8 +75,8 @@ def price(evidence: Evidence, arm: str, condition: str) -> str:
     audits, lost = (fmean(getattr(f, name) for f in found) for name in ("audits_per_step", "rejected"))
     return (
         f"{number(fmean(overhead) if overhead else None, 2)} of a bare update's time per update (audits per update: "
-        f"{number(audits, 2)}), and {number(lost, 2)} of {evidence.study.updates} updates were lost to rejection"
-    )
+        f"{number(audits, 2)})"
+    ) + (f", and {number(lost, 2)} of {evidence.study.updates} updates, which were rejected" if lost else "")
 
 
 def against_tuned(evidence: Evidence, arm: str, condition: str) -> Iterator[str]:

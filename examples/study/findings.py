@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import activation
+import pictures
 from activation import Activation
 from answers import answer, answers
 from config import PLAN, Batch, Study
@@ -40,14 +41,15 @@ def write(
     """
     evidence, found = Evidence(runs, branches, study or Study(), plan), activation.check(runs, branches, study)
     out.mkdir(parents=True, exist_ok=True)
+    drawn = pictures.draw(evidence, Forks(branches), out)
     report = out / "REPORT.md"
-    report.write_text(joined(report_parts(evidence, found, {}, commands)))
-    (out / "summary.md").write_text(joined(summary_parts(evidence, found, {})))
+    report.write_text(joined(report_parts(evidence, found, drawn, commands)))
+    (out / "summary.md").write_text(joined(summary_parts(evidence, found, drawn)))
     return report
 
 
 def report_parts(
-    evidence: Evidence, found: Activation, pictures: Mapping[str, str], commands: Sequence[str]
+    evidence: Evidence, found: Activation, drawn: Mapping[str, str], commands: Sequence[str]
 ) -> Iterator[str]:
     """All of the report, in order."""
     forks = Forks(evidence.branches)
@@ -55,27 +57,27 @@ def report_parts(
     yield status(evidence, found)
     yield f"**Answer.** {answer(evidence)}"
     yield from primary_part(evidence)
-    yield from shown(pictures, "outcomes", "differences")
+    yield from shown(drawn, "outcomes", "differences")
     yield from activation_part(evidence, found)
-    yield from shown(pictures, *(name for name in pictures if name.startswith("activation")))
+    yield from shown(drawn, *(name for name in drawn if name.startswith("activation")))
     yield from setup_part(evidence, commands)
     yield from results_part(evidence)
     yield from grid_part(evidence)
-    yield from shown(pictures, "learning_rates")
+    yield from shown(drawn, "learning_rates")
     yield from branching_part(forks)
-    yield from shown(pictures, "branches")
+    yield from shown(drawn, "branches")
     yield from paper_part(evidence)
     yield from answers_part(evidence, forks)
-    yield from shown(pictures, "held_out")
+    yield from shown(drawn, "held_out")
     yield "## What cannot be claimed"
     yield bullets([sentence(text) for text in limits(evidence)])
 
 
-def summary_parts(evidence: Evidence, found: Activation, pictures: Mapping[str, str]) -> Iterator[str]:
+def summary_parts(evidence: Evidence, found: Activation, drawn: Mapping[str, str]) -> Iterator[str]:
     """One page of it."""
     yield status(evidence, found)
     yield answer(evidence)
-    yield from shown(pictures, "outcomes")
+    yield from shown(drawn, "outcomes")
     yield from primary_part(evidence)
     for item in answers(evidence, Forks(evidence.branches)):
         if item.sentences:
@@ -101,11 +103,11 @@ def answers_part(evidence: Evidence, forks: Forks) -> Iterator[str]:
         yield bullets([sentence(text) for text in item.sentences]) or "Not measured."
 
 
-def shown(pictures: Mapping[str, str], *names: str) -> Iterator[str]:
+def shown(drawn: Mapping[str, str], *names: str) -> Iterator[str]:
     """Pictures that were drawn, with what they say to those who cannot see them."""
     for name in names:
-        if name in pictures:
-            yield f"![{pictures[name]}]({name}.png)"
+        if name in drawn:
+            yield f"![{drawn[name]}]({name}.png)"
 
 
 def joined(parts: Iterator[str]) -> str:

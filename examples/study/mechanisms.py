@@ -150,7 +150,8 @@ def less_or_worse(moved: Sequence[float], per_nat: Contrast) -> str:
 def limits(evidence: Evidence) -> Iterator[str]:
     """What cannot be claimed."""
     study = evidence.study
-    yield f"scale: {study.model}, LoRA of rank {study.lora_rank}, {study.updates} updates of {study.horizon}-token responses"
+    how = f"LoRA of rank {study.lora_rank}, {study.updates} updates, responses of {study.horizon} tokens"
+    yield f"scale: {study.model}, {how}"
     yield "RLHF: the reward is a proxy (a count of long words), with no reward model and no human preference behind it"
     seeds = sorted({len(evidence.of(arm, condition)) for arm, condition in evidence.figures})
     if seeds:

@@ -72,7 +72,7 @@ def verdict(found: Contrast, pairs: str = "seed") -> str:
 
     >>> from paired import of
     >>> verdict(of({seed: 0.1 + seed / 100 for seed in range(9)}))
-    'is higher by 0.14 (interval [0.123, 0.157], p = 0.00391, 9 seeds)'
+    'is higher by 0.14 (interval [0.123, 0.157], 9 seeds, p = 0.00391)'
     >>> verdict(of({0: -1.0, 1: 1.0, 2: 0.5}))
     'shows no difference that this study can see (interval [-1, 1], 3 seeds)'
     """
@@ -84,14 +84,14 @@ def verdict(found: Contrast, pairs: str = "seed") -> str:
     if not found.direction:
         return f"shows no difference that this study can see ({where}, {many})"
     word = "higher" if found.direction > 0 else "lower"
-    return f"is {word} by {number(abs(found.mean))} ({where}, p = {number(found.p)}, {many}{caution(found)})"
+    return f"is {word} by {number(abs(found.mean))} ({where}, {many}, {_tested(found)})"
 
 
-def caution(found: Contrast) -> str:
-    """What weakens a difference whose interval excludes 0; nothing if the test agrees."""
+def _tested(found: Contrast) -> str:
+    """What the exact test says of a difference whose interval excludes 0."""
     if found.n < SEEDS_FOR_P:
-        return ": suggestive, no p below .05 was possible"
-    return "" if found.p is not None and found.p < 0.05 else ": suggestive, the exact test does not reach .05"
+        return "suggestive: no p below .05 was possible"
+    return f"p = {number(found.p)}" + ("" if found.p is not None and found.p < 0.05 else ": suggestive, not below .05")
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,0 +1,168 @@
+"""Pictures that compare: outcomes by condition, differences from the baseline, learning rates, branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import forks
+from config import PRIMARY
+from evidence import BASELINE, Evidence, arm_of, label
+from forks import Forks
+from matplotlib.axes import Axes
+from style import BRANCHES, GREY, drawn, few_ticks, logarithmic, look, named_beside, row, rows_named
+from wording import bracket, counted, number
+
+OUTCOME_PANELS = {
+    "gain": "gain in held-out reward\n(more is better)",
+    "drift": "drift from the first policy\n[nats/token] (less)",
+    "held_worst_max": "largest slice KL of an\nupdate [nats/token] (less)",
+    "nll_change": "NLL change of base text\n[nats/token] (less)",
+}
+DIFFERENCE_PANELS = {
+    "score": "M",
+    "gain": "ΔR (held-out reward)",
+    "stability": "S_stability",
+    "worst_stability": "S_worst",
+}
+BRANCH_PANELS = {
+    "gain_next": "reward one update later\nminus theta_t's (more)",
+    "paired": "minus that after\naccepting, paired (more)",
+    "held": "held-out movement\n[nats/token]",
+    "distance_held": "logit distance to the\ncandidate, held-out (less)",
+}
+WIDE = 12.0
+"""Ratio of largest to smallest value above which an axis is logarithmic."""
+
+
+def draw_outcomes(evidence: Evidence, arm: str, path: Path) -> str:
+    """Dots: seeds, mean and interval of every condition, in four figures."""
+    conditions = evidence.conditions(arm)
+    if not conditions:
+        return ""
+    title = f"What each condition gained, and how far it moved ({arm_of(arm).label})"
+    with drawn(path, 2.2 + 0.42 * len(conditions), ncols=len(OUTCOME_PANELS), sharey=True) as (figure, axes):
+        figure.suptitle(title, fontweight="bold")
+        for panel, (metric, heading) in zip(axes[0], OUTCOME_PANELS.items(), strict=True):
+            every = [evidence.known(arm, condition, metric) for condition in conditions]
+            for y, (condition, values) in enumerate(zip(conditions, every, strict=True)):
+                row(panel, y, values, *look(condition))
+            if evidence.known(arm, BASELINE, metric):
+                middle = fmean(evidence.known(arm, BASELINE, metric))
+                panel.axvline(middle, color=GREY, linestyle=":", linewidth=1.2, zorder=0)
+            panel.set_title(heading, fontsize=11)
+            _scaled(panel, [value for values in every for value in values])
+        rows_named(axes[0, 0], [label(c) for c in conditions], [look(c)[0] for c in conditions])
+        figure.supxlabel(
+            f"dots: seeds; mark and bar: mean and 95 % bootstrap interval; dotted: {label(BASELINE)}", fontsize=10
+        )
+    return title
+
+
+def _scaled(axes: Axes, values: Sequence[float]) -> None:
+    if min(values) > 0 and max(values) / min(values) > WIDE:
+        logarithmic(axes, "x")
+        axes.grid(axis="x", alpha=0.25)
+    else:
+        few_ticks(axes)
+
+
+def draw_differences(evidence: Evidence, arm: str, path: Path) -> str:
+    """Forest: differences from the baseline in M and its components, with intervals."""
+    conditions = [c for c in evidence.conditions(arm) if c != BASELINE and evidence.contrast("score", arm, c).n]
+    if not conditions:
+        return ""
+    title = _headline(evidence, arm)
+    with drawn(path, 2.2 + 0.42 * len(conditions), ncols=len(DIFFERENCE_PANELS), sharey=True) as (figure, axes):
+        figure.suptitle(title, fontweight="bold")
+        for panel, (metric, heading) in zip(axes[0], DIFFERENCE_PANELS.items(), strict=True):
+            for y, condition in enumerate(conditions):
+                found = evidence.contrast(metric, arm, condition)
+                row(panel, y, found.differences, *look(condition), sure=found.direction != 0)
+            panel.axvline(0, color="black", linewidth=1, zorder=0)
+            panel.set_title(heading, fontsize=11)
+            few_ticks(panel)
+        names = [f"{label(c)} ({evidence.contrast('score', arm, c).n})" for c in conditions]
+        rows_named(axes[0, 0], names, [look(c)[0] for c in conditions])
+        figure.supxlabel(
+            f"difference from {label(BASELINE)}; dots: seeds (number in brackets); mark and bar: mean and 95 % "
+            "bootstrap interval,\nfilled if that excludes 0 (with fewer than 6 seeds this is suggestive only)",
+            fontsize=10,
+        )
+    return title
+
+
+def _headline(evidence: Evidence, arm: str) -> str:
+    """The primary contrast on M, as a title."""
+    found = evidence.primary["score"]
+    if arm != PRIMARY[0] or found.low is None:
+        return f"Differences from {label(BASELINE)} ({arm_of(arm).label})"
+    name, many = label(PRIMARY[1]), counted(found.n, "seed")
+    if not found.direction:
+        return f"{name}: no difference in M that this study can see ({bracket(found.low, found.high)}, {many})"
+    word = "raised" if found.direction > 0 else "lowered"
+    return f"{name} {word} M by {number(abs(found.mean or 0.0))} {bracket(found.low, found.high)}, {many}"
+
+
+def draw_learning_rates(evidence: Evidence, path: Path) -> str:
+    """Points: what a condition gained against how far it went, for every learning rate."""
+    if not evidence.grid:
+        return ""
+    title = "Do controllers reach what the baseline cannot at any learning rate? (no shocks; up and left is better)"
+    panels = {"drift": "drift from the first policy", "held_worst_max": "largest slice KL of an update"}
+    with drawn(path, 5.2, ncols=2, sharey=True) as (figure, axes):
+        figure.suptitle(title, fontweight="bold", fontsize=11.5)
+        for panel, (metric, heading) in zip(axes[0], panels.items(), strict=True):
+            _frontier(panel, evidence, metric, names=panel is axes[0, -1])
+            panel.set_xlabel(f"{heading} [nats/token]")
+        axes[0, 0].set_ylabel("gain in held-out reward (mean over seeds)")
+    return title
+
+
+def _frontier(axes: Axes, evidence: Evidence, metric: str, *, names: bool) -> None:
+    grid = [(arm, *_means(evidence, arm, BASELINE, metric)) for arm in evidence.grid]
+    axes.plot([x for _, x, _ in grid], [y for _, _, y in grid], "o-", color=look(BASELINE)[0], markersize=8)
+    for arm, x, y in grid:
+        rate = f"{arm_of(arm).learning_rate:g}"
+        axes.annotate(rate, (x, y), xytext=(9, -9), textcoords="offset points", va="top", fontsize=10)
+    named = [(grid[-1][1], grid[-1][2], f"{label(BASELINE)} (line)", look(BASELINE)[0])]
+    for arm in (arm for arm in evidence.arms if not arm_of(arm).shocked):
+        for condition in (c for c in evidence.conditions(arm) if c != BASELINE):
+            (x, y), (colour, marker) = _means(evidence, arm, condition, metric), look(condition)
+            axes.plot(x, y, marker, color=colour, markersize=9)
+            named.append((x, y, f"{label(condition)}, {arm_of(arm).learning_rate:g}", colour))
+    axes.margins(0.12)
+    axes.grid(alpha=0.25)
+    if names:
+        named_beside(axes, named)
+
+
+def _means(evidence: Evidence, arm: str, condition: str, metric: str) -> tuple[float, float]:
+    return fmean(evidence.known(arm, condition, metric)), fmean(evidence.known(arm, condition, "gain"))
+
+
+def draw_branches(branches: Forks, path: Path) -> str:
+    """Dots: what each decision gives from the same weights."""
+    panels = [panel for panel in BRANCH_PANELS if any(_branch_values(branches, name, panel) for name in branches.names)]
+    if not panels:
+        return ""
+    title = f"From the same weights: what does each decision give? ({counted(len(branches.points), 'point')})"
+    with drawn(path, 2.2 + 0.45 * len(branches.names), ncols=len(panels), sharey=True) as (figure, axes):
+        figure.suptitle(title, fontweight="bold")
+        for panel, outcome in zip(axes[0], panels, strict=True):
+            for y, name in enumerate(branches.names):
+                row(panel, y, _branch_values(branches, name, outcome), BRANCHES.get(name, GREY))
+            panel.axvline(0, color="black", linewidth=1, zorder=0)
+            panel.set_title(BRANCH_PANELS[outcome], fontsize=11)
+            few_ticks(panel)
+        names = [forks.label(name) for name in branches.names]
+        rows_named(axes[0, 0], names, [BRANCHES.get(name, GREY) for name in branches.names])
+        figure.supxlabel("dots: points (seed, t); mark and bar: mean and 95 % bootstrap interval", fontsize=10)
+    return title
+
+
+def _branch_values(branches: Forks, name: str, panel: str) -> Sequence[float]:
+    if panel == "paired":
+        return branches.contrast("gain_next", name, "accept").differences
+    return branches.known(name, panel)
