@@ -62,7 +62,7 @@ class Toy:
             rate *= 0.75**self.in_a_row
         size = 0.012 * rate**1.4 * random.lognormal(0, 0.25) * self._habit(t)
         slices = dict(zip(SLICES, size * random.lognormal(0, 0.35, len(SLICES)), strict=True))
-        slices["code"] *= 3.5 if random.random() < 0.1 else 1.0  # which a breaker sees, and a global gate does not
+        slices["code"] *= 6.0 if t == 9 else 1.0  # which a breaker sees, and a global gate does not
         candidate = Movement(sum(slices.values()) / len(slices), slices)
         record = self._decide(t, candidate, 5.0 * rate)
         elsewhere = random.lognormal(0.05, 0.12, len(SLICES) + len(UNSEEN))
@@ -72,7 +72,7 @@ class Toy:
             "shock": shock,
             "held": self._held_out(record.accepted, elsewhere),
             "held_drift": 1.1 * self.drift,
-            "seconds": 6.0 + sum(record.seconds.values()),
+            "seconds": 1.0 + sum(record.seconds.values()),
             "minibatches": 2 if self.name == "target_kl" and size > 0.03 else 4,
             "sampled_kl": size,
             "beta": 0.1 * (1.2**t if self.name == "adaptive_kl" else 1),

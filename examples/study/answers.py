@@ -13,7 +13,7 @@ from evidence import BASELINE, COMPONENTS, HIGH, METRICS, Evidence, arm_of, labe
 from forks import OUTCOMES, Forks
 from mechanisms import generalises, livelock, reward_lost
 from paired import Contrast
-from wording import number, percent, sentence, verdict
+from wording import listed, number, percent, sentence, verdict
 
 MEANINGS = {
     (1, 1): "STEP helped: M and reward are both higher",
@@ -111,7 +111,19 @@ def answers(evidence: Evidence, branches: Forks) -> Iterator[Answer]:
     yield Answer("Why does interpolation lose reward, where it does?", list(reward_lost(evidence)))
 
 
+def in_short(evidence: Evidence) -> Iterator[str]:
+    """Each conclusion once, with the controllers and arms that it holds for."""
+    found: dict[str, list[str]] = {}
+    for arm in evidence.arms:
+        for condition in evidence.limited(arm):
+            score, gain = (evidence.contrast(metric, arm, condition) for metric in ("score", "gain"))
+            if score.n:
+                found.setdefault(conclusion(score, gain), []).append(f"{label(condition)} ({arm_of(arm).label})")
+    yield from (f"{text}: {listed(places)}" for text, places in found.items())
+
+
 def _helps(evidence: Evidence) -> Iterator[str]:
+    yield from in_short(evidence)
     for arm in evidence.arms:
         for condition in evidence.limited(arm):
             score, gain = (evidence.contrast(metric, arm, condition) for metric in ("score", "gain"))

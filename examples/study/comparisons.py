@@ -11,6 +11,7 @@ from config import PRIMARY
 from evidence import BASELINE, Evidence, arm_of, label
 from forks import Forks
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from style import BRANCHES, GREY, drawn, few_ticks, logarithmic, look, named_beside, row, rows_named
 from wording import bracket, counted, number
 
@@ -28,7 +29,7 @@ DIFFERENCE_PANELS = {
 }
 BRANCH_PANELS = {
     "gain_next": "reward one update later\nminus theta_t's (more)",
-    "paired": "minus that after\naccepting, paired (more)",
+    "paired": "the same, minus that\nafter accepting (paired)",
     "held": "held-out movement\n[nats/token]",
     "distance_held": "logit distance to the\ncandidate, held-out (less)",
 }
@@ -123,16 +124,19 @@ def draw_learning_rates(evidence: Evidence, path: Path) -> str:
 def _frontier(axes: Axes, evidence: Evidence, metric: str, *, names: bool) -> None:
     grid = [(arm, *_means(evidence, arm, BASELINE, metric)) for arm in evidence.grid]
     axes.plot([x for _, x, _ in grid], [y for _, _, y in grid], "o-", color=look(BASELINE)[0], markersize=8)
-    for arm, x, y in grid:
+    for i, (arm, x, y) in enumerate(grid):
+        side = 1 if i and y < grid[i - 1][2] else -1  # where the line is not
+        place = {"xytext": (7 * side, 6), "ha": "left" if side > 0 else "right"}
         rate = f"{arm_of(arm).learning_rate:g}"
-        axes.annotate(rate, (x, y), xytext=(9, -9), textcoords="offset points", va="top", fontsize=10)
+        text = axes.annotate(rate, (x, y), textcoords="offset points", fontsize=10, **place)
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
     named = [(grid[-1][1], grid[-1][2], f"{label(BASELINE)} (line)", look(BASELINE)[0])]
     for arm in (arm for arm in evidence.arms if not arm_of(arm).shocked):
         for condition in (c for c in evidence.conditions(arm) if c != BASELINE):
             (x, y), (colour, marker) = _means(evidence, arm, condition, metric), look(condition)
             axes.plot(x, y, marker, color=colour, markersize=9)
             named.append((x, y, f"{label(condition)}, {arm_of(arm).learning_rate:g}", colour))
-    axes.margins(0.12)
+    axes.margins(0.2, 0.12)
     axes.grid(alpha=0.25)
     if names:
         named_beside(axes, named)

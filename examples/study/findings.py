@@ -9,12 +9,12 @@ from typing import Any
 import activation
 import pictures
 from activation import Activation
-from answers import answer, answers
-from config import PLAN, Batch, Study
-from evidence import Evidence
+from answers import answer, answers, in_short
+from config import PLAN, PRIMARY, Batch, Study
+from evidence import BASELINE, Evidence, arm_of, label
 from forks import Forks
-from mechanisms import limits
-from results import branching_part, grid_part, paper_part, primary_part, results_part
+from mechanisms import generalises, limits
+from results import branching_part, grid_part, paper_part, primary_part, results_part, short_table
 from setting import COMMANDS, activation_part, setup_part
 from traces import Run
 from wording import bullets, counted, sentence
@@ -78,11 +78,15 @@ def summary_parts(evidence: Evidence, found: Activation, drawn: Mapping[str, str
     yield status(evidence, found)
     yield answer(evidence)
     yield from shown(drawn, "outcomes")
-    yield from primary_part(evidence)
-    for item in answers(evidence, Forks(evidence.branches)):
-        if item.sentences:
-            yield f"**{item.question}**"
-            yield bullets([sentence(text) for text in item.sentences])
+    yield short_table(evidence, PRIMARY[0])
+    yield (
+        f"{arm_of(PRIMARY[0]).label[:1].upper()}{arm_of(PRIMARY[0]).label[1:]}; mean ± standard deviation over "
+        f"seeds; in brackets and in bold, intervals (95 %) that exclude 0. Against {label(BASELINE)} in the same arm:"
+    )
+    yield (
+        bullets([sentence(text) for text in (*in_short(evidence), *generalises(evidence))]) or "Nothing to compare yet."
+    )
+    yield "All tables, pictures, settings and limits: [REPORT.md](REPORT.md)."
 
 
 def status(evidence: Evidence, found: Activation) -> str:

@@ -40,8 +40,8 @@ def generalises(evidence: Evidence) -> Iterator[str]:
     )
     if commits:
         yield (
-            f"controllers committed {counted(commits, 'update')}; of these {control} exceeded one of the study's "
-            f"budgets on the control set (a budget that their condition does not have), and {held} on held-out prompts"
+            f"controllers committed {counted(commits, 'update')}; {control} of them exceeded one of the study's "
+            f"budgets (their own or not: a gate has one of the two) on the control set, and {held} on held-out prompts"
         )
 
 
@@ -122,8 +122,8 @@ def reward_lost(evidence: Evidence) -> Iterator[str]:
         if gain.n == 0:
             continue
         said = f"{arm_of(arm).label}: {METRICS['gain'].words} {verdict(gain)}"
-        if gain.direction >= 0:
-            yield f"{said}; there is no loss to explain"
+        if gain.n < paired.SEEDS_FOR_WORDS or gain.direction >= 0:
+            yield said if gain.n < paired.SEEDS_FOR_WORDS else f"{said}; there is no loss to explain"
             continue
         moved = [_nats(evidence, arm, condition) for condition in ("interpolate", BASELINE)]
         yield (

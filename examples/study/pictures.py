@@ -57,14 +57,21 @@ def draw_activation(evidence: Evidence, arm: str, path: Path) -> str:
         axes[0, 0].set_ylim(0.7 * min(low, 0.5), 2.5 * max(high, 2.0))  # room for alpha above the highest point
         for panel in axes[:, 0]:
             logarithmic(panel, "y")
+            panel.set_yticks(_round_numbers(*panel.get_ylim()))
             panel.tick_params(axis="x", length=0)
         figure.supylabel("proposed KL / budget (log scale)", fontsize=11)
         axes[-1, 0].set_xlabel(
-            "update t. Marks: proposals (largest KL / budget of the condition's budgets, of all if it has none), filled\n"
-            "if controlled, with alpha; bar: what was committed; x: rejected; yellow: known shock. "
+            "update t. Marks: proposals (largest KL / budget of the condition's budgets, of all if it has none),\n"
+            "filled if controlled, with alpha; bar: what was committed; x: rejected; yellow: known shock. "
             f"Seed {runs[0].seed}" + ("" if len({run.seed for run in runs}) == 1 else ", or the first that ran") + "."
         )
     return title
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Powers of ten and 1; on a short axis, what is halfway between them too."""
+    ticks = (0.01, 0.1, 1, 10, 100) if high / low > 100 else (0.03, 0.1, 0.3, 1, 3, 10, 30)
+    return [tick for tick in ticks if low < tick < high]
 
 
 def first_run(evidence: Evidence, arm: str, condition: str) -> Run:

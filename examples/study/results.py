@@ -43,6 +43,16 @@ MOVEMENT: Mapping[str, str] = {
 }
 """In the second."""
 
+SHORT: Mapping[str, str] = {
+    "score": "M",
+    "gain": "ΔR",
+    "stability": "S_stability",
+    "worst_stability": "S_worst",
+    "drift": "drift",
+    "overhead_updates": "overhead [bare updates]",
+}
+"""In the table of the summary."""
+
 GRID = ("score", "gain", "reward", "stability", "worst_stability", "drift", "held_worst_max", "nll_change")
 """In the table of learning rates."""
 
@@ -75,9 +85,9 @@ def statistics(found: Contrast) -> list[str]:
         str(found.n),
         number(found.mean),
         bracket(found.low, found.high),
-        number(found.p),
+        "" if found.p is None else number(found.p),
         "" if found.holm is None else number(found.holm),
-        number(found.effect),
+        "" if found.effect is None else number(found.effect),
         bracket(found.effect_low, found.effect_high),
     ]
 
@@ -131,6 +141,17 @@ def _few_seeds(family: Mapping[str, Contrast]) -> Iterator[str]:
     if few:
         least = listed([f"{number(smallest_p(n))} with {counted(n, 'seed')}" for n in few])
         yield f"No p below .05 was possible with fewer than {SEEDS_FOR_P} seeds (the least is {least}): read estimates."
+
+
+def short_table(evidence: Evidence, arm: str) -> str:
+    """What an arm comes to, a line for each condition."""
+    rows = []
+    for name in evidence.conditions(arm):
+        found = list(evidence.of(arm, name).values())
+        cells = [spread(getattr(figures, column) for figures in found) for column in SHORT]
+        against = "" if name == BASELINE else difference(evidence.contrast("score", arm, name))
+        rows.append([label(name), str(len(found)), *cells, against])
+    return table(["condition", "seeds", *SHORT.values(), "difference in M"], rows)
 
 
 def grid_part(evidence: Evidence) -> Iterator[str]:

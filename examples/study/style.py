@@ -85,7 +85,7 @@ def rows_named(axes: Axes, names: Sequence[str], colours: Sequence[str]) -> None
         text.set_color(colour)
 
 
-def few_ticks(axes: Axes, count: int = 4) -> None:
+def few_ticks(axes: Axes, count: int = 3) -> None:
     """Leave room between the numbers of a narrow panel."""
     axes.xaxis.set_major_locator(MaxNLocator(count))
     axes.grid(axis="x", alpha=0.25)
@@ -107,7 +107,7 @@ def named_beside(axes: Axes, points: Sequence[tuple[float, float, str, str]]) ->
     if not points:
         return
     low, high = axes.get_ylim()
-    heights = _apart([(y - low) / (high - low) for _, y, _, _ in points], gap=0.055)
+    heights = _apart([(y - low) / (high - low) for _, y, _, _ in points], gap=0.062)
     for (x, y, name, colour), height in zip(points, heights, strict=True):
         axes.annotate(
             name,
