@@ -59,6 +59,8 @@ class Study:
 
     evaluation_samples: int = 4
     """responses to each held-out prompt that score the first and the last policy, with common random numbers"""
+    branch_at: tuple[int, ...] = (3, 7, 11)
+    """before which updates the branching experiment begins"""
     prompts_per_slice: tuple[int, int, int] = (6, 3, 3)
     """training, control, held-out; the slices advice and translate are held out whole"""
 
@@ -106,7 +108,9 @@ CONDITIONS: dict[str, Condition] = {
     "ratchet": Condition("Ratcheted reference, no cap", paper=8, reference="ratchet", reference_options={"every": 2}),
     "target_kl": Condition("Target-KL stopping", target_kl=0.02),
     "adaptive_kl": Condition("Adaptive KL coefficient", adaptive_kl=0.05),
-    "gate_keep": Condition("Global gate, moments kept", limits=("mean",), controller="Gate", options={"on_reject": "keep_state"}),
+    "gate_keep": Condition(
+        "Global gate, moments kept", limits=("mean",), controller="Gate", options={"on_reject": "keep_state"}
+    ),
 }
 
 
@@ -141,9 +145,45 @@ class Batch:
 PRIMARY = ("shocks", "interpolate", "fixed")
 """The one pre-registered contrast: arm, condition, baseline; on the composite metric, and on its components."""
 
-PLAN: tuple[Batch, ...] = (
-    Batch("shocks", ("fixed", "interpolate"), (0, 1, 2)),
-)
+
+@dataclass(frozen=True)
+class Branch:
+    """One way to go on from a state, in the branching experiment."""
+
+    condition: str
+    """whose controller decides"""
+    rate: Literal["shocked", "shrunk", "ordinary"] = "shocked"
+    """learning rate of the proposal; shrunk: the shocked one times the alpha that interpolation found"""
+    moments: Literal["after", "before"] = "after"
+    """which the optimizer goes on with: as the controller leaves them, or those from before the proposal"""
+
+
+BRANCHES: dict[str, Branch] = {
+    "accept": Branch("fixed"),
+    "shrink": Branch("interpolate"),
+    "shrink_restore": Branch("interpolate", moments="before"),
+    "reject": Branch("gate"),
+    "reject_keep": Branch("gate_keep"),
+    "project": Branch("project"),
+    "rerun": Branch("fixed", rate="shrunk"),
+    "small": Branch("fixed", rate="ordinary"),
+}
+"""The first accepts."""
+BRANCH_FROM = ("nominal", "fixed")
+"""Arm and condition of the runs that are branched from."""
+BRANCH_SEEDS = (0, 1, 2)
+
+PLAN: tuple[Batch, ...] = (Batch("shocks", ("fixed", "interpolate"), (0, 1, 2)),)
 """In this order: a study that is cut short has its most important runs."""
 
-SMOKE = replace(Study(), updates=3, shocks=(1,), horizon=8, evaluation_samples=2)
+PILOT = (Batch("shocks", ("fixed",), (1000,)), Batch("high_lr", ("fixed",), (1000,)))
+"""To choose budgets, caps and targets by."""
+
+SMOKE = replace(
+    Study(), updates=3, shocks=(1,), branch_at=(1,), horizon=8, evaluation_samples=1, prompts_per_slice=(2, 1, 1)
+)
+"""A random model of 0.1 million weights, every condition, in minutes: does it run?"""
+
+CUDA = replace(Study(), updates=40, shocks=(5, 11, 17, 23, 29, 35), evaluation_samples=16, prompts_per_slice=(6, 4, 4))
+"""What a GPU has time for: more updates, and the seeds below."""
+CUDA_SEEDS = tuple(range(12))
