@@ -68,13 +68,14 @@ class Learner:
             kl=TokenKL(self.model, self.world.control, noise_floor=False),
             budget=budget_of(self.world, condition),
             controller=getattr(step_optim, condition.controller)(**condition.options),
+            warm_start=condition.warm_start,
             log=self.log,
         )
         self.held = TokenKL(self.model, self.world.held_out, noise_floor=False)  # watches, and decides nothing
         self.held.anchor()
         self.reference = REFERENCES[condition.reference](self.model, **condition.reference_options)
-        aim, target = condition.adaptive_kl, condition.target_kl
-        self.adaptive = None if aim is None else AdaptiveKL(study.beta, target=aim)
+        adaptive, target = condition.adaptive_kl, condition.target_kl
+        self.adaptive = None if adaptive is None else AdaptiveKL(study.beta, **adaptive)
         self.target = None if target is None else TargetKL(target)
 
     @property

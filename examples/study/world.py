@@ -86,7 +86,7 @@ class World:
             model.unload()
 
     def held_out_reward(self, model: PeftModel, seed: int) -> dict[str, float]:
-        """Return the mean reward of fresh responses to the held-out prompts by slice, with the seed's random numbers."""
+        """Return the mean reward of fresh responses to held-out prompts, by slice, with the seed's random numbers."""
         questions = [(name, question) for name, question in prompts_of(self.study, "held_out")]
         ids, mask = ppo.encode(self.tokenizer, [chat(self.tokenizer, q) for _, q in questions], self.device)
         samples = self.study.evaluation_samples
