@@ -82,7 +82,7 @@ def ppo_update(model: PeftModel, optimizer: STEPOptimizer, rollout: ppo.Rollout,
     with optimizer.window():
         for loss in ppo.minibatch_losses(model, rollout, CONFIG, stream):
             optimizer.zero_grad()
-            loss.backward()
+            loss.value.backward()
             clip_grad_norm_(parameters, CONFIG.max_grad_norm)
             optimizer.step()
 

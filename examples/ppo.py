@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -78,7 +80,21 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one minibatch, of n responses."""
+
+    value: Tensor
+    """0-dim, with its graph"""
+    log_ratio: Tensor
+    """[n, T] new minus old log-probability of the sampled tokens"""
+    alive: Tensor
+    """[n, T] which of them count"""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return ids and mask, [B, P], of chat prompts ready to be answered."""
     batch = tokenizer.apply_chat_template(
         list(prompts),
@@ -88,7 +104,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> t
         return_tensors="pt",
         tokenizer_kwargs={"padding_side": "left"},
     )
-    return batch["input_ids"], batch["attention_mask"]
+    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
 @torch.no_grad()
@@ -125,11 +141,11 @@ def draw(logprobs: Tensor, generator: torch.Generator) -> Tensor:
     are close then choose mostly the same tokens, which pairs the runs.
     """
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(len(logprobs), 1, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(len(logprobs), 1, dtype=torch.float64, generator=generator).to(logprobs.device)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=logprobs.shape[1] - 1)
 
 
-def response_logprobs(model: PeftModel, ids: Tensor, mask: Tensor, responses: Tensor) -> Tensor:
+def response_logprobs(model: Callable[..., Any], ids: Tensor, mask: Tensor, responses: Tensor) -> Tensor:
     """Return the [N, T, V] log-probabilities at the response tokens, reading every prompt only once.
 
     A prompt and all its samples are one row, prompt | sample 1 | sample 2 | ..., under a mask that hides
@@ -138,9 +154,9 @@ def response_logprobs(model: PeftModel, ids: Tensor, mask: Tensor, responses: Te
     prompts, width = ids.shape
     samples, horizon = len(responses) // prompts, responses.shape[1]
     row = torch.cat([ids, responses.view(prompts, -1)], 1)
-    after_prompt = mask.sum(1, keepdim=True) + torch.arange(horizon).repeat(samples)
+    after_prompt = mask.sum(1, keepdim=True) + torch.arange(horizon, device=ids.device).repeat(samples)
     # The token at t is predicted at t - 1, and the first token of every sample at the prompt's end.
-    predicts = width - 1 + torch.arange(samples * horizon)
+    predicts = width - 1 + torch.arange(samples * horizon, device=ids.device)
     predicts[::horizon] = width - 1
     logits = model(
         input_ids=row,
@@ -154,13 +170,13 @@ def response_logprobs(model: PeftModel, ids: Tensor, mask: Tensor, responses: Te
 
 def tree_mask(mask: Tensor, samples: int, horizon: int) -> Tensor:
     """Return the additive attention mask [B, 1, L, L] of rows prompt | sample 1 | sample 2 | ..."""
-    prompts, width = mask.shape
-    branch = torch.cat([torch.zeros(width), torch.arange(1, samples + 1).repeat_interleave(horizon)])
+    (prompts, width), device = mask.shape, mask.device
+    branch = torch.cat([torch.zeros(width), torch.arange(1, samples + 1).repeat_interleave(horizon)]).to(device)
     length = len(branch)
     visible = ((branch == branch[:, None]) | (branch == 0)).tril()
-    real = torch.cat([mask.bool(), torch.ones(prompts, length - width, dtype=torch.bool)], 1)
+    real = torch.cat([mask.bool(), torch.ones(prompts, length - width, dtype=torch.bool, device=device)], 1)
     # Padding sees itself: a row that may see nothing is NaN in some attention kernels.
-    allowed = (visible & real[:, None]) | torch.eye(length, dtype=torch.bool)
+    allowed = (visible & real[:, None]) | torch.eye(length, dtype=torch.bool, device=device)
     return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
@@ -171,15 +187,19 @@ def roll_out(
     reward: RewardFn,
     config: PPOConfig,
     generator: torch.Generator,
+    reference: Callable[..., Any] | None = None,
 ) -> Rollout:
-    """Sample responses, score them, and record what the sampling and the reference policy think of them."""
-    ids, mask = encode(tokenizer, prompts)
+    """Sample responses, score them, and record what the sampling and the reference policy think of them.
+
+    The reference is called like the model; by default it is the model without its adapter.
+    """
+    ids, mask = encode(tokenizer, prompts, model.device)
     responses, old_logprobs = sample(model, ids, mask, config, generator)
-    with torch.no_grad(), model.disable_adapter():
-        reference_logprobs = response_logprobs(model, ids, mask, responses)
+    with torch.no_grad(), model.disable_adapter() if reference is None else nullcontext():
+        reference_logprobs = response_logprobs(reference or model, ids, mask, responses)
     alive = until_end(responses, tokenizer)
     texts = decode(responses, alive, tokenizer)
-    rewards = torch.tensor([reward(text) for text in texts])
+    rewards = torch.tensor([reward(text) for text in texts], device=ids.device)
     advantages = group_advantages(rewards, config.samples)
     return Rollout(ids, mask, responses, alive, old_logprobs, reference_logprobs, rewards, advantages, texts)
 
@@ -193,7 +213,7 @@ def mean_reward(
     generator: torch.Generator,
 ) -> float:
     """Return the mean reward of fresh responses, without training on them."""
-    responses, _ = sample(model, *encode(tokenizer, prompts), config, generator)
+    responses, _ = sample(model, *encode(tokenizer, prompts, model.device), config, generator)
     texts = decode(responses, until_end(responses, tokenizer), tokenizer)
     return sum(map(reward, texts)) / len(texts)
 
@@ -216,28 +236,30 @@ def group_advantages(rewards: Tensor, samples: int) -> Tensor:
     return centred / (centred.std() + 1e-6)  # all equal: nothing to learn, and nothing divided by zero
 
 
-def ppo_loss(model: PeftModel, rollout: Rollout, prompts: Tensor, config: PPOConfig) -> Tensor:
+def ppo_loss(model: PeftModel, rollout: Rollout, prompts: Tensor, config: PPOConfig) -> Loss:
     """Return the clipped surrogate plus beta times the exact KL to the reference, mean over live tokens.
 
     ``prompts`` [b] says which prompts to take, each with all its samples.
     """
-    rows = (prompts[:, None] * config.samples + torch.arange(config.samples)).flatten()
+    rows = (prompts[:, None] * config.samples + torch.arange(config.samples, device=prompts.device)).flatten()
     responses = rollout.responses[rows]
     logprobs = response_logprobs(model, rollout.ids[prompts], rollout.mask[prompts], responses)
     chosen = logprobs.gather(-1, responses[..., None])[..., 0]
-    ratio = (chosen - rollout.old_logprobs[rows]).exp()
+    log_ratio = chosen - rollout.old_logprobs[rows]
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
     advantage = rollout.advantages[rows, None]
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
     kl_nats = (logprobs.exp() * (logprobs - rollout.reference_logprobs[rows])).sum(-1)
-    alive = rollout.alive[rows].float()
-    return ((config.beta * kl_nats - surrogate) * alive).sum() / alive.sum()
+    alive = rollout.alive[rows]
+    value = ((config.beta * kl_nats - surrogate) * alive).sum() / alive.sum()
+    return Loss(value, log_ratio.detach(), alive)
 
 
 def minibatch_losses(
     model: PeftModel, rollout: Rollout, config: PPOConfig, generator: torch.Generator
-) -> Iterator[Tensor]:
+) -> Iterator[Loss]:
     """Yield the loss of every minibatch of one PPO update, each at the weights that the last step left."""
     for _ in range(config.epochs):
         for prompts in torch.randperm(len(rollout.ids), generator=generator).chunk(config.minibatches):
-            yield ppo_loss(model, rollout, prompts, config)
+            yield ppo_loss(model, rollout, prompts.to(rollout.ids.device), config)

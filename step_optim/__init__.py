@@ -35,6 +35,8 @@ from step_optim.controllers import (
 from step_optim.movement import Movement
 from step_optim.optimizer import STEPOptimizer
 from step_optim.policy_kl import PolicyKL
+from step_optim.ppo import AdaptiveKL, TargetKL, sampled_kl
+from step_optim.references import EMAReference, FixedReference, RatchetReference, Reference, ReferenceAction
 from step_optim.summary import summarise
 from step_optim.telemetry import StepRecord, read_log
 from step_optim.token_kl import TokenKL
@@ -43,10 +45,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "AdaptiveKL",
     "Audit",
     "Budget",
     "ControlSet",
     "Controller",
+    "EMAReference",
+    "FixedReference",
     "FunctionKL",
     "Gate",
     "GateStalled",
@@ -58,12 +63,17 @@ __all__ = [
     "Point",
     "PolicyKL",
     "Project",
+    "RatchetReference",
+    "Reference",
+    "ReferenceAction",
     "STEPOptimizer",
     "StepRecord",
+    "TargetKL",
     "TokenKL",
     "Trial",
     "Verdict",
     "kl_closure",
     "read_log",
+    "sampled_kl",
     "summarise",
 ]

@@ -67,7 +67,8 @@ class Atomic:
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
-        run.progress, run.open, run.notes, transaction.over = run.progress.after(record), None, {}, True
+        progress = run.progress.after(record, warm_start=run.warm_start and record.success)
+        run.progress, run.open, run.notes, transaction.over = progress, None, {}, True
         if stands:
             run.remember(transaction)
         transaction.release()

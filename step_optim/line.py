@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +31,8 @@ class Line:
 
     restarts = False
     """Whether a point is reached by running the inner step again."""
+    scale = 1.0
+    """On the learning rates of the proposals; see `radius`."""
 
     def __init__(self, optimizer: Optimizer, weights: Weights, state: OptimizerState, copies: Copies) -> None:
         self._optimizer, self._weights, self._state, self._copies = optimizer, weights, state, copies
@@ -40,7 +43,7 @@ class Line:
 
     def propose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the inner step: theta~ = OptStep(theta_t, gradient). Its arguments go to it untouched."""
-        with inner_step(self._optimizer):
+        with scaled_rates(self._optimizer, self.scale), inner_step(self._optimizer):
             return self._optimizer.step(*args, **kwargs)
 
     def keep_candidate(self) -> None:
@@ -141,15 +144,22 @@ class Restep(Line):
         if alpha == 0:
             return
         assert self._again is not None
-        groups = [(group, group["lr"]) for group in self._optimizer.param_groups]
-        with self._state.watch_groups():  # an interrupt in here is undone with what the step writes
-            for group, lr in groups:
-                group["lr"] = lr * alpha
-            try:
-                self._again()
-            finally:
-                for group, lr in groups:
-                    group["lr"] = lr
+        # An interrupt in here is undone with what the step writes.
+        with self._state.watch_groups(), scaled_rates(self._optimizer, alpha):
+            self._again()
+
+
+@contextmanager
+def scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Multiply every learning rate for the duration of the body."""
+    groups = [(group, group["lr"]) for group in optimizer.param_groups] if factor != 1 else []
+    try:
+        for group, lr in groups:
+            group["lr"] = lr * factor
+        yield
+    finally:
+        for group, lr in groups:
+            group["lr"] = lr
 
 
 def check_shrink(shrink: str, optimizer: Optimizer) -> None:
@@ -160,8 +170,18 @@ def check_shrink(shrink: str, optimizer: Optimizer) -> None:
     """
     if shrink not in SHRINKS:
         raise ValueError(f"shrink={shrink!r} is unknown; use one of {SHRINKS}")
-    if shrink == "restep" and any(group.get("lr") is None for group in optimizer.param_groups):
+    if shrink == "restep":
+        check_rates(optimizer, "shrink='restep'", "shrink='interpolate'")
+
+
+def check_rates(optimizer: Optimizer, option: str, instead: str) -> None:
+    """Refuse to scale a learning rate that there is not.
+
+    Raises:
+        ValueError: a parameter group without one.
+    """
+    if any(group.get("lr") is None for group in optimizer.param_groups):
         raise ValueError(
-            f"shrink='restep' scales the learning rate, and {type(optimizer).__name__} has a parameter group without "
-            "one; use shrink='interpolate'"
+            f"{option} scales the learning rate, and {type(optimizer).__name__} has a parameter group without one; "
+            f"use {instead}"
         )

@@ -25,7 +25,7 @@ from step_optim.checks import (
 )
 from step_optim.controllers.base import Action, Controller, Outcome, Point
 from step_optim.controllers.interpolate import Interpolate
-from step_optim.line import Line, Restep, loss_closure
+from step_optim.line import Line, Restep, check_rates, loss_closure
 from step_optim.movement import Movement
 from step_optim.param_like import Copies, ParamLike, known_copies
 from step_optim.ranks import WORLD, Ranks
@@ -63,6 +63,10 @@ class STEPOptimizer(OptimizerWrapper):
             moments, and in the step gradients): ``"device"``, beside them; or
             ``"cpu"``, in pinned host memory, for a full fine-tuning that would
             not fit otherwise. Every step then sends them over the bus.
+        warm_start: whether to propose at a learning rate that the last proposals
+            have shown to be within the budget: a multiple <= 1 of the one that
+            is set, which `radius.next_scale` adapts. For budgets that bind on
+            most steps; it also leads a `Gate` out of rejecting for ever.
         param_like: where the optimizer keeps copies of the weights (keys of
             ``state[parameter]``, or a function of the inner optimizer that lists
             (copy, parameter) pairs): interpolation moves them along. By
@@ -103,6 +107,7 @@ class STEPOptimizer(OptimizerWrapper):
         on_error: str = "raise",
         shrink: str = "interpolate",
         snapshot: str = "device",
+        warm_start: bool = False,
         param_like: ParamLike | None = None,
         process_group: Any = WORLD,
     ) -> None:
@@ -114,11 +119,13 @@ class STEPOptimizer(OptimizerWrapper):
         controller = check_controller(Interpolate() if controller is None else controller)
         budget = Budget.of(budget)
         check_line(optimizer, controller, shrink, budget)
+        if warm_start:
+            check_rates(optimizer, "warm_start=True", "warm_start=False")
         super().__init__(optimizer)
         self._on_error, self._shrink, self._log = on_error, shrink, log
         self._snapshot = snapshot
         self._param_like = known_copies(optimizer) if param_like is None else param_like
-        self._run = Run(budget, controller)
+        self._run = Run(budget, controller, warm_start)
         self._parts = self._make_parts(Ranks(process_group))
         self._sink = open_log(log, self._header, lambda: self._parts.ranks.first)
         if kl is not None:
@@ -281,6 +288,7 @@ class STEPOptimizer(OptimizerWrapper):
 
     def _transaction(self, kl: KLClosure | Callable[[], Any] | None, *, patient: bool) -> Transaction:
         closure = self._fitting(kl) if kl is not None else self._run.kl or Unbound()
+        self._parts.line.scale = self._run.progress.scale if self._run.warm_start else 1.0
         return Transaction(self._parts, closure, self.budget, self._run.progress.step, patient=patient)
 
     def _atomic(self, transaction: Transaction) -> Atomic:

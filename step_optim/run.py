@@ -12,6 +12,7 @@ from step_optim.audit import KLClosure
 from step_optim.budget import Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
+from step_optim.radius import next_scale
 from step_optim.summary import Summary
 from step_optim.telemetry import StepRecord
 
@@ -32,8 +33,10 @@ class Progress:
     """Those of the latest that a controller rejected."""
     summary: Summary = field(default_factory=Summary)
     last: StepRecord | None = None
+    scale: float = 1.0
+    """On the learning rates of the next proposal, under ``warm_start``."""
 
-    def after(self, record: StepRecord) -> Progress:
+    def after(self, record: StepRecord, *, warm_start: bool = False) -> Progress:
         """Count one step."""
         rejected = self.rejected_in_a_row
         if record.triggered:
@@ -41,7 +44,12 @@ class Progress:
         elif record.action is Action.COMMIT:
             rejected = 0
         return replace(
-            self, step=self.step + 1, rejected_in_a_row=rejected, summary=self.summary.plus(record), last=record
+            self,
+            step=self.step + 1,
+            rejected_in_a_row=rejected,
+            summary=self.summary.plus(record),
+            last=record,
+            scale=next_scale(self.scale, record) if warm_start else self.scale,
         )
 
 
@@ -55,6 +63,8 @@ class Run:
 
     budget: Budget
     controller: Controller
+    warm_start: bool = False
+    """Whether proposals are scaled by what the last ones have shown."""
     kl: KLClosure | None = None
     kl_state: Mapping[str, Any] = field(default_factory=dict)
     """Of a checkpoint that was loaded before there was a KL closure."""
@@ -83,7 +93,7 @@ class Run:
 
     def without_model(self) -> Run:
         """Return what a copy of the optimizer goes on with; the KL closure holds a model, so it stays behind."""
-        return Run(self.budget, self.controller, kl_state=self._kl_state(), progress=self.progress)
+        return Run(self.budget, self.controller, self.warm_start, kl_state=self._kl_state(), progress=self.progress)
 
     def _kl_state(self) -> dict[str, Any]:
         return dict(self.kl_state) if self.kl is None else self.kl.state_dict()
@@ -97,6 +107,7 @@ class Run:
             "summary": self.progress.summary.state_dict(),
             "controller": self.controller.state_dict(),
             "kl": self._kl_state(),
+            **({"scale": self.progress.scale} if self.warm_start else {}),
         }
 
     def loader(self, state: Mapping[str, Any] | None) -> Callable[[], None]:
@@ -127,7 +138,9 @@ def _read(state: Mapping[str, Any], controller: Controller) -> tuple[Progress, M
         version, kl_state = _count(state["version"]), {str(name): value for name, value in state["kl"].items()}
         summary = Summary({str(name): float(value) for name, value in state["summary"].items()})
         summary.figures()
-        progress = Progress(_count(state["step"]), _count(state["rejected_in_a_row"]), summary)
+        progress = Progress(
+            _count(state["step"]), _count(state["rejected_in_a_row"]), summary, scale=_scale(state.get("scale", 1.0))
+        )
         controller.check_state_dict(dict(state["controller"]))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise ValueError(
@@ -143,3 +156,9 @@ def _count(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{value!r:.60} counts nothing")
     return value
+
+
+def _scale(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{value!r:.60} is no scale")
+    return float(value)

@@ -59,13 +59,16 @@ class StepRecord:
     stalled: bool = False
     """Whether a gate's patience was used up."""
     projection: Mapping[str, float] = field(default_factory=dict)
-    """Of `Project`: residual (mean ‖l - l_candidate‖²), residual_target, residual_interpolation, steps."""
+    """Of `Project`: residual (mean ‖l - l_candidate‖²), residual_target, residual_interpolation, steps;
+    strength_min and strength_max: the smallest and largest lambda of a prompt in the mixture aimed at."""
     reference_drift: Movement | None = None
     """Movement of the committed policy from pi_ref; None if the KL closure does not measure it."""
     update_norm: float = 0.0
     """L2 norm of candidate - previous weights."""
     lr: tuple[float, ...] = ()
     """Learning rate of each parameter group at this step."""
+    scale: float = 1.0
+    """What the proposal multiplied them by, under ``warm_start``."""
     reward: float | None = None
     """From `note(reward=...)`."""
     success: bool = True
@@ -107,6 +110,7 @@ class StepRecord:
         for name in ("alpha", "alpha_realised", "update_norm", "reward"):
             values[name] = _float(values.get(name))
         values["lr"] = tuple(float(lr) for lr in values.get("lr", ()))
+        values["scale"] = float(values.get("scale", 1.0))
         values["projection"], values["seconds"] = _floats(values["projection"]), _floats(values["seconds"])
         return cls(**values)
 

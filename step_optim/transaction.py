@@ -320,6 +320,7 @@ class Transaction:
             "trials": tuple(self.trials[1:]),
             "update_norm": self.update_norm,
             "lr": self.lr,
+            "scale": self.line.scale,
         }
 
     def _everywhere(self, kl: float) -> Movement:

@@ -126,7 +126,14 @@ def test_residuals_equal_the_oracle(name) -> None:
     projected = take(Project(), budget, control, name)
     shrunk = take(Interpolate(), budget, control, name)
     record = projected.record.projection
-    assert set(record) == {"residual", "residual_target", "residual_interpolation", "steps"}
+    assert set(record) == {
+        "residual",
+        "residual_target",
+        "residual_interpolation",
+        "steps",
+        "strength_min",
+        "strength_max",
+    }
     assert record["residual"] == pytest.approx(projected.objective, rel=1e-3)
     assert record["residual_interpolation"] == pytest.approx(shrunk.objective, rel=1e-3)
     assert record["residual"] <= record["residual_interpolation"]

@@ -60,9 +60,7 @@ class Run:
     def from_dict(cls, plain: Mapping[str, Any]) -> Run:
         """Read what `to_dict` returned."""
         records = tuple(StepRecord.from_dict(record) for record in plain["records"])
-        return cls(
-            plain["arm"], plain["condition"], plain["seed"], records, tuple(plain["updates"]), plain["result"]
-        )
+        return cls(plain["arm"], plain["condition"], plain["seed"], records, tuple(plain["updates"]), plain["result"])
 
 
 def shortened(value: Any) -> Any:

@@ -99,6 +99,8 @@ class Project(Controller):
             "residual_target": trial.agree(kl.distance(contest.best.audit, trial.candidate.audit, strength)),
             "residual_interpolation": contest.start,
             "steps": float(steps),
+            "strength_min": float(strength.min()),
+            "strength_max": float(strength.max()),
         }
         return trial.accept(contest.best, projection=record)
 

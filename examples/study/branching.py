@@ -1,0 +1,125 @@
+"""The branching experiment: from one theta_t, one proposal is accepted, shrunk, rejected, projected ...
+
+All branches of a state train on the same rollout with the same random numbers. What a branch is worth is the held-out
+reward right after it, and after one more ordinary update from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ppo
+import torch
+from config import ARMS, BRANCH_FROM, BRANCHES, CONDITIONS, Branch
+from training import Learner, plain
+from world import World, mean, stream
+
+from step_optim import Action, Audit, Budget
+
+Record = dict[str, Any]
+
+
+def make_branches(world: World, seed: int, t: int, root: Path, say: Callable[[int], None]) -> list[Record]:
+    """Branch from the state before update t of the run ``BRANCH_FROM``; return one plain record for each branch.
+
+    Raises:
+        ValueError: that run did not keep the state.
+    """
+    done = root / "branches" / str(seed) / f"{t}.json"
+    if not done.exists():
+        records = branch_off(world, seed, load_state(root, seed, t), say)
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.with_suffix(".tmp").write_text(json.dumps([{"seed": seed, "t": t, **record} for record in records]))
+        os.replace(done.with_suffix(".tmp"), done)
+    found: list[Record] = json.loads(done.read_text())
+    return found
+
+
+def load_state(root: Path, seed: int, t: int) -> Record:
+    """Load the state before update t."""
+    folder = root.joinpath(*BRANCH_FROM, str(seed))
+    if not (folder / f"before-{t}.pt").exists():
+        raise ValueError(f"{folder} did not keep the state before update {t}; remove it, and it is made again")
+    state: Record = torch.load(folder / f"before-{t}.pt")
+    return state
+
+
+def branch_off(world: World, seed: int, state: Record, say: Callable[[int], None]) -> list[Record]:
+    """Take every branch from one state."""
+    records: list[Record] = []
+    start: Start | None = None
+    for number, (name, branch) in enumerate(BRANCHES.items()):
+        say(number)
+        with world.adapted(seed) as model:
+            learner = Learner(world, ARMS[BRANCH_FROM[0]], CONDITIONS[branch.condition], seed, model)
+            learner.load_state_dict(copy.deepcopy(state))
+            start = start or Start(learner)
+            records.append({"branch": name, "reward_at": start.reward, **take(learner, branch, start)})
+    return records
+
+
+class Start:
+    """What all branches of a state share: the reward of theta_t, the rollout, and the candidate."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.reward = reward(learner)
+        self._numbers = stream(learner.seed, learner.t)
+        self.rollout: ppo.Rollout = learner.roll_out(self._numbers)
+        self.candidate: Audit | None = None
+        """held-out audit of the first branch, which accepts"""
+        self.alpha = math.nan
+        """of the branch that shrinks"""
+
+    def numbers(self) -> torch.Generator:
+        """The random numbers of the minibatches."""
+        return self._numbers.clone_state()
+
+
+def take(learner: Learner, branch: Branch, start: Start) -> Record:
+    """Make the proposal of one branch, let its controller decide, and see what comes of it."""
+    world, optimizer = learner.world, learner.optimizer
+    factor = world.study.shock_factor * (start.alpha if branch.rate == "shrunk" else 1.0)
+    optimizer.param_groups[0]["lr"] = learner.rate * (1.0 if branch.rate == "ordinary" else factor)
+    before = copy.deepcopy(optimizer.optimizer.state_dict())
+    started = time.monotonic()
+    learner.train_on(start.rollout, world.study.beta, start.numbers())
+    seconds = time.monotonic() - started
+    record = optimizer.last
+    if branch.moments == "before":
+        optimizer.optimizer.load_state_dict(before)
+    audit = learner.held.audit()
+    start.candidate = start.candidate or audit
+    if record.action is Action.SHRINK:
+        start.alpha = record.alpha
+    now = start.reward if record.action is Action.REJECT else reward(learner)
+    return {
+        "control": plain(record.accepted, learner.held.slices),
+        "held": plain(audit.movement),
+        "alpha": record.alpha,
+        "action": str(record.action),
+        "projection": dict(record.projection),
+        "distance_held": learner.held.distance(audit, start.candidate),
+        "seconds": seconds,
+        "reward_now": now,
+        "reward_next": after_another(learner),
+    }
+
+
+def after_another(learner: Learner) -> float:
+    """Return the held-out reward after one more update, ordinary and unlimited."""
+    learner.optimizer.set_budget(Budget(mean=math.inf))
+    learner.updates.append({"t": learner.t})
+    learner.update()
+    return reward(learner)
+
+
+def reward(learner: Learner) -> float:
+    """Return the mean held-out reward of the current policy."""
+    return mean(list(learner.world.held_out_reward(learner.model, learner.seed).values()))

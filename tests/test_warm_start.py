@@ -1,0 +1,192 @@
+"""Warm start: proposals at the learning rate that the last ones have shown to be within the budget."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from step_optim import Action, Budget, Gate, Interpolate, Limits, Movement, STEPOptimizer, StepRecord
+from step_optim.radius import AIM, CHANGE, next_scale
+
+SCALES = st.floats(1e-6, 1.0)
+KLS = st.floats(0.0, 1e6)
+
+
+def record(kl: float, budget: float = 1.0, action: Action = Action.SHRINK) -> StepRecord:
+    return StepRecord(0, action, Movement(kl), Movement(0.0), Limits(mean=budget))
+
+
+@given(SCALES, KLS, st.floats(1e-9, 1e3))
+def test_the_scale_stays_in_range_and_changes_slowly(scale, kl, budget):
+    """Whatever was measured, the scale is in (0, 1] and at most halved or doubled."""
+    new = next_scale(scale, record(kl, budget))
+    assert 0 < new <= 1
+    assert scale / CHANGE * 0.999999 <= new <= scale * CHANGE
+
+
+@given(SCALES, st.floats(0.0, 1e3), st.floats(0.0, 1e3))
+def test_a_larger_movement_never_gives_a_larger_scale(scale, a, b):
+    small, large = sorted((a, b))
+    assert next_scale(scale, record(large)) <= next_scale(scale, record(small))
+
+
+@given(st.floats(1e-2, 1e4))
+def test_where_kl_is_a_parabola_proposals_settle_at_the_aim(whole):
+    """K = whole * scale²: after enough steps a proposal uses AIM of the budget, or the whole rate if that is less."""
+    scale = 1.0
+    for _ in range(40):
+        scale = next_scale(scale, record(whole * scale**2))
+    assert whole * scale**2 == pytest.approx(min(AIM, whole), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_movement_that_is_not_finite_halves_it(bad):
+    assert next_scale(0.5, record(bad)) == 0.25
+
+
+def test_what_does_not_shrink_with_the_rate_is_left_out():
+    """Drift from pi_ref, infinite budgets, and steps that moved nothing."""
+    assert next_scale(0.5, StepRecord(0, Action.COMMIT, Movement(9.0), Movement(9.0), Limits(reference=1e-3))) == 0.5
+    assert next_scale(0.5, record(0.0, action=Action.UNCHANGED)) == 0.5
+
+
+def problem(controller=None, budget=1e-3, lr=0.3, **options):
+    """Adam on a softmax policy whose gradients are all alike: every proposal moves it equally far."""
+    torch.manual_seed(0)
+    policy = nn.Linear(3, 4)
+    observations = torch.randn(20, 3)
+    reference = [policy(observations).log_softmax(-1).detach()]
+
+    def kl():
+        now = policy(observations).log_softmax(-1)
+        return (now.exp() * (now - reference[0])).sum(-1).mean().clamp_min(0)
+
+    optimizer = STEPOptimizer(
+        torch.optim.Adam(policy.parameters(), lr=lr), kl=kl, budget=budget, controller=controller, **options
+    )
+
+    def step():
+        reference[0] = policy(observations).log_softmax(-1).detach()
+        optimizer.zero_grad()
+        policy(observations)[:, 0].mean().neg().backward()
+        optimizer.step()
+        return optimizer.last
+
+    return policy, optimizer, step
+
+
+def test_a_gate_that_rejects_for_ever_comes_free():
+    """Adam's step does not depend on the gradient's size: a gate alone never accepts, and a warm start soon does."""
+    _, _, step = problem(Gate())
+    assert {step().action for _ in range(20)} == {Action.REJECT}
+    _, optimizer, step = problem(Gate(), warm_start=True)
+    actions = [step().action for _ in range(20)]
+    free = actions.index(Action.COMMIT)
+    assert free <= math.log2(0.3 / 1e-3)
+    assert actions[free:].count(Action.REJECT) <= 3
+    assert optimizer.param_groups[0]["lr"] == 0.3
+
+
+def test_fewer_steps_are_shrunk():
+    """Interpolation acts on every step of a run whose rate is far too high; with a warm start on few."""
+    counts = {}
+    for warm in (False, True):
+        _, _, step = problem(Interpolate(), warm_start=warm)
+        records = [step() for _ in range(20)]
+        assert all(r.accepted.mean <= 1e-3 for r in records)
+        counts[warm] = sum(r.triggered for r in records)
+    assert counts[False] == 20
+    assert counts[True] <= 10
+
+
+def test_the_record_tells_the_scale_and_the_rate_that_is_set():
+    _, _, step = problem(warm_start=True)
+    first, second = step(), step()
+    assert (first.scale, first.lr) == (1.0, (0.3,))
+    assert second.scale == next_scale(1.0, first) < 1
+    assert second.lr == (0.3,)
+    assert StepRecord.from_dict(second.to_dict()) == second
+
+
+def test_a_proposal_is_what_the_optimizer_makes_of_the_smaller_rate():
+    _, optimizer, step = problem(Gate(), warm_start=True)
+    assert step().action is Action.REJECT  # so that the next step begins where this one did
+    _, _, bare = problem(budget=math.inf, lr=0.3 * optimizer._run.progress.scale)
+    assert step().update_norm == bare().update_norm
+
+
+def test_an_infinite_budget_changes_no_bit():
+    runs = []
+    for options in ({"warm_start": True}, {}):
+        policy, _, step = problem(budget=math.inf, **options)
+        for _ in range(4):
+            step()
+        runs.append(policy.weight.detach().clone())
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("shrink", ["interpolate", "restep"])
+def test_the_rate_is_put_back_after_every_step(shrink):
+    """Also after an exception, in which nothing is learned about the scale."""
+    _, optimizer, step = problem(warm_start=True, shrink=shrink)
+    step()
+    scale = optimizer._run.progress.scale
+    assert scale < 1
+
+    def broken():
+        assert optimizer.optimizer.param_groups[0]["lr"] == 0.3
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(kl=broken)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert optimizer._run.progress.scale == scale
+
+
+def test_a_resumed_run_goes_on_with_its_scale():
+    policy, optimizer, step = problem(warm_start=True)
+    for _ in range(3):
+        step()
+    saved = optimizer.state_dict()
+    weights = [p.detach().clone() for p in policy.parameters()]
+    expected = [step().to_dict() | {"seconds": None} for _ in range(3)]
+    policy, optimizer, step = problem(warm_start=True)
+    with torch.no_grad():
+        for p, w in zip(policy.parameters(), weights, strict=True):
+            p.copy_(w)
+    optimizer.load_state_dict(saved)
+    assert [step().to_dict() | {"seconds": None} for _ in range(3)] == expected
+
+
+def test_a_checkpoint_with_a_damaged_scale_is_refused():
+    _, optimizer, step = problem(warm_start=True)
+    step()
+    saved = optimizer.state_dict()
+    for bad in (0.0, -1.0, 2.0, math.nan, "x"):
+        saved["step_optim"]["scale"] = bad
+        with pytest.raises(ValueError, match="scale"):
+            optimizer.load_state_dict(saved)
+
+
+def test_a_checkpoint_without_a_scale_begins_with_the_whole_rate():
+    _, optimizer, step = problem()
+    step()
+    _, warm, _ = problem(warm_start=True)
+    warm.load_state_dict(optimizer.state_dict())
+    assert warm._run.progress.scale == 1.0
+    assert "scale" not in optimizer.state_dict()["step_optim"]
+
+
+def test_an_optimizer_without_a_rate_is_refused():
+    class Rateless(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=1.0)
+            del self.param_groups[0]["lr"]
+
+    with pytest.raises(ValueError, match="warm_start=True scales the learning rate"):
+        STEPOptimizer(Rateless([nn.Parameter(torch.zeros(1))]), kl=lambda: 0.0, budget=Budget(1.0), warm_start=True)
