@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,28 @@ sys.path.insert(0, str(ROOT / "examples" / "study"))
 from config import ARMS, CONDITIONS, Batch, Study  # noqa: E402
 from traces import Run  # noqa: E402
 
-STUDY = Study()
+STUDY = replace(
+    Study(),
+    updates=16,
+    shocks=(3, 7, 11, 14),
+    budget_mean=0.03,
+    budget_slices=0.05,
+    tolerance_mean=0.02,
+    tolerance_slices=0.04,
+)
+"""The toy's settings: not those of the study, which may change."""
+PAPER = ("fixed", "gate", "breaker", "interpolate", "project", "ema", "ratchet_cap", "ratchet")
 SLICES = ("story", "fact", "math", "code", "format", "harm")
 UNSEEN = ("advice", "translate")
 PLAN = (
     Batch("shocks", ("fixed", "interpolate"), tuple(range(9))),
-    Batch("shocks", tuple(CONDITIONS), (0, 1, 2)),
+    Batch("shocks", (*PAPER, "target_kl", "adaptive_kl", "gate_keep"), (0, 1, 2)),
     Batch("nominal", ("fixed",), (0, 1, 2)),
     Batch("low_lr", ("fixed",), (0, 1, 2)),
     Batch("double_lr", ("fixed",), (0, 1, 2)),
-    Batch("high_lr", ("fixed", "gate", "gate_keep", "interpolate", "project"), (0, 1, 2)),
+    Batch(
+        "high_lr", ("fixed", "gate", "gate_keep", "gate_warm", "interpolate", "interpolate_warm", "project"), (0, 1, 2)
+    ),
 )
 
 
@@ -58,13 +71,13 @@ class Toy:
         random = np.random.default_rng((self.seed, t))
         shock = self.arm.shocked and t in STUDY.shocks
         rate = self.arm.learning_rate * (STUDY.shock_factor if shock else 1.0) / 1.5e-3
-        if self.name == "gate_keep":
-            rate *= 0.75**self.in_a_row
+        scale = 0.6 if self.condition.warm_start and t else 1.0
+        rate *= scale * (0.75**self.in_a_row if self.name == "gate_keep" else 1.0)
         size = 0.012 * rate**1.4 * random.lognormal(0, 0.25) * self._habit(t)
         slices = dict(zip(SLICES, size * random.lognormal(0, 0.35, len(SLICES)), strict=True))
         slices["code"] *= 6.0 if t == 9 else 1.0  # which a breaker sees, and a global gate does not
         candidate = Movement(sum(slices.values()) / len(slices), slices)
-        record = self._decide(t, candidate, 5.0 * rate)
+        record = replace(self._decide(t, candidate, 5.0 * rate), scale=scale)
         elsewhere = random.lognormal(0.05, 0.12, len(SLICES) + len(UNSEEN))
         self._move(record.accepted.mean)
         update = {

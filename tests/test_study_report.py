@@ -52,6 +52,21 @@ def relabelled(original: Run, **changes) -> Run:
     return replace(original, **changes)
 
 
+def evidence_of(runs) -> Evidence:
+    """Runs under the toy's settings and plan."""
+    return Evidence(runs, study=STUDY, plan=PLAN)
+
+
+def check(runs, made) -> activation.Activation:
+    """The check of activation under the toy's settings."""
+    return activation.check(runs, made, STUDY)
+
+
+def write(runs, made, out, *, study=STUDY, plan=PLAN, commands=("make study",)):
+    """The report under the toy's settings and plan."""
+    return findings.write(runs, made, out, study=study, plan=plan, commands=commands)
+
+
 def with_budgets(original: Run, limits: Limits) -> Run:
     """The same steps, as if other budgets had been in force."""
     return replace(original, records=tuple(replace(record, budget=limits) for record in original.records))
@@ -106,7 +121,7 @@ def test_rejecting_everything_is_perfectly_stable_and_says_so(tmp_path):
     assert (found.stability, found.worst_stability, found.score) == (1, 1, found.gain)
     assert found.ratio_mean is None
     assert found.reward_per_nat is None
-    report = findings.write([stuck], [], tmp_path).read_text()
+    report = write([stuck], [], tmp_path).read_text()
     assert "Global gate (1 seed accepted nothing)" in report
 
 
@@ -269,7 +284,7 @@ def test_holm_agrees_with_its_definition(ps):
 
 def test_families_leave_the_primary_contrast_out():
     """Holm over the other conditions of the arm; the primary has its own p, and its components theirs."""
-    evidence = Evidence(ALL, plan=PLAN)
+    evidence = evidence_of(ALL)
     family = evidence.family("score", "shocks")
     assert "interpolate" not in family
     assert "fixed" not in family
@@ -282,7 +297,7 @@ def test_families_leave_the_primary_contrast_out():
 
 def test_the_tuned_baseline_is_the_best_of_the_grid():
     """By mean M, over the arms without shocks; other arms are then paired with it by seed."""
-    evidence = Evidence(ALL, plan=PLAN)
+    evidence = evidence_of(ALL)
     assert evidence.grid == ["low_lr", "nominal", "double_lr", "high_lr"]
     means = {arm: fmean(evidence.known(arm, "fixed", "score")) for arm in evidence.grid}
     assert evidence.tuned == max(means, key=means.get) == "nominal"
@@ -296,7 +311,7 @@ def test_the_tuned_baseline_is_the_best_of_the_grid():
 
 def test_a_good_study_passes():
     """Every controller acted, and every trace is its own."""
-    found = activation.check(ALL, branches())
+    found = check(ALL, branches())
     assert found.ok, str(found)
     assert "shocks/gate/0: triggered 25%" in str(found)
     assert str(found).endswith("\nok")
@@ -306,7 +321,7 @@ def test_a_label_on_another_conditions_runs_fails():
     """The paper's failure: two labels, one trace."""
     copies = [relabelled(r, condition="ema") for r in ALL if (r.arm, r.condition) == ("shocks", "fixed")]
     runs = [r for r in ALL if (r.arm, r.condition) != ("shocks", "ema")] + copies
-    found = activation.check(runs, [])
+    found = check(runs, [])
     assert not found.ok
     assert "IDENTICAL: shocks/fixed and shocks/ema have the same trace on seed 0" in str(found)
 
@@ -315,7 +330,7 @@ def test_one_copied_seed_is_enough():
     """Both conditions acted, and yet one seed of them is the same."""
     copy = relabelled(run("shocks", "interpolate", 1), condition="project")
     runs = [r for r in ALL if r.name != "shocks/project/1"] + [copy]
-    assert "shocks/interpolate and shocks/project have the same trace on seed 1" in str(activation.check(runs, []))
+    assert "shocks/interpolate and shocks/project have the same trace on seed 1" in str(check(runs, []))
 
 
 def test_policies_that_went_the_same_way_are_one_condition():
@@ -323,7 +338,7 @@ def test_policies_that_went_the_same_way_are_one_condition():
     disguised = run("shocks", "fixed", 0)
     records = tuple(replace(record, reward=9.0) for record in disguised.records)
     runs = [run("shocks", "fixed", 0), replace(disguised, condition="ema", records=records)]
-    assert "shocks/fixed and shocks/ema have the same path on seed 0" in str(activation.check(runs, []))
+    assert "shocks/fixed and shocks/ema have the same path on seed 0" in str(check(runs, []))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +352,7 @@ def test_a_controller_whose_budget_never_binds_fails(limits, problem):
     """Infinite, or so large that nothing exceeds it."""
     others = [r for r in ALL if (r.arm, r.condition) != ("shocks", "gate")]
     calm = [with_budgets(relabelled(run("shocks", "target_kl", seed), condition="gate"), limits) for seed in (0, 1, 2)]
-    found = activation.check([*others, *calm], [])
+    found = check([*others, *calm], [])
     assert not found.ok
     assert any(text.startswith(problem) for text in found.problems)
     assert any(text.startswith("NEVER ACTED: shocks/gate") for text in found.problems)
@@ -346,7 +361,7 @@ def test_a_controller_whose_budget_never_binds_fails(limits, problem):
 def test_a_controller_that_was_idle_on_one_seed_is_a_note():
     """Also that it then has the baseline's trace there."""
     idle = with_budgets(relabelled(run("shocks", "fixed", 1), condition="gate"), Limits(mean=99.0))
-    found = activation.check([r for r in ALL if r.name != "shocks/gate/1"] + [idle], [])
+    found = check([r for r in ALL if r.name != "shocks/gate/1"] + [idle], [])
     assert found.ok
     assert "note: shocks/gate/1 never acted" in str(found)
     assert "have the same trace on seed 1: one of them was idle" in str(found)
@@ -362,12 +377,12 @@ def test_a_baselines_own_mechanism_must_act_too():
         made = run("shocks", condition, 0)
         still = replace(made, updates=tuple({**update, field: value} for update in made.updates))
         assert not activation.is_idle(made, STUDY)
-        assert f"NEVER ACTED: shocks/{condition}, on none of its 1 seeds" in str(activation.check([still], []))
+        assert f"NEVER ACTED: shocks/{condition}, on none of its 1 seeds" in str(check([still], []))
 
 
 def test_a_baseline_with_a_budget_fails():
     """A label that should only measure."""
-    found = activation.check([with_budgets(run("shocks", "fixed", 0), Limits(mean=0.03))], [])
+    found = check([with_budgets(run("shocks", "fixed", 0), Limits(mean=0.03))], [])
     assert "BUDGET: shocks/fixed/0 is a baseline's label" in str(found)
 
 
@@ -375,7 +390,7 @@ def test_a_commit_beyond_its_own_budget_fails():
     """What no controller may do, whatever its records say of it."""
     wild = with_budgets(run("shocks", "gate", 0), Limits(mean=0.001))
     assert "OVER BUDGET: shocks/gate/0 committed more than its own budget at updates [0, 1, 2, 4" in str(
-        activation.check([wild], [])
+        check([wild], [])
     )
 
 
@@ -383,7 +398,7 @@ def test_damaged_repeated_and_unequal_runs_are_named():
     """And the report is written all the same."""
     first, second = run("shocks", "fixed", 0), run("shocks", "fixed", 1, updates=9)
     runs = [first, first, second, replace(first, seed=7, records=())]
-    text = str(activation.check(runs, []))
+    text = str(check(runs, []))
     assert "DAMAGED: shocks/fixed/7 has 0 records of 16 updates" in text
     assert "TWICE: shocks/fixed/0" in text
     assert "LENGTHS: the runs of shocks have [0, 9, 16] updates" in text
@@ -392,17 +407,17 @@ def test_damaged_repeated_and_unequal_runs_are_named():
 def test_arms_and_seeds_must_differ():
     """The same samples under another seed, or another arm."""
     same = [run("nominal", "fixed", 0), relabelled(run("nominal", "fixed", 0), seed=1)]
-    assert "IDENTICAL: nominal/fixed/0 and nominal/fixed/1" in str(activation.check(same, []))
+    assert "IDENTICAL: nominal/fixed/0 and nominal/fixed/1" in str(check(same, []))
 
 
 def test_branches_that_are_one_fail():
     """Two names for one decision, and a shrink that had nothing to shrink."""
     made = branches()
     copies = [b | {"branch": "project"} for b in made if b["branch"] == "shrink"]
-    found = activation.check(ALL, [b for b in made if b["branch"] != "project"] + copies)
+    found = check(ALL, [b for b in made if b["branch"] != "project"] + copies)
     assert "IDENTICAL: the branches shrink and project agree in every figure at all 5 points" in str(found)
     whole = [b | {"alpha": 1.0} if b["branch"] == "shrink" else b for b in made]
-    assert "NEVER ACTED: the branch shrink" in str(activation.check(ALL, whole))
+    assert "NEVER ACTED: the branch shrink" in str(check(ALL, whole))
 
 
 # Words
@@ -436,7 +451,7 @@ def test_every_combination_of_signs_has_its_conclusion():
     said = {(a, b): answers.conclusion(signed(a), signed(b)) for a in (-1, 0, 1) for b in (-1, 0, 1)}
     assert said == answers.MEANINGS
     assert len(set(said.values())) == 9
-    assert sum(text.count("(") for text in answers.in_short(Evidence(ALL))) >= 8
+    assert sum(text.count("(") for text in answers.in_short(evidence_of(ALL))) >= 8
     assert answers.conclusion(signed(1, 3), signed(0, 3)).endswith("(suggestive)")
     assert answers.conclusion(signed(1, 2), signed(1, 2)) == "too few seeds to say anything"
     assert "does not earn" in answers.worth(signed(1), signed(-1))
@@ -446,24 +461,24 @@ def test_every_combination_of_signs_has_its_conclusion():
 
 def test_the_answer_follows_the_data():
     """Swap the primary conditions, and every word turns round."""
-    evidence = Evidence(ALL, plan=PLAN)
+    evidence = evidence_of(ALL)
     swap = {"fixed": "interpolate", "interpolate": "fixed"}
     turned = [relabelled(r, condition=swap[r.condition]) for r in ALL if r.condition in swap]
-    there, back = answers.answer(evidence), answers.answer(Evidence(turned, plan=PLAN))
+    there, back = answers.answer(evidence), answers.answer(evidence_of(turned))
     assert "STEP helped" in there
     assert "The composite metric M is higher by" in there
     assert "STEP hurt" in back
     assert "The composite metric M is lower by" in back
-    assert "has not been run" in answers.answer(Evidence([], plan=PLAN))
+    assert "has not been run" in answers.answer(evidence_of([]))
 
 
 def test_a_livelock_is_explained_only_by_flat_steps():
     """Rolled back and flat: Adam's step; kept and shorter: a way out; otherwise no explanation."""
-    assert "Adam divides" in mechanisms.explained([1.0, 1.01], [0.9, 1.1], kept=False)
-    assert "way out" in mechanisms.explained([0.7, 0.7], [0.5, 0.5], kept=True)
-    assert "do not explain" in mechanisms.explained([0.5, 0.4], [0.2, 0.2], kept=False)
-    assert "although" in mechanisms.explained([1.0], [1.0], kept=True)
-    said = "\n".join(mechanisms.livelock(Evidence(ALL, plan=PLAN)))
+    assert "Adam divides" in mechanisms.explained([1.0, 1.01], [0.9, 1.1])
+    assert "way out" in mechanisms.explained([0.7, 0.7], [0.5, 0.5], "the warm start")
+    assert "do not explain" in mechanisms.explained([0.5, 0.4], [0.2, 0.2])
+    assert "in spite of" in mechanisms.explained([1.0], [1.0], "the warm start")
+    said = "\n".join(mechanisms.livelock(evidence_of(ALL)))
     assert "Global gate, high learning rate: up to 16 rejections in a row; 3 of 3 runs ended in such a row" in said
     assert "Global gate, shocks at known updates: no two rejections in a row at one learning rate" in said
 
@@ -514,7 +529,7 @@ def check_pictures(report) -> None:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """The report of the whole study."""
-    return findings.write(ALL, branches(), tmp_path_factory.mktemp("whole"), plan=PLAN, commands=["make study"])
+    return write(ALL, branches(), tmp_path_factory.mktemp("whole"))
 
 
 def test_the_report_has_all_its_parts_in_order(report):
@@ -522,7 +537,7 @@ def test_the_report_has_all_its_parts_in_order(report):
     text = report.read_text()
     assert [line for line in text.splitlines() if re.match(r"##? ", line)] == SECTIONS
     lines = [line for line in text.splitlines() if line]
-    assert lines[1].startswith("Activation: **ok** (69 runs)")
+    assert lines[1].startswith("Activation: **ok** (75 runs)")
     assert lines[2].startswith("**Answer.** Interpolation against Fixed-reference KL PPO")
     assert "Every planned run is there." in text
     assert "`make study`" in text
@@ -530,7 +545,7 @@ def test_the_report_has_all_its_parts_in_order(report):
     assert "| Logit projection | .2992 ± .0163 | .3525 |" in text
     assert "| 0.0015 (best M) | 3 |" in text
     assert "with 3 seeds" in text
-    assert text.count("### ") == 5 + 7
+    assert text.count("### ") == 5 + 8
     check_text(text)
 
 
@@ -555,7 +570,7 @@ def test_the_report_says_what_the_runs_say(report):
     scores = [figures(r, STUDY).score for r in ALL if (r.arm, r.condition) == ("shocks", "breaker")]
     row = next(line for line in text.splitlines() if re.match(r"\| Slice circuit breaker \| 3 \| .* ± ", line))
     assert row.split(" | ")[2] == f"{fmean(scores):.3g} ± {stdev(scores):.2g}"
-    evidence = Evidence(ALL, plan=PLAN)
+    evidence = evidence_of(ALL)
     found = evidence.primary["score"]
     assert f"| M | 9 | {found.mean:.3g} | [{found.low:.3g}, {found.high:.3g}] |" in text
     assert set(evidence.primary) == set(METRICS)
@@ -576,14 +591,14 @@ def test_runs_that_were_saved_give_the_same_answer(tmp_path):
     runs = [r for r in ALL if r.arm == "shocks" and r.condition in ("fixed", "interpolate")]
     save_runs(tmp_path / "runs.jsonl.gz", runs)
     again = load_runs(tmp_path / "runs.jsonl.gz")
-    assert answers.answer(Evidence(again)) == answers.answer(Evidence(runs))
-    assert activation.check(again, []).ok
+    assert answers.answer(evidence_of(again)) == answers.answer(evidence_of(runs))
+    assert check(again, []).ok
 
 
 def test_a_failed_check_stands_at_the_top(tmp_path):
     """And the rest is still there to be looked at."""
     runs = [run("shocks", "fixed", 0), relabelled(run("shocks", "fixed", 0), condition="ema")]
-    text = findings.write(runs, [], tmp_path).read_text()
+    text = write(runs, [], tmp_path).read_text()
     assert text.splitlines()[2].startswith("Activation: **not ok** (2 runs): 1 problem")
     assert "- IDENTICAL: shocks/fixed and shocks/ema" in text
     check_text(text)
@@ -605,7 +620,7 @@ def test_an_unfinished_study_gives_a_report_of_what_there_is(name, tmp_path):
     """Any part of the plan, and what is missing from it."""
     keys, groups = PARTIAL[name]
     kept = [b for group in groups for b in branches([(0, 3)]) if b["branch"] in group]
-    report = findings.write([run(*key) for key in keys], kept, tmp_path, plan=PLAN)
+    report = write([run(*key) for key in keys], kept, tmp_path)
     text = report.read_text()
     assert [line for line in text.splitlines() if re.match(r"##? ", line)] == SECTIONS
     assert "**Missing: " in text
@@ -624,7 +639,7 @@ def test_names_that_the_config_file_does_not_have_are_shown_as_they_are(tmp_path
     ]
     strange = [b | {"branch": "half_way"} for b in branches() if b["branch"] == "shrink"]
     study = replace(STUDY, budget_mean=0.5)
-    report = findings.write(mine, strange, tmp_path, study=study, plan=[Batch("mine", ("fixed",), (0,))])
+    report = write(mine, strange, tmp_path, study=study, plan=[Batch("mine", ("fixed",), (0,))])
     text = report.read_text()
     assert "### Mine" in text
     assert "| half way |" in text
@@ -645,6 +660,6 @@ def test_candidates_that_are_not_finite_do_no_harm(tmp_path):
         alpha=0.0,
     )
     records = (*made.records[:5], broken, *made.records[6:])
-    report = findings.write([replace(made, records=records), run("shocks", "fixed", 0)], [], tmp_path)
+    report = write([replace(made, records=records), run("shocks", "fixed", 0)], [], tmp_path)
     check_text(report.read_text())
     check_pictures(report)

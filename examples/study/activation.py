@@ -82,6 +82,9 @@ def own_action(run: Run, study: Study) -> str:
     if condition.adaptive_kl is not None:
         betas = [update["beta"] for update in updates if "beta" in update]
         return f"beta {min(betas):.3g} to {max(betas):.3g}" if betas else ""
+    if condition.warm_start:
+        scales = [record.scale for record in run.records]
+        return f"proposals at {min(scales):.2g} to {max(scales):.2g} of the rate"
     if condition.reference != "fixed":
         moved, held = (sum(update.get("reference") == what for update in updates) for what in ("moved", "held"))
         return f"reference moved {moved}, held {held} times"

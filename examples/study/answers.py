@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -106,6 +106,7 @@ def answers(evidence: Evidence, branches: Forks) -> Iterator[Answer]:
     yield Answer("What does each controller cost?", list(_costs(evidence)))
     yield Answer("Does projection earn its price?", list(_projection(evidence, branches)))
     yield Answer("After a rejection: roll the moments back, or keep them?", list(_moments(evidence, branches)))
+    yield Answer("Does a warm start help?", list(_warm(evidence)))
     yield Answer("Does a control set generalise?", list(generalises(evidence)))
     yield Answer("Why does a gate livelock?", list(livelock(evidence)))
     yield Answer("Why does interpolation lose reward, where it does?", list(reward_lost(evidence)))
@@ -177,15 +178,26 @@ def worth(score: Contrast, gain: Contrast) -> str:
 
 
 def _moments(evidence: Evidence, branches: Forks) -> Iterator[str]:
-    for arm in evidence.arms:
-        score, gain, lost = (evidence.contrast(m, arm, "gate_keep", "gate") for m in ("score", "gain", "rejected"))
-        if score.n:
-            yield (
-                f"{arm_of(arm).label}: with moments kept, against rolled back, M {verdict(score)}, "
-                f"{METRICS['gain'].words} {verdict(gain)}, and the number of rejected updates {verdict(lost)}"
-            )
+    yield from _variants(evidence, "gate_keep", "gate", {"rejected": "the number of rejected updates"})
     yield from _branches_differ(branches, "reject_keep", "reject", ("gain_next",))
     yield from _branches_differ(branches, "shrink_restore", "shrink", ("gain_next",))
+    yield from _branches_differ(branches, "rerun", "shrink", ("gain_next", "distance_held"))
+
+
+def _warm(evidence: Evidence) -> Iterator[str]:
+    yield from _variants(evidence, "gate_warm", "gate", {"rejected": "the number of rejected updates"})
+    others = {"trigger_rate": "the trigger rate", "overhead_seconds": "the time for audits and control [s]"}
+    yield from _variants(evidence, "interpolate_warm", "interpolate", others)
+
+
+def _variants(evidence: Evidence, variant: str, original: str, others: Mapping[str, str]) -> Iterator[str]:
+    """Two forms of one controller, in M, reward, and what else may differ."""
+    words = {name: METRICS[name].words for name in ("score", "gain")} | dict(others)
+    for arm in evidence.arms:
+        found = {name: evidence.contrast(name, arm, variant, original) for name in words}
+        if found["score"].n:
+            said = listed([f"{words[name]} {verdict(contrast)}" for name, contrast in found.items()])
+            yield f"{label(variant)} against {label(original)}, {arm_of(arm).label}: {said}"
 
 
 def _branches_differ(branches: Forks, a: str, b: str, outcomes: Sequence[str]) -> Iterator[str]:

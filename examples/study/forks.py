@@ -14,7 +14,7 @@ import paired
 from figures import mean, worst
 from paired import Contrast
 
-ORDER = ("accept", "shrink", "project", "reject", "reject_keep", "shrink_restore", "small")
+ORDER = ("accept", "shrink", "project", "reject", "reject_keep", "shrink_restore", "rerun", "small")
 LABELS = {
     "accept": "accept the candidate",
     "shrink": "shrink to the budget",
@@ -22,6 +22,7 @@ LABELS = {
     "reject": "reject, roll moments back",
     "reject_keep": "reject, keep moments",
     "shrink_restore": "shrink, roll moments back",
+    "rerun": "propose again at lr x alpha",
     "small": "unshocked learning rate",
 }
 
@@ -65,6 +66,11 @@ class Forks:
         return [name for name in ORDER if name in self._found] + sorted(set(self._found) - set(ORDER))
 
     @property
+    def outcomes(self) -> list[str]:
+        """Figures that any branch has."""
+        return [outcome for outcome in OUTCOMES if any(self.known(name, outcome) for name in self._found)]
+
+    @property
     def points(self) -> list[Point]:
         """Where branches start."""
         return sorted({point for found in self._found.values() for point in found})
@@ -89,7 +95,7 @@ class Forks:
 
     def means(self, branch: str) -> dict[str, float | None]:
         """Every figure of a branch, averaged over its points."""
-        return {outcome: mean(self.known(branch, outcome)) for outcome in OUTCOMES}
+        return {outcome: mean(self.known(branch, outcome)) for outcome in self.outcomes}
 
     def known(self, branch: str, outcome: str) -> list[float]:
         """One figure of a branch, of the points where it was measured."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 from statistics import fmean, median
 
 import paired
+from config import Condition
 from evidence import BASELINE, METRICS, Evidence, arm_of, condition_of, label
 from figures import rejections
 from paired import Contrast
@@ -72,11 +73,17 @@ def livelock(evidence: Evidence) -> Iterator[str]:
             rule = condition_of(condition)
             if rule.controller == "Gate":
                 runs = [run.records for run in evidence.whole_runs if (run.arm, run.condition) == (arm, condition)]
-                kept = rule.options.get("on_reject") == KEPT
-                yield f"{label(condition)}, {arm_of(arm).label}: {_stuck(runs, kept)}"
+                yield f"{label(condition)}, {arm_of(arm).label}: {_stuck(runs, way_out(rule))}"
 
 
-def _stuck(runs: Sequence[Sequence[StepRecord]], kept: bool) -> str:
+def way_out(rule: Condition) -> str:
+    """What could make the next proposal another one than the last; nothing, if a rejection leaves no trace."""
+    if rule.warm_start:
+        return "the warm start"
+    return "the moments that are kept" if rule.options.get("on_reject") == KEPT else ""
+
+
+def _stuck(runs: Sequence[Sequence[StepRecord]], way: str) -> str:
     streaks = [group for records in runs for group in rejections(records)]
     longest = max(map(len, streaks), default=0)
     pairs = [pair for group in streaks for pair in pairwise(group) if pair[0].lr == pair[1].lr]
@@ -88,23 +95,23 @@ def _stuck(runs: Sequence[Sequence[StepRecord]], kept: bool) -> str:
     return (
         f"up to {longest} rejections in a row; {ended} of {counted(len(runs), 'run')} ended in such a row. From one "
         f"rejected candidate to the next, the length of the update changed by a factor of {_range(norms)} and its KL "
-        f"by {_range(kls)}. {explained(norms, kls, kept)}"
+        f"by {_range(kls)}. {explained(norms, kls, way)}"
     )
 
 
-def explained(norms: Sequence[float], kls: Sequence[float], kept: bool) -> str:
-    """Say what the sizes of successive rejected candidates explain."""
+def explained(norms: Sequence[float], kls: Sequence[float], way: str = "") -> str:
+    """Say what the sizes of successive rejected candidates explain, given the condition's way out."""
     flat = [bool(ratios) and FLAT[0] <= median(ratios) <= FLAT[1] for ratios in (norms, kls)]
-    if all(flat) and not kept:
+    if all(flat) and not way:
         return (
             "Both stay flat: Adam divides a gradient by the root of its second moment, so that a step is as long as "
             "the learning rate says, whatever the gradient's size; from the same weights and moments, the next "
             "candidate is as large as the last, and is rejected in turn"
         )
     if all(flat):
-        return "Both stay flat, although the moments keep the rejected gradients"
-    if kept and norms and median(norms) < FLAT[0]:
-        return "The moments that are kept shorten the step from one rejection to the next, which is a way out"
+        return f"Both stay flat, in spite of {way}"
+    if way and norms and median(norms) < FLAT[0]:
+        return f"The step becomes shorter from one rejection to the next, by {way}: a way out"
     return "They do not both stay flat, so that steps of one size do not explain these rejections"
 
 

@@ -188,14 +188,14 @@ def branching_part(branches: Forks) -> Iterator[str]:
         "for independent."
     )
     rows = ([forks.label(b), *(number(v) for v in branches.means(b).values())] for b in branches.names)
-    yield table(["branch", *(outcome.heading for outcome in OUTCOMES.values())], rows)
+    yield table(["branch", *(OUTCOMES[outcome].heading for outcome in branches.outcomes)], rows)
     for baseline in ("accept", "shrink"):
         if baseline in branches.names and len(branches.names) > 1:
             yield from _forked(branches, baseline)
 
 
 def _forked(branches: Forks, baseline: str) -> Iterator[str]:
-    families = {outcome: branches.family(outcome, baseline) for outcome in OUTCOMES if outcome != "seconds"}
+    families = {outcome: branches.family(outcome, baseline) for outcome in branches.outcomes if outcome != "seconds"}
     names = [name for name in branches.names if name != baseline]
     yield f'Differences from "{forks.label(baseline)}", paired by point:'
     rows = ([forks.label(name), *(difference(family[name]) for family in families.values())] for name in names)
@@ -203,6 +203,7 @@ def _forked(branches: Forks, baseline: str) -> Iterator[str]:
     detailed = (
         [f"{OUTCOMES[outcome].heading}: {forks.label(name)}", *statistics(families[outcome][name])]
         for outcome in ("gain_now", "gain_next")
+        if outcome in families
         for name in names
     )
     yield folded("Rewards: interval, p, Holm p (over branches), d_z", table(["contrast", *STATISTICS], detailed))

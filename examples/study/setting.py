@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from activation import Activation, own_action
-from config import PRIMARY
+from config import PRIMARY, Condition
 from evidence import Evidence, arm_of, condition_of, label
 from figures import Figures, mean, unseen_slices
 from traces import Run
@@ -133,10 +133,17 @@ def _rules(evidence: Evidence) -> Iterator[list[str]]:
             " and ".join(budgets),
             f"{rule.controller}({_options(rule.options)})" if rule.limits else "measures only",
             f"{rule.reference} {_options(rule.reference_options)}".strip(),
-            ", ".join(
-                f"{key} {number(value)}" for key in ("target_kl", "adaptive_kl") if (value := getattr(rule, key))
-            ),
+            ", ".join(_others(rule)),
         ]
+
+
+def _others(rule: Condition) -> Iterator[str]:
+    if rule.target_kl is not None:
+        yield f"target KL {number(rule.target_kl)}"
+    if rule.adaptive_kl is not None:
+        yield f"beta adapts: {_options(rule.adaptive_kl)}"
+    if rule.warm_start:
+        yield "warm start"
 
 
 def _options(options: Mapping[str, Any]) -> str:

@@ -30,8 +30,10 @@ LOOKS: dict[str, tuple[str, str]] = {
     "fixed": ("#000000", "o"),
     "gate": ("#D55E00", "X"),
     "gate_keep": ("#F0A070", "P"),
+    "gate_warm": ("#7F3700", "*"),
     "breaker": ("#CC79A7", "s"),
     "interpolate": ("#0072B2", "v"),
+    "interpolate_warm": ("#8C6BB1", "^"),
     "project": ("#56B4E9", "D"),
     "ema": ("#009E73", "^"),
     "ratchet_cap": ("#66B89A", "<"),
@@ -44,6 +46,7 @@ BRANCHES = {
     "shrink": "#0072B2",
     "shrink_restore": "#7FB2D6",
     "project": "#56B4E9",
+    "rerun": "#8C6BB1",
     "reject": "#D55E00",
     "reject_keep": "#F0A070",
 }
