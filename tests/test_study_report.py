@@ -416,6 +416,10 @@ def test_branches_that_are_one_fail():
     copies = [b | {"branch": "project"} for b in made if b["branch"] == "shrink"]
     found = check(ALL, [b for b in made if b["branch"] != "project"] + copies)
     assert "IDENTICAL: the branches shrink and project agree in every figure at all 5 points" in str(found)
+    few = [b for b in made if b["branch"] != "project"] + copies
+    found = check(ALL, [b for b in few if b["seed"] == 2])
+    assert found.ok
+    assert "note: the branches shrink and project agree in every figure at all 1 points" in str(found)
     whole = [b | {"alpha": 1.0} if b["branch"] == "shrink" else b for b in made]
     assert "NEVER ACTED: the branch shrink" in str(check(ALL, whole))
 
@@ -477,6 +481,7 @@ def test_a_livelock_is_explained_only_by_flat_steps():
     assert "Adam divides" in mechanisms.explained([1.0, 1.01], [0.9, 1.1])
     assert "way out" in mechanisms.explained([0.7, 0.7], [0.5, 0.5], "the warm start")
     assert "do not explain" in mechanisms.explained([0.5, 0.4], [0.2, 0.2])
+    assert "not known" in mechanisms.explained([], [])
     assert "in spite of" in mechanisms.explained([1.0], [1.0], "the warm start")
     said = "\n".join(mechanisms.livelock(evidence_of(ALL)))
     assert "Global gate, high learning rate: up to 16 rejections in a row; 3 of 3 runs ended in such a row" in said

@@ -19,8 +19,11 @@ from traces import Run
 
 from step_optim import Action, StepRecord, integrity
 
-ACCEPTED, SHRUNK = "accept", "shrink"
-"""Branches that every branching point has."""
+SHRUNK = "shrink"
+"""The branch whose controller must have something to do."""
+
+POINTS = 3
+"""Branching points below which equal figures may be chance: two rejections differ only in a later, coarse reward."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ def check(runs: Sequence[Run], branches: Sequence[Mapping[str, Any]], study: Stu
     idle = {run.name for run in whole if is_idle(run, study)}
     never = list(_never_acted(whole, idle))
     identical, excused = _identical(whole, idle)
-    problems = [*_damaged(runs), *_budgets(whole), *never, *identical, *_arms_and_seeds(whole), *_branches(branches)]
+    forked, few = _branches(branches)
+    problems = [*_damaged(runs), *_budgets(whole), *never, *identical, *_arms_and_seeds(whole), *forked]
     notes = [f"note: {name} never acted; other seeds of that condition did" for name in _idle_alone(whole, idle)]
-    return Activation(tuple(problems), (*notes, *excused), tuple(map(_rates, whole)))
+    return Activation(tuple(problems), (*notes, *excused, *few), tuple(map(_rates, whole)))
 
 
 def is_idle(run: Run, study: Study) -> bool:
@@ -171,18 +175,22 @@ def _arms_and_seeds(runs: Sequence[Run]) -> Iterator[str]:
             yield f"IDENTICAL: {a} and {b} have the same trace; arms and seeds must differ"
 
 
-def _branches(branches: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Branches of one point must differ somewhere, and there must be something to shrink."""
+def _branches(branches: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Branches that agree everywhere, or a shrink with nothing to shrink: problems, and what few points may explain."""
+    problems, notes = [], []
     points: dict[str, dict[tuple[Any, Any], Mapping[str, Any]]] = {}
     for branch in branches:
         points.setdefault(branch["branch"], {})[branch["seed"], branch["t"]] = branch
     for (a, at_a), (b, at_b) in combinations(points.items(), 2):
         shared = at_a.keys() & at_b.keys()
         if shared and all(_outcome(at_a[point]) == _outcome(at_b[point]) for point in shared):
-            yield f"IDENTICAL: the branches {a} and {b} agree in every figure at all {len(shared)} points"
+            text = f"the branches {a} and {b} agree in every figure at all {len(shared)} points"
+            few = len(shared) < POINTS
+            notes.append(f"note: {text}") if few else problems.append(f"IDENTICAL: {text}")
     shrunk = [branch.get("alpha") for branch in points.get(SHRUNK, {}).values()]
     if shrunk and all(alpha is not None and alpha >= 1 for alpha in shrunk):
-        yield f"NEVER ACTED: the branch {SHRUNK}, at none of its {len(shrunk)} points"
+        problems.append(f"NEVER ACTED: the branch {SHRUNK}, at none of its {len(shrunk)} points")
+    return problems, notes
 
 
 def _outcome(branch: Mapping[str, Any]) -> tuple[Any, ...]:

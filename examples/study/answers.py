@@ -73,10 +73,9 @@ def price(evidence: Evidence, arm: str, condition: str) -> str:
     found = evidence.of(arm, condition).values()
     overhead = evidence.known(arm, condition, "overhead_updates")
     audits, lost = (fmean(getattr(f, name) for f in found) for name in ("audits_per_step", "rejected"))
-    return (
-        f"{number(fmean(overhead) if overhead else None, 2)} of a bare update's time per update (audits per update: "
-        f"{number(audits, 2)})"
-    ) + (f", and {number(lost, 2)} of {evidence.study.updates} updates, which were rejected" if lost else "")
+    times = number(fmean(overhead) if overhead else None, 2)
+    text = f"{times} times the time of a bare update, per update (audits per update: {number(audits, 2)})"
+    return text + (f"; {number(lost, 2)} of {evidence.study.updates} updates were lost to rejection" if lost else "")
 
 
 def against_tuned(evidence: Evidence, arm: str, condition: str) -> Iterator[str]:

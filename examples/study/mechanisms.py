@@ -16,7 +16,14 @@ from wording import NOTHING, bracket, counted, listed, number, verdict
 from step_optim import Action, StepRecord
 
 FLAT = (0.8, 1.25)
-"""Successive candidates whose sizes have a median ratio in this range are called as large as each other."""
+"""Successive updates whose lengths have a median ratio in this range are called as long as each other."""
+
+ADAM = (
+    "Neither becomes smaller: Adam divides a gradient by the root of its second moment, so that a step is as long as "
+    "the learning rate says, whatever the gradient's size; from the same weights and moments, the next candidate is "
+    "as large as the last, and is rejected in turn"
+)
+"""Why a gate that rolls everything back rejects for ever."""
 
 KEPT = "keep_state"
 """What a rejection keeps under the option ``on_reject`` if moments are to see the gradient."""
@@ -101,18 +108,14 @@ def _stuck(runs: Sequence[Sequence[StepRecord]], way: str) -> str:
 
 def explained(norms: Sequence[float], kls: Sequence[float], way: str = "") -> str:
     """Say what the sizes of successive rejected candidates explain, given the condition's way out."""
-    flat = [bool(ratios) and FLAT[0] <= median(ratios) <= FLAT[1] for ratios in (norms, kls)]
-    if all(flat) and not way:
-        return (
-            "Both stay flat: Adam divides a gradient by the root of its second moment, so that a step is as long as "
-            "the learning rate says, whatever the gradient's size; from the same weights and moments, the next "
-            "candidate is as large as the last, and is rejected in turn"
-        )
-    if all(flat):
-        return f"Both stay flat, in spite of {way}"
-    if way and norms and median(norms) < FLAT[0]:
+    if not norms or not kls:
+        return "Their sizes are not known"
+    length, kl = median(norms), median(kls)
+    if FLAT[0] <= length <= FLAT[1] and kl >= FLAT[0]:
+        return f"Neither becomes smaller, in spite of {way}" if way else ADAM
+    if way and length < FLAT[0]:
         return f"The step becomes shorter from one rejection to the next, by {way}: a way out"
-    return "They do not both stay flat, so that steps of one size do not explain these rejections"
+    return "Steps of one size do not explain these rejections"
 
 
 def _range(values: Sequence[float]) -> str:
