@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo quickstart optimizers bench test test-all check fmt clean help
+.PHONY: demo quickstart optimizers bench study study-smoke test test-all check fmt clean help
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -35,6 +35,12 @@ optimizers: .venv/.tested  ## examples/optimizer_table.md: what STEP does for ev
 
 bench: .venv/.installed  ## what an audited step costs: examples/bench/*.md and *.png
 	$(BIN)/python examples/bench $(ARGS)
+
+study: .venv/.installed  ## controllers against KL penalties: examples/study/REPORT.md (hours; resumable)
+	$(BIN)/python examples/study $(ARGS)
+
+study-smoke: .venv/.installed  ## the same with a tiny random model, in a minute: does it run?
+	$(BIN)/python examples/study --smoke $(ARGS)
 
 check: .venv/.tested  ## ruff and mypy
 	$(BIN)/ruff check .

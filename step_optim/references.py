@@ -41,8 +41,9 @@ class Reference(ABC):
     nothing is written: for `STEPOptimizer`, and for autograd, a call between
     two steps has not happened. What is no kept weight is the model's as it is
     then: training or eval mode (dropout), random streams, buffers (BatchNorm in
-    training mode counts a call in), frozen weights, PEFT's active adapter. An
-    adapter that is merged or switched off is not read, here as elsewhere.
+    training mode counts a call in), frozen weights, PEFT's active adapter. While
+    an adapter is merged or switched off, its weights are not read, the
+    reference's neither.
 
     Args:
         model: the policy. Under PEFT make the reference once the adapter
@@ -110,8 +111,8 @@ class Reference(ABC):
         late = [name for name, p in now.items() if p.requires_grad and id(p) not in known]
         if late and self._all:
             raise RuntimeError(
-                f"{late[0]!r} is trained now, and was not when the reference was made, which would move with it: make "
-                "the reference later, or name its weights with parameters="
+                f"{late[0]!r} is trained now, and was not when the reference was made: it is shared, and the reference "
+                "would move with the policy. Make the reference later, or name its weights with parameters="
             )
         return policy
 
@@ -130,7 +131,7 @@ class Reference(ABC):
         counters = {name: read_count(state, name) for name in _COUNTERS}
         policy, saved = self._policy(), state.get("weights")
         if not isinstance(saved, Mapping) or saved.keys() != policy.keys():
-            wrong = sorted(policy.keys() ^ (saved.keys() if isinstance(saved, Mapping) else ()))
+            wrong = sorted(map(str, policy.keys() ^ (saved.keys() if isinstance(saved, Mapping) else ())))
             raise ValueError(
                 f"state['weights'] is of another model: {wrong[:3]} are in one of the two only ({len(wrong)} in all); "
                 "load it into a reference that keeps the same parameters"

@@ -198,7 +198,7 @@ PILOT = (Batch("shocks", ("fixed",), (1000,)), Batch("high_lr", ("fixed",), (100
 """To choose budgets, caps and targets by."""
 
 SMOKE = replace(
-    Study(), updates=3, shocks=(1,), branch_at=(1,), horizon=8, evaluation_samples=1, prompts_per_slice=(2, 1, 1)
+    Study(), updates=5, shocks=(3,), branch_at=(1,), horizon=8, evaluation_samples=1, prompts_per_slice=(2, 1, 1)
 )
 """A random model of 0.1 million weights, every condition, in minutes: does it run?"""
 
