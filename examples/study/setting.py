@@ -177,8 +177,7 @@ def _compute(evidence: Evidence) -> str:
     parts = [f"{arm_of(arm).label} {number(value)}" for arm, value in hours.items()]
     return (
         f"Compute in hours: {counted(len(evidence.whole_runs), 'run')} {number(sum(hours.values()))} on "
-        f"{listed(devices)} ({', '.join(parts)}); branches {number(branching)}. A run's time includes what only the "
-        "study measures."
+        f"{listed(devices)} ({', '.join(parts)}); branches {number(branching)}."
     )
 
 
