@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -54,7 +55,7 @@ def main() -> None:
         if args.pilot:
             return
         collect(runs, out)
-    report(out)
+    report(args, out)
 
 
 def make(args: argparse.Namespace, folder: Path) -> None:
@@ -105,15 +106,18 @@ def collect(folder: Path, out: Path) -> None:
     save(out / "branches.jsonl.gz", branches)
 
 
-def report(out: Path) -> None:
+def report(args: argparse.Namespace, out: Path) -> None:
     """Check that every condition is one, and write the report."""
     import activation
     import findings
 
-    runs, branches = load_runs(out / "runs.jsonl.gz"), load(out / "branches.jsonl.gz")
-    found = activation.check(runs, branches)
+    runs, branches, study = load_runs(out / "runs.jsonl.gz"), load(out / "branches.jsonl.gz"), study_of(args)
+    found = activation.check(runs, branches, study)
     print(found)
-    print(f"report: {findings.write(runs, branches, out)}")
+    plan = [replace(batch, seeds=seeds_of(args, batch)) for batch in PLAN]
+    command = "make study" + ' ARGS="--device cuda"' * (args.device == "cuda")
+    commands = ["make study-smoke"] if args.smoke else [command]
+    print(f"report: {findings.write(runs, branches, out, study=study, plan=plan, commands=commands)}")
     sys.exit(0 if found.ok else 1)
 
 
