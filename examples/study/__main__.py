@@ -63,7 +63,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
     study = study_of(args)
     cores = os.cpu_count() or 1
     jobs = args.jobs or (4 if args.device == "cuda" else cores)
-    tasks = [task for task in tasks_of(args) if args.only in str(task)]
+    tasks = [task for task in dict.fromkeys(tasks_of(args)) if args.only in str(task)]
     if not tasks:
         sys.exit(f"--only {args.only}: no run has that in its name")
     import world
