@@ -333,6 +333,18 @@ def test_one_copied_seed_is_enough():
     assert "shocks/interpolate and shocks/project have the same trace on seed 1" in str(check(runs, []))
 
 
+def test_one_controller_under_two_budgets_may_coincide_on_a_seed():
+    """A gate and a circuit breaker that meet the same shocks decide the same; not on every seed, or they are one."""
+    runs = [r for r in ALL if r.condition != "breaker"]
+    copies = [relabelled(run("shocks", "gate", seed), condition="breaker") for seed in (0, 1, 2)]
+    found = check([*runs, *copies], [])
+    assert not found.ok
+    assert "IDENTICAL: shocks/gate and shocks/breaker have the same trace on seed 1" in str(found)
+    found = check([*runs, copies[1], *(r for r in ALL if r.name in ("shocks/breaker/0", "shocks/breaker/2"))], [])
+    assert found.ok, str(found)
+    assert "have the same trace on seed 1: their budgets bound at the same updates" in str(found)
+
+
 def test_policies_that_went_the_same_way_are_one_condition():
     """Records that differ in words do not help if held-out prompts saw the same policies."""
     disguised = run("shocks", "fixed", 0)

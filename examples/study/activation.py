@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from config import Study
+from config import Condition, Study
 from evidence import condition_of
 from figures import accepted_records, is_limited
 from traces import Run
@@ -144,21 +144,46 @@ def _all_idle(runs: Iterable[Run], idle: set[str]) -> bool:
 
 
 def _identical(runs: Sequence[Run], idle: set[str]) -> tuple[list[str], list[str]]:
-    """Conditions of one arm and seed with one trace: problems, and those that an idle mechanism explains."""
+    """Conditions of one arm and seed with one trace: problems, and those that have an explanation."""
     problems, excused = [], []
-    alone = set(_idle_alone(runs, idle))
+    alone, apart = set(_idle_alone(runs, idle)), _apart(runs)
     for (arm, seed), found in _grouped(runs, "arm", "seed").items():
         named = {run.condition: run for run in found}
-        same = set(integrity.check({name: run.records for name, run in named.items()}).identical)
         for a, b in combinations(named, 2):
-            how = "trace" if (a, b) in same else "path" if _path(named[a]) == _path(named[b]) != () else None
+            how = _sameness(named[a], named[b])
+            text = f"{arm}/{a} and {arm}/{b} have the same {how} on seed {seed}"
             if how and alone & {named[a].name, named[b].name}:
-                excused.append(
-                    f"note: {arm}/{a} and {arm}/{b} have the same {how} on seed {seed}: one of them was idle"
-                )
+                excused.append(f"note: {text}: one of them was idle")
+            elif how and _differ_in_limits(a, b) and {(arm, a, b), (arm, b, a)} & apart:
+                excused.append(f"note: {text}: their budgets bound at the same updates; on other seeds they differ")
             elif how:
-                problems.append(f"IDENTICAL: {arm}/{a} and {arm}/{b} have the same {how} on seed {seed}")
+                problems.append(f"IDENTICAL: {text}")
     return problems, excused
+
+
+def _sameness(a: Run, b: Run) -> str:
+    """What two runs have in common that two conditions must not: "trace", "path", or nothing."""
+    if integrity.check({"a": a.records, "b": b.records}).identical:
+        return "trace"
+    return "path" if _path(a) == _path(b) != () else ""
+
+
+def _apart(runs: Sequence[Run]) -> set[tuple[str, str, str]]:
+    """Pairs of conditions (arm, a, b) that went different ways on some seed."""
+    groups = _grouped(runs, "arm", "seed").items()
+    pairs = ((arm, a, b) for (arm, _), found in groups for a, b in combinations(found, 2))
+    return {(arm, a.condition, b.condition) for arm, a, b in pairs if not _sameness(a, b)}
+
+
+def _differ_in_limits(a: str, b: str) -> bool:
+    """Whether two conditions are one controller under other budgets: a gate and a circuit breaker, say."""
+    return _mechanism(condition_of(a)) == _mechanism(condition_of(b)) and bool(
+        condition_of(a).limits and condition_of(b).limits
+    )
+
+
+def _mechanism(condition: Condition) -> Condition:
+    return replace(condition, label="", paper=None, limits=())
 
 
 def _path(run: Run) -> tuple[Any, ...]:
