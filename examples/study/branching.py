@@ -17,7 +17,7 @@ from typing import Any
 
 import ppo
 import torch
-from config import ARMS, BRANCH_FROM, BRANCHES, CONDITIONS, Branch
+from config import ARMS, BRANCH_FROM, BRANCH_SAMPLES, BRANCHES, CONDITIONS, Branch
 from training import Learner, plain
 from world import World, mean, stream
 
@@ -122,4 +122,4 @@ def after_another(learner: Learner) -> float:
 
 def reward(learner: Learner) -> float:
     """Return the mean held-out reward of the current policy."""
-    return mean(list(learner.world.held_out_reward(learner.model, learner.seed).values()))
+    return mean(list(learner.world.held_out_reward(learner.model, learner.seed, BRANCH_SAMPLES).values()))

@@ -180,6 +180,8 @@ BRANCHES: dict[str, Branch] = {
 BRANCH_FROM = ("nominal", "fixed")
 """Arm and condition of the runs that are branched from."""
 BRANCH_SEEDS = (0, 1, 2)
+BRANCH_SAMPLES = 3
+"""Responses to each held-out prompt that score a branch; there are many branches."""
 
 THREE, MORE = (0, 1, 2), (3, 4, 5, 6, 7, 8)
 
@@ -187,8 +189,8 @@ PLAN: tuple[Batch, ...] = (
     Batch("shocks", ("fixed", "interpolate", "gate", "breaker", "project"), THREE),
     Batch("shocks", ("target_kl", "adaptive_kl", "ema", "ratchet", "ratchet_cap"), THREE),
     Batch("high_lr", ("fixed", "interpolate", "interpolate_warm", "gate", "gate_keep", "gate_warm"), THREE),
-    Batch("nominal", ("fixed", "interpolate"), THREE),
     Batch("shocks", ("fixed", "interpolate"), MORE),
+    Batch("nominal", ("fixed", "interpolate"), THREE),
     Batch("double_lr", ("fixed",), THREE),
     Batch("low_lr", ("fixed",), THREE),
 )

@@ -85,11 +85,11 @@ class World:
         finally:
             model.unload()
 
-    def held_out_reward(self, model: PeftModel, seed: int) -> dict[str, float]:
+    def held_out_reward(self, model: PeftModel, seed: int, samples: int | None = None) -> dict[str, float]:
         """Return the mean reward of fresh responses to held-out prompts, by slice, with the seed's random numbers."""
+        samples = samples or self.study.evaluation_samples
         questions = [(name, question) for name, question in prompts_of(self.study, "held_out")]
         ids, mask = ppo.encode(self.tokenizer, [chat(self.tokenizer, q) for _, q in questions], self.device)
-        samples = self.study.evaluation_samples
         config = ppo.PPOConfig(samples=samples, horizon=self.study.horizon)
         responses, _ = ppo.sample(model, ids, mask, config, stream(seed, EVALUATION))
         texts = ppo.decode(responses, ppo.until_end(responses, self.tokenizer), self.tokenizer)
