@@ -212,11 +212,13 @@ def test_a_killed_study_goes_on_and_a_broken_condition_fails_it(tmp_path):
     """As a user would see it: SIGKILL in the middle, the same command again; then a label without a mechanism."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     only = ("--only", "shocks/", "--jobs", "2")
-    process = subprocess.Popen(command(tmp_path, *only), env=environment, start_new_session=True)
+    process = subprocess.Popen(command(tmp_path, *only), env=environment)
     until = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/*/*/checkpoint.pt")) and time.monotonic() < until:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    other = subprocess.run(command(tmp_path, *only), env=environment, capture_output=True, text=True, check=False)
+    assert "another study is at work" in other.stderr
+    process.send_signal(signal.SIGKILL)  # its workers notice by themselves
     process.wait()
     assert list(tmp_path.glob("runs/*/*/*/checkpoint.pt"))
 

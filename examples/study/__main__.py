@@ -74,7 +74,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from here")
     except TaskFailed as failed:
-        sys.exit(f"{failed}\nthe other runs are done; the same command tries these again")
+        sys.exit(f"{failed}\nwhat is done is kept; the same command tries again what is not")
 
 
 def tasks_of(args: argparse.Namespace) -> Iterator[Task]:

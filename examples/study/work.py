@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
+import threading
 import time
 import traceback
 import warnings
@@ -65,8 +67,30 @@ def work_off(job: Job, tasks: Sequence[Task], workers: int) -> None:
     """Finish all tasks that have no result yet.
 
     Raises:
-        TaskFailed: some could not; the others are done.
+        TaskFailed: some could not, the others are done; or another study is at work in the folder.
     """
+    with alone(job.root):
+        work_off_alone(job, tasks, workers)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuse to work in a folder in which another study is at work: both would write the same files."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TaskFailed(f"another study is at work in {folder}; wait for it, or choose another --runs") from None
+        yield
+
+
+def work_off_alone(job: Job, tasks: Sequence[Task], workers: int) -> None:
+    """Finish all tasks that have no result yet, in this folder."""
     missing = [task for task in tasks if not task.file(job.root).exists()]
     progress = Progress(job.study, tasks, missing, workers)
     failures: list[str] = []
@@ -165,6 +189,7 @@ def pool(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[tuple[list[A
 
 def worker(job: Job, to_do: Any, told: Any) -> None:
     """Work off tasks, in a process of its own."""
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")  # of the libraries underneath
     import branching
@@ -188,3 +213,11 @@ def worker(job: Job, to_do: Any, told: Any) -> None:
             told.put((task, "done", None))
         except Exception:
             told.put((task, "failed", traceback.format_exc()))
+
+
+def leave_with_parent() -> None:
+    """End this worker when the study is killed: it would go on, beside the study that is started again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
