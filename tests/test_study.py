@@ -140,7 +140,7 @@ def test_branches_begin_at_one_state(world, tmp_path):
     assert len({record["reward_at"] for record in records}) == 1
     assert found["accept"]["distance_held"] == 0
     assert found["accept"]["control"]["mean"] > Study.budget_mean
-    for name in ("shrink", "shrink_restore", "project"):
+    for name in ("shrink", "shrink_restore", "project", "project_short"):
         assert 0 < found[name]["control"]["mean"] <= Study.budget_mean
         assert found[name]["distance_held"] > 0
     assert found["shrink"]["control"] == found["shrink_restore"]["control"]
@@ -199,7 +199,7 @@ def test_the_table_is_complete():
     for condition in pair:
         assert sum(run[:2] == (arm, condition) for run in planned) >= 9
     assert {run[0] for run in planned} == set(ARMS)
-    assert {run[1] for run in planned} == set(CONDITIONS)
+    assert {run[1] for run in planned} | {branch.condition for branch in BRANCHES.values()} == set(CONDITIONS)
     assert len(planned) == sum(len(b.conditions) * len(b.seeds) for b in PLAN)
 
 

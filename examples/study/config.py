@@ -119,6 +119,7 @@ CONDITIONS: dict[str, Condition] = {
     "gate_keep": Condition("Global gate, moments kept", limits=("mean",), **KEEP),
     "gate_warm": Condition("Global gate, warm start", limits=("mean",), controller="Gate", warm_start=True),
     "interpolate_warm": Condition("Interpolation, warm start", warm_start=True, **LIMITED),
+    "project_short": Condition("Logit projection, 2 steps", controller="Project", options={"steps": 2}, **LIMITED),
 }
 
 
@@ -173,6 +174,7 @@ BRANCHES: dict[str, Branch] = {
     "reject": Branch("gate"),
     "reject_keep": Branch("gate_keep"),
     "project": Branch("project"),
+    "project_short": Branch("project_short"),
     "rerun": Branch("fixed", rate="shrunk"),
     "small": Branch("fixed", rate="ordinary"),
 }
