@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ sys.path[:0] = [str(STUDY), str(STUDY.parent)]
 
 import branching  # noqa: E402
 import training  # noqa: E402
+import work  # noqa: E402
 import world as worlds  # noqa: E402
 from config import ARMS, BRANCHES, CONDITIONS, PLAN, PRIMARY, SMOKE, Study  # noqa: E402
 from prompts import SLICES, TRAINED, UNSEEN  # noqa: E402
@@ -203,6 +203,14 @@ def test_the_table_is_complete():
     assert len(planned) == sum(len(b.conditions) * len(b.seeds) for b in PLAN)
 
 
+def test_two_studies_do_not_share_a_folder(tmp_path):
+    with work.alone(tmp_path):
+        with pytest.raises(work.TaskFailed, match="another study is at work"), work.alone(tmp_path):
+            raise AssertionError("unreachable")
+    with work.alone(tmp_path):
+        pass
+
+
 def command(folder: Path, *arguments: str) -> list[str]:
     options = ["--smoke", "--runs", str(folder / "runs"), "--out", str(folder / "out"), *arguments]
     return [sys.executable, str(STUDY), *options]
@@ -212,14 +220,13 @@ def test_a_killed_study_goes_on_and_a_broken_condition_fails_it(tmp_path):
     """As a user would see it: SIGKILL in the middle, the same command again; then a label without a mechanism."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     only = ("--only", "shocks/", "--jobs", "2")
-    process = subprocess.Popen(command(tmp_path, *only), env=environment)
-    until = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*/*/*/checkpoint.pt")) and time.monotonic() < until:
-        time.sleep(0.05)
-    other = subprocess.run(command(tmp_path, *only), env=environment, capture_output=True, text=True, check=False)
-    assert "another study is at work" in other.stderr
-    process.send_signal(signal.SIGKILL)  # its workers notice by themselves
-    process.wait()
+    with subprocess.Popen(command(tmp_path, *only), env=environment) as process:
+        try:
+            until = time.monotonic() + 120
+            while not list(tmp_path.glob("runs/*/*/*/checkpoint.pt")) and time.monotonic() < until:
+                time.sleep(0.05)
+        finally:
+            process.kill()  # its workers notice by themselves
     assert list(tmp_path.glob("runs/*/*/*/checkpoint.pt"))
 
     done = subprocess.run(command(tmp_path, *only), env=environment, capture_output=True, text=True, check=False)

@@ -61,8 +61,7 @@ def main() -> None:
 def make(args: argparse.Namespace, folder: Path) -> None:
     """Make the runs that are missing."""
     study = study_of(args)
-    cores = os.cpu_count() or 1
-    jobs = args.jobs or (4 if args.device == "cuda" else cores)
+    jobs = args.jobs or (4 if args.device == "cuda" else os.cpu_count() or 1)
     tasks = [task for task in dict.fromkeys(tasks_of(args)) if args.only in str(task)]
     if not tasks:
         sys.exit(f"--only {args.only}: no run has that in its name")
@@ -70,7 +69,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
 
     world.prepare(study, folder, args.device, small=args.smoke)
     try:
-        work_off(Job(study, folder, args.device, args.smoke, max(1, cores // jobs)), tasks, jobs)
+        work_off(Job(study, folder, args.device, args.smoke), tasks, jobs)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from here")
     except TaskFailed as failed:

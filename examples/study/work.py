@@ -56,7 +56,6 @@ class Job:
     root: Path
     device: str
     small: bool
-    threads: int
 
 
 class TaskFailed(RuntimeError):
@@ -197,7 +196,7 @@ def worker(job: Job, to_do: Any, told: Any) -> None:
     import training
     import world
 
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(1)  # what a run rounds to must not depend on how many are made at a time
     here = None
     while (task := to_do.get()) is not None:
         try:
