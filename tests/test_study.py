@@ -220,20 +220,20 @@ def test_a_killed_study_goes_on_and_a_broken_condition_fails_it(tmp_path):
     """As a user would see it: SIGKILL in the middle, the same command again; then a label without a mechanism."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     only = ("--only", "shocks/", "--jobs", "2")
+    planned = {condition for b in PLAN if b.arm == "shocks" for condition in b.conditions}
     with subprocess.Popen(command(tmp_path, *only), env=environment) as process:
         try:
-            until = time.monotonic() + 120
+            until = time.monotonic() + 300
             while not list(tmp_path.glob("runs/*/*/*/checkpoint.pt")) and time.monotonic() < until:
                 time.sleep(0.05)
         finally:
             process.kill()  # its workers notice by themselves
-    assert list(tmp_path.glob("runs/*/*/*/checkpoint.pt"))
+    assert len(list(tmp_path.glob("runs/*/*/*/run.json"))) < len(planned)
 
     done = subprocess.run(command(tmp_path, *only), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "left" in done.stdout
-    runs = sorted(tmp_path.glob("runs/shocks/*/0/run.json"))
-    assert len(runs) == len({condition for b in PLAN if b.arm == "shocks" for condition in b.conditions})
+    assert {path.parent.parent.name for path in tmp_path.glob("runs/shocks/*/0/run.json")} == planned
     assert "Activation" in (tmp_path / "out" / "REPORT.md").read_text()
 
     fixed = json.loads((tmp_path / "runs/shocks/fixed/0/run.json").read_text())
