@@ -224,7 +224,7 @@ def settings(world: World, arm: str, condition: str) -> str:
 def checked(saved: dict[str, Any], wanted: str, folder: Path) -> dict[str, Any]:
     """Refuse to mix runs of two configurations."""
     if saved.pop("settings") != wanted:
-        raise ValueError(f"{folder} holds a run of other settings; remove it, or choose another --out")
+        raise ValueError(f"{folder} holds a run of other settings; remove it, or choose another --runs")
     return saved
 
 
