@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,7 @@ class World:
     @property
     def config(self) -> ppo.PPOConfig:
         """How an update is made."""
-        study = self.study
-        return ppo.PPOConfig(
-            study.samples,
-            study.horizon,
-            study.epochs,
-            study.minibatches,
-            study.clip,
-            study.beta,
-            study.max_grad_norm,
-        )
+        return ppo.PPOConfig(**{part.name: getattr(self.study, part.name) for part in fields(ppo.PPOConfig)})
 
     def batch(self, stream: torch.Generator) -> list[ppo.Messages]:
         """Draw the training prompts of one update, each of another slice."""
