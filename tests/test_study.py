@@ -88,6 +88,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(world, tmp_path, arm, condition):
     )
 
 
+def test_a_run_stopped_while_it_is_scored_is_finished(world, tmp_path, monkeypatch):
+    """All updates are made and checkpointed, and no step is left to make: only the log knows the last record."""
+    score = training.score
+
+    def stop(world, model, seed):
+        if (tmp_path / "stopped" / "shocks" / "gate" / "0" / "checkpoint.pt").exists():
+            raise KeyboardInterrupt
+        return score(world, model, seed)
+
+    monkeypatch.setattr(training, "score", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, tmp_path / "stopped", "shocks", "gate")
+    monkeypatch.undo()
+    whole, stopped = (timeless(run(world, tmp_path / name, "shocks", "gate")) for name in ("whole", "stopped"))
+    assert stopped == whole
+
+
 def test_conditions_are_paired_until_their_first_different_decision(world, tmp_path):
     """Same rollouts, same proposals: up to the first trigger a gate's trace is fixed KL's, bit for bit."""
     fixed, gate = (run(world, tmp_path, "shocks", condition)["records"] for condition in ("fixed", "gate"))

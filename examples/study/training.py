@@ -32,6 +32,7 @@ from step_optim import (
     FixedReference,
     RatchetReference,
     STEPOptimizer,
+    StepRecord,
     TargetKL,
     TokenKL,
     read_log,
@@ -200,8 +201,8 @@ def make_run(world: World, names: tuple[str, str, int], root: Path, say: Say) ->
                 write(learner.state_dict(), folder / f"before-{learner.t}.pt")
             learner.update()
             write(learner.state_dict() | {"settings": settings(world, arm, condition)}, folder / "checkpoint.pt")
-        result = outcome(learner, before, score(world, model, seed))
-    records = tuple(read_log(folder / "step.jsonl"))
+        records = tuple(read_log(folder / "step.jsonl"))
+        result = outcome(learner, records[-1], before, score(world, model, seed))
     run = Run(arm, condition, seed, records, tuple(learner.updates), result).to_dict()
     finish(run | {"settings": settings(world, arm, condition)}, folder)
     return run
@@ -254,9 +255,9 @@ def score(world: World, model: PeftModel, seed: int) -> dict[str, Any]:
     return {"reward": sum(rewards.values()) / len(rewards), "reward_slices": rewards, "nll": world.nll(model)}
 
 
-def outcome(learner: Learner, before: Any, after: Any) -> dict[str, Any]:
-    """Return what `traces.Run.result` says."""
-    last, held = learner.optimizer.last, learner.held
+def outcome(learner: Learner, last: StepRecord, before: Any, after: Any) -> dict[str, Any]:
+    """Return what `traces.Run.result` says; the last record is the log's: a resumed learner may have made no step."""
+    held = learner.held
     return {
         **{f"{name}_before": value for name, value in before.items()},
         **after,

@@ -109,6 +109,7 @@ def work_off_alone(job: Job, tasks: Sequence[Task], workers: int) -> None:
             open_tasks.discard(task)
             if what == "failed":
                 failures.append(f"{task} failed:\n{value}")
+                what = f"failed ({value.strip().splitlines()[-1]}); the others go on"
             progress.finished(task, what)
     if failures:
         raise TaskFailed("\n".join(failures))
