@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -261,6 +262,31 @@ def test_a_stalled_gate_can_raise():
     with pytest.raises(GateStalled, match="budget"):
         optimizer.step()
     assert weight.item() == 0.0
+
+
+def test_a_livelock_is_warned_of_once_and_the_remedy_works():
+    """Eight rejections in a row, nothing has changed; warm_start=True, which the warning names, ends them."""
+    optimizer, weight = line(0.25, Gate())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            optimizer.step()
+    assert weight.item() == 0.0
+    (warning,) = told
+    assert "8 steps in a row" in str(warning.message)
+    assert "warm_start=True" in str(warning.message)
+    optimizer, weight = line(0.25, Gate(), warm_start=True)
+    for _ in range(20):
+        optimizer.step()
+    assert weight.item() > 1.0
+
+
+def test_a_gate_with_patience_is_not_warned_of():
+    """Its row ends by itself."""
+    optimizer, _ = line(0.25, Gate(patience=12))
+    for _ in range(12):
+        optimizer.step()
+    assert optimizer.last.action == "reject"
 
 
 def test_keep_state_keeps_the_moments_of_a_rejected_step():
