@@ -488,6 +488,22 @@ def test_the_answer_follows_the_data():
     assert "has not been run" in answers.answer(evidence_of([]))
 
 
+def test_rivals_in_the_objective_are_named_one_by_one():
+    """All conditions without a budget but the baseline; the sign is that of interpolation minus the rival."""
+    evidence = evidence_of(ALL)
+    (said,) = [a.sentences for a in answers.answers(evidence, forks.Forks([])) if "objective's own" in a.question]
+    assert [re.match(r"Interpolation against (.+), shocks", text)[1] for text in said] == [
+        "Slow EMA reference",
+        "Ratcheted reference, drift cap",
+        "Ratcheted reference, no cap",
+        "Target-KL stopping",
+        "Adaptive KL coefficient",
+    ]
+    found = evidence.contrast("drift", "shocks", "interpolate", "ratchet")
+    assert found.mean < 0
+    assert f"the drift from the first policy is lower by {abs(found.mean):.3g}" in said[2]
+
+
 def test_a_livelock_is_explained_only_by_flat_steps():
     """Rolled back and flat: Adam's step; kept and shorter: a way out; otherwise no explanation."""
     assert "Adam divides" in mechanisms.explained([1.0, 1.01], [0.9, 1.1])
@@ -562,7 +578,7 @@ def test_the_report_has_all_its_parts_in_order(report):
     assert "| Logit projection | .2992 ± .0163 | .3525 |" in text
     assert "| 0.0015 (best M) | 3 |" in text
     assert "with 3 seeds" in text
-    assert text.count("### ") == 5 + 8
+    assert text.count("### ") == 5 + 9
     check_text(text)
 
 

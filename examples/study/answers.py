@@ -28,6 +28,9 @@ MEANINGS = {
 }
 """What the directions of M and of the gain in reward mean together."""
 
+RIVALRY = ("score", "gain", "held_worst_max", "drift")
+"""What controllers and objectives are compared in."""
+
 
 def answer(evidence: Evidence) -> str:
     """The study in a paragraph."""
@@ -102,6 +105,7 @@ class Answer:
 def answers(evidence: Evidence, branches: Forks) -> Iterator[Answer]:
     """All questions, in order."""
     yield Answer("When does STEP help, and when does it only slow learning?", list(_helps(evidence)))
+    yield Answer("Do the objective's own means do as much?", list(_objective(evidence)))
     yield Answer("What does each controller cost?", list(_costs(evidence)))
     yield Answer("Does projection earn its price?", list(_projection(evidence, branches)))
     yield Answer("After a rejection: roll the moments back, or keep them?", list(_moments(evidence, branches)))
@@ -133,6 +137,17 @@ def _helps(evidence: Evidence) -> Iterator[str]:
             said = f"M {verdict(score)}; {METRICS['gain'].words} {verdict(gain)}"
             tuned = against_tuned(evidence, arm, condition) if arm == HIGH else ()
             yield " ".join(map(sentence, (short, said, *tuned)))
+
+
+def _objective(evidence: Evidence) -> Iterator[str]:
+    """The primary condition against those that only change the objective: stopping, coefficients, references."""
+    arm, condition, baseline = PRIMARY
+    limited = evidence.limited(arm)
+    for rival in evidence.conditions(arm):
+        found = {metric: evidence.contrast(metric, arm, condition, rival) for metric in RIVALRY}
+        if rival != baseline and rival not in limited and found["score"].n:
+            said = "; ".join(f"{METRICS[metric].words} {verdict(contrast)}" for metric, contrast in found.items())
+            yield f"{label(condition)} against {label(rival)}, {arm_of(arm).label}: {said}"
 
 
 def _costs(evidence: Evidence) -> Iterator[str]:

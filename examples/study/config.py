@@ -195,8 +195,10 @@ PLAN: tuple[Batch, ...] = (
     Batch("nominal", ("fixed", "interpolate"), THREE),
     Batch("double_lr", ("fixed",), THREE),
     Batch("low_lr", ("fixed",), THREE),
+    Batch("shocks", ("interpolate_warm",), THREE),
 )
-"""In this order: a study that is cut short has its most important runs."""
+"""In this order: a study that is cut short has its most important runs. The last batch was added when 51 of the other
+runs had been made: does a warm start do harm where it is not needed?"""
 
 PILOT = (Batch("shocks", ("fixed",), (1000,)), Batch("high_lr", ("fixed",), (1000,)))
 """To choose budgets, caps and targets by."""
