@@ -155,11 +155,14 @@ def test_branches_begin_at_one_state(world, tmp_path):
     found = {record["branch"]: record for record in records}
     assert list(found) == list(BRANCHES)
     assert len({record["reward_at"] for record in records}) == 1
-    assert found["accept"]["distance_held"] == 0
+    assert found["accept"]["distance_held"] == found["accept"]["distance_control"] == 0
     assert found["accept"]["control"]["mean"] > Study.budget_mean
     for name in ("shrink", "shrink_restore", "project", "project_short"):
         assert 0 < found[name]["control"]["mean"] <= Study.budget_mean
         assert found[name]["distance_held"] > 0
+    for name in ("project", "project_short"):
+        assert 0 < found[name]["distance_control"] <= found["shrink"]["distance_control"]
+        assert found[name]["distance_control"] == pytest.approx(found[name]["projection"]["residual"], rel=1e-3)
     assert found["shrink"]["control"] == found["shrink_restore"]["control"]
     assert found["shrink"]["reward_now"] == found["shrink_restore"]["reward_now"]
     for name in ("reject", "reject_keep"):

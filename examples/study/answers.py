@@ -178,6 +178,7 @@ def _projection(evidence: Evidence, branches: Forks) -> Iterator[str]:
         )
     outcomes = ("distance_control", "distance_held", "gain_next", "seconds")
     yield from _branches_differ(branches, "project", "shrink", outcomes)
+    yield from _branches_differ(branches, "project_short", "project", outcomes)
 
 
 def worth(score: Contrast, gain: Contrast) -> str:

@@ -72,8 +72,8 @@ class Start:
         self.reward = reward(learner)
         self._numbers = stream(learner.seed, learner.t)
         self.rollout: ppo.Rollout = learner.roll_out(self._numbers)
-        self.candidate: Audit | None = None
-        """held-out audit of the first branch, which accepts"""
+        self.candidate: tuple[Audit, Audit] | None = None
+        """of the first branch, which accepts: audits on the control set and on held-out prompts"""
         self.alpha = math.nan
         """of the branch that shrinks"""
 
@@ -94,18 +94,19 @@ def take(learner: Learner, branch: Branch, start: Start) -> Record:
     record = optimizer.last
     if branch.moments == "before":
         optimizer.optimizer.load_state_dict(before)
-    audit = learner.held.audit()
-    start.candidate = start.candidate or audit
+    control, held = learner.control.audit(), learner.held.audit()
+    start.candidate = start.candidate or (control, held)
     if record.action is Action.SHRINK:
         start.alpha = record.alpha
     now = start.reward if record.action is Action.REJECT else reward(learner)
     return {
         "control": plain(record.accepted, learner.held.slices),
-        "held": plain(audit.movement),
+        "held": plain(held.movement),
         "alpha": record.alpha,
         "action": str(record.action),
         "projection": dict(record.projection),
-        "distance_held": learner.held.distance(audit, start.candidate),
+        "distance_control": learner.control.distance(control, start.candidate[0]),
+        "distance_held": learner.held.distance(held, start.candidate[1]),
         "seconds": seconds,
         "reward_now": now,
         "reward_next": after_another(learner),

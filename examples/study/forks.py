@@ -14,11 +14,22 @@ import paired
 from figures import mean, worst
 from paired import Contrast
 
-ORDER = ("accept", "shrink", "project", "reject", "reject_keep", "shrink_restore", "rerun", "small")
+ORDER = (
+    "accept",
+    "shrink",
+    "project",
+    "project_short",
+    "reject",
+    "reject_keep",
+    "shrink_restore",
+    "rerun",
+    "small",
+)
 LABELS = {
     "accept": "accept the candidate",
     "shrink": "shrink to the budget",
     "project": "project",
+    "project_short": "project, 2 steps",
     "reject": "reject, roll moments back",
     "reject_keep": "reject, keep moments",
     "shrink_restore": "shrink, roll moments back",

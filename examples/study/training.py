@@ -64,9 +64,10 @@ class Learner:
         inner = torch.optim.AdamW(
             self.parameters, lr=self.rate, betas=study.adam_betas, weight_decay=study.weight_decay
         )
+        self.control = TokenKL(self.model, self.world.control, noise_floor=False)
         self.optimizer = STEPOptimizer(
             inner,
-            kl=TokenKL(self.model, self.world.control, noise_floor=False),
+            kl=self.control,
             budget=budget_of(self.world, condition),
             controller=getattr(step_optim, condition.controller)(**condition.options),
             warm_start=condition.warm_start,
