@@ -6,7 +6,6 @@ paper's comparison empty. Both fail the study here, by name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -14,10 +13,10 @@ from typing import Any
 
 from config import Condition, Study
 from evidence import condition_of
-from figures import accepted_records, is_limited
+from figures import accepted_records, is_limited, within
 from traces import Run
 
-from step_optim import Action, StepRecord, integrity
+from step_optim import Action, integrity
 
 SHRUNK = "shrink"
 """The branch whose controller must have something to do."""
@@ -117,14 +116,9 @@ def _budgets(runs: Sequence[Run]) -> Iterator[str]:
             yield f"NO BUDGET: {run.name} is a controller's label, but all its budgets are infinite"
         if limited and not expected:
             yield f"BUDGET: {run.name} is a baseline's label, but it has a finite budget"
-        beyond = [record.step for record in accepted_records(run) if not _within_budget(record)]
+        beyond = [record.step for record in accepted_records(run) if not within(record.budget, record.accepted)]
         if beyond:
             yield f"OVER BUDGET: {run.name} committed more than its own budget at updates {beyond}"
-
-
-def _within_budget(record: StepRecord) -> bool:
-    """Whether what was committed is within the budgets of its step; a cap on the drift is not looked at."""
-    return replace(record.budget, reference=math.inf).judge(record.accepted).feasible
 
 
 def _never_acted(runs: Sequence[Run], idle: set[str]) -> Iterator[str]:

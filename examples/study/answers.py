@@ -9,9 +9,9 @@ from statistics import fmean, median
 import forks
 import paired
 from config import PRIMARY
-from evidence import BASELINE, COMPONENTS, HIGH, METRICS, Evidence, arm_of, label
+from evidence import BASELINE, HIGH, METRICS, Evidence, arm_of, label
 from forks import OUTCOMES, Forks
-from mechanisms import generalises, livelock, reward_lost
+from mechanisms import generalises, livelock, reward_lost, shocks_harm
 from paired import Contrast
 from wording import listed, number, percent, sentence, verdict
 
@@ -43,8 +43,8 @@ def answer(evidence: Evidence) -> str:
         )
     what = f"{arm_of(arm).label}, {evidence.study.updates} updates of {evidence.study.model}"
     opening = f"{label(condition)} against {label(baseline)} ({what}): {conclusion(found['score'], found['gain'])}"
-    parts = [f"{METRICS[m].words} {verdict(found[m])}" for m in ("score", *COMPONENTS, "drift", "nll_change")]
-    others = [*_acted(evidence, arm, condition), *against_tuned(evidence, HIGH, condition)]
+    parts = [f"{METRICS[m].words} {verdict(found[m])}" for m in ("score", "gain", "drift")]
+    others = [*_acted(evidence, arm, condition), *ahead(evidence), *against_tuned(evidence, HIGH, condition)]
     return " ".join(map(sentence, (opening, *parts, *others)))
 
 
@@ -54,7 +54,7 @@ def conclusion(score: Contrast, gain: Contrast) -> str:
     if n < paired.SEEDS_FOR_WORDS:
         return "too few seeds to say anything"
     weak = n < paired.SEEDS_FOR_P and (score.direction or gain.direction)
-    return MEANINGS[score.direction, gain.direction] + (" (suggestive)" if weak else "")
+    return MEANINGS[score.direction, gain.direction] + (f" ({n} seeds: too few for a test)" if weak else "")
 
 
 def _acted(evidence: Evidence, arm: str, condition: str) -> Iterator[str]:
@@ -68,16 +68,37 @@ def _acted(evidence: Evidence, arm: str, condition: str) -> Iterator[str]:
         text += f" ({percent(fmean(recall))} of the known shocks triggered it{exact})"
     if alphas:
         text += f", with a median alpha of {number(median(alphas))}"
-    yield f"{text}; it cost {price(evidence, arm, condition)}"
+    yield f"{text}; it {price(evidence, arm, condition)}"
+
+
+def ahead(evidence: Evidence) -> Iterator[str]:
+    """Which means of the objective had a higher M than the primary condition, and how far they went."""
+    arm, condition, _ = PRIMARY
+    means = {name: fmean(evidence.known(arm, name, "score")) for name in (condition, *rivals(evidence))}
+    names = [name for name, score in means.items() if score > means[condition]]
+    if names:
+        drifts = [fmean(evidence.known(arm, name, "drift")) for name in names]
+        yield (
+            f"of the objective's own means, {listed([label(name) for name in names])} had a higher mean M, and drifted "
+            f"by {number(min(drifts), 2)} to {number(max(drifts), 2)} nats per token ({label(condition)}: "
+            f"{number(fmean(evidence.known(arm, condition, 'drift')), 2)}); each ran at one strength, untuned"
+        )
+
+
+def rivals(evidence: Evidence) -> list[str]:
+    """Conditions of the primary arm that only change the objective: stopping, coefficients, references."""
+    arm, _, baseline = PRIMARY
+    limited = evidence.limited(arm)
+    return [name for name in evidence.conditions(arm) if name != baseline and name not in limited]
 
 
 def price(evidence: Evidence, arm: str, condition: str) -> str:
-    """What a condition costs."""
+    """What a condition costs: a verb, and what follows it."""
     found = evidence.of(arm, condition).values()
     overhead = evidence.known(arm, condition, "overhead_updates")
     audits, lost = (fmean(getattr(f, name) for f in found) for name in ("audits_per_step", "rejected"))
-    times = number(fmean(overhead) if overhead else None, 2)
-    text = f"{times} times the time of a bare update, per update (audits per update: {number(audits, 2)})"
+    share = percent(fmean(overhead) if overhead else None)
+    text = f"adds {share} to the time of an update (audits per update: {number(audits, 2)})"
     return text + (f"; {number(lost, 2)} of {evidence.study.updates} updates were lost to rejection" if lost else "")
 
 
@@ -105,10 +126,11 @@ class Answer:
 def answers(evidence: Evidence, branches: Forks) -> Iterator[Answer]:
     """All questions, in order."""
     yield Answer("When does STEP help, and when does it only slow learning?", list(_helps(evidence)))
+    yield Answer("Do the shocks do harm?", list(shocks_harm(evidence)))
     yield Answer("Do the objective's own means do as much?", list(_objective(evidence)))
     yield Answer("What does each controller cost?", list(_costs(evidence)))
     yield Answer("Does projection earn its price?", list(_projection(evidence, branches)))
-    yield Answer("After a rejection: roll the moments back, or keep them?", list(_moments(evidence, branches)))
+    yield Answer("After a rejection: roll Adam's moments back, or keep them?", list(_moments(evidence, branches)))
     yield Answer("Does a warm start help?", list(_warm(evidence)))
     yield Answer("Does a control set generalise?", list(generalises(evidence)))
     yield Answer("Why does a gate livelock?", list(livelock(evidence)))
@@ -140,12 +162,11 @@ def _helps(evidence: Evidence) -> Iterator[str]:
 
 
 def _objective(evidence: Evidence) -> Iterator[str]:
-    """The primary condition against those that only change the objective: stopping, coefficients, references."""
-    arm, condition, baseline = PRIMARY
-    limited = evidence.limited(arm)
-    for rival in evidence.conditions(arm):
+    """The primary condition against those that only change the objective."""
+    arm, condition, _ = PRIMARY
+    for rival in rivals(evidence):
         found = {metric: evidence.contrast(metric, arm, condition, rival) for metric in RIVALRY}
-        if rival != baseline and rival not in limited and found["score"].n:
+        if found["score"].n:
             said = "; ".join(f"{METRICS[metric].words} {verdict(contrast)}" for metric, contrast in found.items())
             yield f"{label(condition)} against {label(rival)}, {arm_of(arm).label}: {said}"
 
@@ -161,32 +182,35 @@ def _costs(evidence: Evidence) -> Iterator[str]:
 
 def _projection(evidence: Evidence, branches: Forks) -> Iterator[str]:
     for arm in evidence.arms:
-        score, gain = (evidence.contrast(m, arm, "project", "interpolate") for m in ("score", "gain"))
+        score, gain, drift = (evidence.contrast(m, arm, "project", "interpolate") for m in ("score", "gain", "drift"))
         if score.n == 0:
             continue
         residual = evidence.known(arm, "project", "residual_ratio")
         left = (
-            f"it left {percent(fmean(residual))} of interpolation's logit residual on the control set; "
+            f"its mean squared logit distance to the candidate was {number(fmean(residual), 2)} times that of the "
+            "best interpolation, on the control set; "
             if residual
             else ""
         )
         times = [fmean(evidence.known(arm, c, "overhead_seconds") or [0.0]) for c in ("project", "interpolate")]
         yield (
-            f"{arm_of(arm).label}: {left}against interpolation, M {verdict(score)}, and {METRICS['gain'].words} "
-            f"{verdict(gain)}; audits and control took {number(times[0])} s a run against {number(times[1])} s. "
-            f"{worth(score, gain)}"
+            f"{arm_of(arm).label}: {left}against interpolation, M {verdict(score)}, {METRICS['gain'].words} "
+            f"{verdict(gain)}, and {METRICS['drift'].words} {verdict(drift)}; audits and control took "
+            f"{number(times[0])} s a run against {number(times[1])} s. {worth(score, gain, drift)}"
         )
     outcomes = ("distance_control", "distance_held", "gain_next", "seconds")
     yield from _branches_differ(branches, "project", "shrink", outcomes)
     yield from _branches_differ(branches, "project_short", "project", outcomes)
 
 
-def worth(score: Contrast, gain: Contrast) -> str:
+def worth(score: Contrast, gain: Contrast, drift: Contrast) -> str:
     """Say whether something is better that a higher price could be paid for."""
     if min(score.n, gain.n) < paired.SEEDS_FOR_WORDS:
         return "Too few seeds to say whether it earns its price"
     if min(score.direction, gain.direction) < 0:
         return "It does not earn its price here: something is worse"
+    if max(score.direction, gain.direction) > 0 and drift.direction > 0:
+        return "It gains more and goes further: whether it earns its price cannot be told from moving further"
     if max(score.direction, gain.direction) > 0:
         return "It gains something here that interpolation does not"
     return "It does not visibly earn its price here"

@@ -7,31 +7,30 @@ from pathlib import Path
 from statistics import fmean
 
 import forks
-from config import PRIMARY
 from evidence import BASELINE, Evidence, arm_of, label
 from forks import Forks
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from style import BRANCHES, GREY, drawn, few_ticks, logarithmic, look, named_beside, row, rows_named
-from wording import bracket, counted, number
+from wording import counted
 
 OUTCOME_PANELS = {
-    "gain": "gain in held-out reward\n(more is better)",
-    "drift": "drift from the first policy\n[nats/token] (less)",
-    "held_worst_max": "largest slice KL of an\nupdate [nats/token] (less)",
-    "nll_change": "NLL change of base text\n[nats/token] (less)",
+    "gain": "gain in\nheld-out reward\n(more is better)",
+    "drift": "drift from\nthe first policy\n[nats/token] (less is better)",
+    "held_worst_max": "largest slice KL\nof an update\n[nats/token] (less is better)",
+    "nll_change": "NLL rise on the\nfirst policy's responses\n[nats/token] (less is better)",
 }
 DIFFERENCE_PANELS = {
-    "score": "M",
-    "gain": "ΔR (held-out reward)",
-    "stability": "S_stability",
-    "worst_stability": "S_worst",
+    "score": "M = ΔR · S · S",
+    "gain": "ΔR: gain in\nheld-out reward",
+    "stability": "S_stability: updates within\ntolerance, all prompts",
+    "worst_stability": "S_worst: updates within\ntolerance, worst slice",
 }
 BRANCH_PANELS = {
-    "gain_next": "reward one update later\nminus theta_t's (more)",
+    "gain_next": "held-out reward one update\nlater, minus theta_t's (more\nis better)",
     "paired": "the same, minus that\nafter accepting (paired)",
     "held": "held-out movement\n[nats/token]",
-    "distance_held": "logit distance to the\ncandidate, held-out (less)",
+    "distance_held": "logit distance to the\ncandidate, held-out",
 }
 WIDE = 12.0
 """Ratio of largest to smallest value above which an axis is logarithmic."""
@@ -54,9 +53,12 @@ def draw_outcomes(evidence: Evidence, arm: str, path: Path) -> str:
                 panel.axvline(middle, color=GREY, linestyle=":", linewidth=1.2, zorder=0)
             panel.set_title(heading, fontsize=11)
             _scaled(panel, [value for values in every for value in values])
-        rows_named(axes[0, 0], [label(c) for c in conditions], [look(c)[0] for c in conditions])
+        names = [f"{label(c)} ({len(evidence.of(arm, c))})" for c in conditions]
+        rows_named(axes[0, 0], names, [look(c)[0] for c in conditions])
         figure.supxlabel(
-            f"dots: seeds; mark and bar: mean and 95 % bootstrap interval; dotted: {label(BASELINE)}", fontsize=10
+            "dots: seeds (number in brackets); mark and bar: mean and 95 % bootstrap interval (of 3 seeds: the range); "
+            f"dotted: {label(BASELINE)}",
+            fontsize=10,
         )
     return title
 
@@ -74,7 +76,7 @@ def draw_differences(evidence: Evidence, arm: str, path: Path) -> str:
     conditions = [c for c in evidence.conditions(arm) if c != BASELINE and evidence.contrast("score", arm, c).n]
     if not conditions:
         return ""
-    title = _headline(evidence, arm)
+    title = f"Difference from {label(BASELINE)}, paired by seed (right of the line is better)"
     with drawn(path, 2.2 + 0.42 * len(conditions), ncols=len(DIFFERENCE_PANELS), sharey=True) as (figure, axes):
         figure.suptitle(title, fontweight="bold")
         for panel, (metric, heading) in zip(axes[0], DIFFERENCE_PANELS.items(), strict=True):
@@ -87,37 +89,26 @@ def draw_differences(evidence: Evidence, arm: str, path: Path) -> str:
         names = [f"{label(c)} ({evidence.contrast('score', arm, c).n})" for c in conditions]
         rows_named(axes[0, 0], names, [look(c)[0] for c in conditions])
         figure.supxlabel(
-            f"difference from {label(BASELINE)}; dots: seeds (number in brackets); mark and bar: mean and 95 % "
-            "bootstrap interval,\nfilled if that excludes 0 (with fewer than 6 seeds this is suggestive only)",
+            "dots: seeds (number in brackets); mark and bar: mean and 95 % bootstrap interval (of 3 seeds: the range), "
+            "filled if that excludes 0;\nwith fewer than 6 seeds no test can reach .05",
             fontsize=10,
         )
     return title
-
-
-def _headline(evidence: Evidence, arm: str) -> str:
-    """The primary contrast on M, as a title."""
-    found = evidence.primary["score"]
-    if arm != PRIMARY[0] or found.low is None:
-        return f"Differences from {label(BASELINE)} ({arm_of(arm).label})"
-    name, many = label(PRIMARY[1]), counted(found.n, "seed")
-    if not found.direction:
-        return f"{name}: no difference in M that this study can see ({bracket(found.low, found.high)}, {many})"
-    word = "raised" if found.direction > 0 else "lowered"
-    return f"{name} {word} M by {number(abs(found.mean or 0.0))} {bracket(found.low, found.high)}, {many}"
 
 
 def draw_learning_rates(evidence: Evidence, path: Path) -> str:
     """Points: what a condition gained against how far it went, for every learning rate."""
     if not evidence.grid:
         return ""
-    title = "Do controllers reach what the baseline cannot at any learning rate? (no shocks; up and left is better)"
+    title = "Reward gained against movement, at several learning rates (no shocks; up and left is better)"
     panels = {"drift": "drift from the first policy", "held_worst_max": "largest slice KL of an update"}
     with drawn(path, 5.2, ncols=2, sharey=True) as (figure, axes):
         figure.suptitle(title, fontweight="bold", fontsize=11.5)
         for panel, (metric, heading) in zip(axes[0], panels.items(), strict=True):
             _frontier(panel, evidence, metric, names=panel is axes[0, -1])
             panel.set_xlabel(f"{heading} [nats/token]")
-        axes[0, 0].set_ylabel("gain in held-out reward (mean over seeds)")
+        axes[0, 0].set_ylabel("gain in held-out reward")
+        figure.supxlabel("marks: means over seeds; small dots: seeds; numbers: learning rates", fontsize=10)
     return title
 
 
@@ -125,6 +116,7 @@ def _frontier(axes: Axes, evidence: Evidence, metric: str, *, names: bool) -> No
     grid = [(arm, *_means(evidence, arm, BASELINE, metric)) for arm in evidence.grid]
     axes.plot([x for _, x, _ in grid], [y for _, _, y in grid], "o-", color=look(BASELINE)[0], markersize=8)
     for i, (arm, x, y) in enumerate(grid):
+        _seeds(axes, evidence, arm, BASELINE, metric)
         side = 1 if i and y < grid[i - 1][2] else -1  # where the line is not
         place = {"xytext": (7 * side, 6), "ha": "left" if side > 0 else "right"}
         rate = f"{arm_of(arm).learning_rate:g}"
@@ -135,11 +127,17 @@ def _frontier(axes: Axes, evidence: Evidence, metric: str, *, names: bool) -> No
         for condition in (c for c in evidence.conditions(arm) if c != BASELINE):
             (x, y), (colour, marker) = _means(evidence, arm, condition, metric), look(condition)
             axes.plot(x, y, marker, color=colour, markersize=9)
+            _seeds(axes, evidence, arm, condition, metric)
             named.append((x, y, f"{label(condition)}, {arm_of(arm).learning_rate:g}", colour))
     axes.margins(0.2, 0.12)
     axes.grid(alpha=0.25)
     if names:
         named_beside(axes, named)
+
+
+def _seeds(axes: Axes, evidence: Evidence, arm: str, condition: str, metric: str) -> None:
+    xs, ys = evidence.known(arm, condition, metric), evidence.known(arm, condition, "gain")
+    axes.plot(xs, ys, ".", color=look(condition)[0], alpha=0.4, markersize=6, markeredgewidth=0)
 
 
 def _means(evidence: Evidence, arm: str, condition: str, metric: str) -> tuple[float, float]:

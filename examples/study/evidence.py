@@ -29,6 +29,11 @@ class Metric:
     better: int
     """1 if more is better, -1 if less is"""
 
+    @property
+    def heading(self) -> str:
+        """The symbol, and which way is better."""
+        return f"{self.symbol} {'↑' if self.better > 0 else '↓'}"
+
 
 METRICS: Mapping[str, Metric] = {
     "score": Metric("M", "the composite metric M", 1),
@@ -37,7 +42,7 @@ METRICS: Mapping[str, Metric] = {
     "worst_stability": Metric("S_worst", "S_worst", 1),
     "held_worst_max": Metric("max worst-slice K", "the largest worst-slice movement on held-out prompts", -1),
     "drift": Metric("drift", "the drift from the first policy", -1),
-    "nll_change": Metric("ΔNLL", "the change in NLL of base text", -1),
+    "nll_change": Metric("ΔNLL", "the rise in NLL of the first policy's own responses", -1),
 }
 COMPONENTS = ("gain", "stability", "worst_stability")
 """Of M."""

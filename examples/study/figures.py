@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import fmean, median
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from config import Study
 from traces import Run
 
-from step_optim import Action, StepRecord
+from step_optim import Action, Limits, Movement, StepRecord
 
 OWN_PHASES = ("snapshot", "audit", "search")
 """What STEP spends, by its own clock; the inner step is the host's."""
@@ -55,7 +55,7 @@ class Figures:
     held_max: float
     held_worst_max: float
     ratio_mean: float | None
-    """held-out over control: sums of K_global over accepted updates"""
+    """held-out over control, on the slices that both have: sums of K_global over accepted updates"""
     ratio_worst: float | None
     """the same of the worst slices"""
     ratio_unseen: float | None
@@ -90,8 +90,10 @@ class Figures:
     """part of the known shocks that triggered; None without budgets or shocks"""
     over_budget: int
     """accepted updates beyond the study's budgets (global, or any slice) on the control set, whoever has a budget"""
-    over_budget_held: int
-    """the same on held-out prompts"""
+    over_own: int
+    """accepted updates beyond the budgets that were in force, on the control set"""
+    over_own_held: int
+    """the same on the held-out prompts of the slices that the control set has"""
 
     overhead_seconds: float
     """snapshots, audits and searches; a run without budgets still audits"""
@@ -100,8 +102,9 @@ class Figures:
     audits_per_step: float
     seconds: float
     """of the whole run"""
-    reward_per_nat: float | None
-    """ΔR over the K_global that was spent on the control set"""
+    reward_per_length: float | None
+    """ΔR over the length of the path: the sum of √K_global over accepted updates, on the control set. K grows like the
+    square of a step, so that ΔR / K would favour short steps whatever they teach"""
 
 
 def figures(run: Run, study: Study) -> Figures:
@@ -131,7 +134,7 @@ def figures(run: Run, study: Study) -> Figures:
         **_outcome(run),
         **_movement(run, held, gain),
         **_decisions(run),
-        **_beyond(run, held, study),
+        **_beyond(run, study),
         **_costs(run),
     )
 
@@ -180,6 +183,21 @@ def unseen_slices(run: Run) -> list[str]:
     return [name for name in run.result["reward_slices"] if name not in audited] if audited else []
 
 
+def shared(moved: Mapping[str, Any], control: Movement) -> Movement:
+    """A held-out movement over the slices that the control set has too: like with like.
+
+    >>> shared({"mean": 3.0, "slices": {"math": 1.0, "advice": 5.0}}, Movement(2.0, {"math": 2.0}))
+    Movement(mean=1.0, slices={'math': 1.0})
+    """
+    slices = {name: moved["slices"][name] for name in control.slices if name in moved["slices"]}
+    return Movement(fmean(slices.values()), slices) if slices else Movement(moved["mean"])
+
+
+def path_length(run: Run) -> float:
+    """Sum of √K_global over the accepted updates, on the control set: √K is to first order a step's length."""
+    return sum(math.sqrt(record.accepted.mean) for record in accepted_records(run))
+
+
 def rejections(records: Sequence[StepRecord]) -> list[list[StepRecord]]:
     """Return the rejected updates, those in a row together."""
     runs = groupby(records, key=lambda record: record.action is Action.REJECT)
@@ -219,6 +237,7 @@ def _movement(run: Run, held: Sequence[Mapping[str, Any]], gain: float) -> dict[
     control = [record.accepted for record in accepted_records(run)]
     control_means, control_worst = [moved.mean for moved in control], [moved.worst[1] for moved in control]
     held_means, held_worst = [moved["mean"] for moved in held], [worst(moved) for moved in held]
+    alike = [shared(there, here) for there, here in zip(held, control, strict=True)]
     unseen = unseen_slices(run)
     elsewhere = [fmean(moved["slices"][name] for name in unseen) for moved in held] if unseen else []
     return {
@@ -230,10 +249,10 @@ def _movement(run: Run, held: Sequence[Mapping[str, Any]], gain: float) -> dict[
         "held_mean": mean(held_means) or 0.0,
         "held_max": max(held_means, default=0.0),
         "held_worst_max": max(held_worst, default=0.0),
-        "ratio_mean": ratio(sum(held_means), sum(control_means)),
-        "ratio_worst": ratio(sum(held_worst), sum(control_worst)),
+        "ratio_mean": ratio(sum(moved.mean for moved in alike), sum(control_means)),
+        "ratio_worst": ratio(sum(moved.worst[1] for moved in alike), sum(control_worst)),
         "ratio_unseen": ratio(sum(elsewhere), sum(control_means)) if elsewhere else None,
-        "reward_per_nat": ratio(gain, sum(control_means)),
+        "reward_per_length": ratio(gain, path_length(run)),
     }
 
 
@@ -283,12 +302,19 @@ def _detection(run: Run) -> dict[str, float | None]:
     return {"precision": ratio(hits, sum(triggered)), "recall": ratio(hits, sum(shocked))}
 
 
-def _beyond(run: Run, held: Sequence[Mapping[str, Any]], study: Study) -> dict[str, int]:
-    control = [record.accepted.to_dict() for record in accepted_records(run)]
+def _beyond(run: Run, study: Study) -> dict[str, int]:
+    records, updates = accepted_records(run), accepted_updates(run)
+    held = [shared(update["held"], record.accepted) for record, update in zip(records, updates, strict=True)]
     return {
-        "over_budget": sum(over_budget(moved, study) for moved in control),
-        "over_budget_held": sum(over_budget(moved, study) for moved in held),
+        "over_budget": sum(over_budget(record.accepted.to_dict(), study) for record in records),
+        "over_own": sum(not within(record.budget, record.accepted) for record in records),
+        "over_own_held": sum(not within(record.budget, moved) for record, moved in zip(records, held, strict=True)),
     }
+
+
+def within(budget: Limits, moved: Movement) -> bool:
+    """Whether a movement is within the budgets of its step; a cap on the drift is not looked at."""
+    return replace(budget, reference=math.inf).judge(moved).feasible
 
 
 def _costs(run: Run) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mechanisms import generalises, limits
 from results import branching_part, grid_part, paper_part, primary_part, results_part, short_table
 from setting import COMMANDS, activation_part, setup_part
 from traces import Run
-from wording import bullets, counted, sentence
+from wording import bullets, counted, number, sentence
 
 
 def write(
@@ -55,6 +55,7 @@ def report_parts(
     forks = Forks(evidence.branches)
     yield "# Does a trust region after the optimizer step help?"
     yield status(evidence, found)
+    yield introduction(evidence)
     yield f"**Answer.** {answer(evidence)}"
     yield from primary_part(evidence)
     yield from shown(drawn, "outcomes", "differences")
@@ -76,6 +77,7 @@ def report_parts(
 def summary_parts(evidence: Evidence, found: Activation, drawn: Mapping[str, str]) -> Iterator[str]:
     """One page of it."""
     yield status(evidence, found)
+    yield introduction(evidence)
     yield answer(evidence)
     yield from shown(drawn, "outcomes")
     yield short_table(evidence, PRIMARY[0])
@@ -94,9 +96,23 @@ def status(evidence: Evidence, found: Activation) -> str:
     runs, absent = counted(len(evidence.whole_runs), "run"), sum(map(len, evidence.missing.values()))
     unfinished = f" Unfinished: {counted(absent, 'planned run')} missing (listed under Setup)." if absent else ""
     if found.ok:
-        return f"Activation: **ok** ({runs}): every controller acted, no two conditions have one trace.{unfinished}"
+        return f"Activation: **ok** ({runs}): every controller acted, no two conditions are the same.{unfinished}"
     count = counted(len(found.problems), "problem")
     return f"Activation: **not ok** ({runs}): {count}, listed below, which void what they touch.{unfinished}"
+
+
+def introduction(evidence: Evidence) -> str:
+    """What a reader has to know to read the rest."""
+    study = evidence.study
+    return (
+        "*In short*: PPO under LoRA with a KL penalty, for a proxy reward (words of 7 letters or more in a response of "
+        f"{study.horizon} tokens, divided by 4). STEP measures how far every finished update moved the policy: K, the "
+        "KL of the next-token distributions in nats per token, on control prompts of six kinds (slices). An update "
+        "beyond its budget is rejected, shrunk to a part alpha of itself, or projected. *Shocks* are updates at "
+        f"{number(study.shock_factor)} times the learning rate. On held-out prompts, ΔR is the gain in reward; S, in "
+        "[0, 1], says how far updates stay within a tolerance; M = ΔR · S_stability · S_worst. Drift is the KL of the "
+        "last policy from the first."
+    )
 
 
 def answers_part(evidence: Evidence, forks: Forks) -> Iterator[str]:

@@ -7,31 +7,31 @@ from itertools import pairwise
 from statistics import fmean, median
 
 import paired
-from config import Condition
+from config import PRIMARY, Condition
 from evidence import BASELINE, METRICS, Evidence, arm_of, condition_of, label
-from figures import rejections
+from figures import path_length, rejections
 from paired import Contrast
 from wording import NOTHING, bracket, counted, listed, number, verdict
 
 from step_optim import Action, StepRecord
 
-FLAT = (0.8, 1.25)
+FLAT = (0.9, 1.1)
 """Successive updates whose lengths have a median ratio in this range are called as long as each other."""
 
-ADAM = (
-    "Neither becomes smaller: Adam divides a gradient by the root of its second moment, so that a step is as long as "
-    "the learning rate says, whatever the gradient's size; from the same weights and moments, the next candidate is "
-    "as large as the last, and is rejected in turn"
+FRESH = (
+    "Nothing is carried over from a rejection, so that each proposal is a fresh draw of about the same length, and a "
+    "commit is luck. That Adam's step is as long as the learning rate says, whatever the gradient, would explain the "
+    "length; it is not tested here"
 )
-"""Why a gate that rolls everything back rejects for ever."""
+"""Why a gate that rolls everything back goes on rejecting."""
 
 KEPT = "keep_state"
 """What a rejection keeps under the option ``on_reject`` if moments are to see the gradient."""
 
 RATIOS = {
-    "ratio_mean": ("movement on held-out prompts", "that on the control set"),
-    "ratio_worst": ("the worst held-out slice's movement", "the worst slice's on the control set"),
-    "ratio_unseen": ("movement on the slices that are held out whole", "that on the control set"),
+    "ratio_mean": ("on the slices that both have, held-out prompts move", "as far as the control set"),
+    "ratio_worst": ("of these slices, the worst one moves", "as far as the control set's worst"),
+    "ratio_unseen": ("slices that are held out whole move", "as far as the control set"),
 }
 """Held-out over control, in words."""
 
@@ -41,15 +41,17 @@ def generalises(evidence: Evidence) -> Iterator[str]:
     for name, (above, below) in RATIOS.items():
         found = by_seed(evidence, name)
         if found.mean is not None:
-            yield f"{above} is {number(1 + found.mean)} times {below}: {_against_one(found)}"
+            yield f"{above} {number(1 + found.mean)} times {below}: {_against_one(found)}"
     limited = [f for arm in evidence.arms for c in evidence.limited(arm) for f in evidence.of(arm, c).values()]
-    commits, control, held = (
-        sum(getattr(f, n) for f in limited) for n in ("accepted", "over_budget", "over_budget_held")
-    )
+    commits, control, held = (sum(getattr(f, n) for f in limited) for n in ("accepted", "over_own", "over_own_held"))
     if commits:
         yield (
-            f"controllers committed {counted(commits, 'update')}; {control} of them exceeded one of the study's "
-            f"budgets (their own or not: a gate has one of the two) on the control set, and {held} on held-out prompts"
+            f"of the {counted(commits, 'update')} that controllers committed, {control} exceeded their own budget on "
+            f"the control set, and {held} would have on the held-out prompts of the same slices"
+        )
+        yield (
+            "all runs share one control set and one held-out set: the intervals are over training seeds, and say "
+            "nothing about other prompts"
         )
 
 
@@ -112,9 +114,9 @@ def explained(norms: Sequence[float], kls: Sequence[float], way: str = "") -> st
         return "Their sizes are not known"
     length, kl = median(norms), median(kls)
     if FLAT[0] <= length <= FLAT[1] and kl >= FLAT[0]:
-        return f"Neither becomes smaller, in spite of {way}" if way else ADAM
-    if way and length < FLAT[0]:
-        return f"The step becomes shorter from one rejection to the next, by {way}: a way out"
+        return f"Neither becomes smaller, in spite of {way}" if way else FRESH
+    if way and kl < FLAT[0]:
+        return f"Proposals become smaller from one rejection to the next, by {way}: a way out"
     return "Steps of one size do not explain these rejections"
 
 
@@ -128,33 +130,45 @@ def _range(values: Sequence[float]) -> str:
 def reward_lost(evidence: Evidence) -> Iterator[str]:
     """Say whether interpolation lost reward, and whether it moved less or worse."""
     for arm in evidence.arms:
-        gain, per_nat = (evidence.contrast(metric, arm, "interpolate") for metric in ("gain", "reward_per_nat"))
+        gain, earned = (evidence.contrast(metric, arm, "interpolate") for metric in ("gain", "reward_per_length"))
         if gain.n == 0:
             continue
         said = f"{arm_of(arm).label}: {METRICS['gain'].words} {verdict(gain)}"
         if gain.n < paired.SEEDS_FOR_WORDS or gain.direction >= 0:
             yield said if gain.n < paired.SEEDS_FOR_WORDS else f"{said}; there is no loss to explain"
             continue
-        moved = [_nats(evidence, arm, condition) for condition in ("interpolate", BASELINE)]
+        moved = [_length(evidence, arm, condition) for condition in ("interpolate", BASELINE)]
         yield (
-            f"{said}. Its updates moved the policy by {number(moved[0])} nats per token in all, those of "
-            f"{label(BASELINE)} by {number(moved[1])}; the gain per nat {verdict(per_nat)}. "
-            f"{less_or_worse(moved, per_nat)}"
+            f"{said}. Its path is {number(moved[0])} long (the sum of √K_global over its updates), that of "
+            f"{label(BASELINE)} {number(moved[1])}; the gain per length {verdict(earned)}. "
+            f"{less_or_worse(moved, earned)}"
         )
 
 
-def _nats(evidence: Evidence, arm: str, condition: str) -> float:
-    """K_global that a run spends on the control set, mean over seeds."""
-    return fmean(f.control_mean * f.accepted for f in evidence.of(arm, condition).values())
+def _length(evidence: Evidence, arm: str, condition: str) -> float:
+    """Length of a run's path on the control set, mean over seeds."""
+    runs = [run for run in evidence.whole_runs if (run.arm, run.condition) == (arm, condition)]
+    return fmean(path_length(run) for run in runs)
 
 
-def less_or_worse(moved: Sequence[float], per_nat: Contrast) -> str:
-    """Say why reward is lower, from what was spent and what each nat earned."""
+def less_or_worse(moved: Sequence[float], earned: Contrast) -> str:
+    """Say why reward is lower, from how far the policy went and what each part of the way earned."""
     if moved[0] >= moved[1]:
-        return "It did not move less, so that shorter steps do not explain the loss"
-    if per_nat.direction < 0:
-        return "It moved less, and each nat earned less"
-    return "It learned less because it moved less: no loss per nat can be seen"
+        return "It did not go less far, so that shorter steps do not explain the loss"
+    if earned.direction < 0:
+        return "It went less far, and each part of the way earned less"
+    return "It went less far, and no loss per length can be seen: slower, not worse"
+
+
+def shocks_harm(evidence: Evidence) -> Iterator[str]:
+    """Say what the shocks did to the baseline, and to the primary condition, against calm training."""
+    shocked, condition, baseline = PRIMARY
+    for calm in (arm for arm in evidence.arms if arm_of(arm).learning_rate == arm_of(shocked).learning_rate):
+        for other in (baseline, condition):
+            found = {m: evidence.contrast(m, shocked, other, baseline, calm) for m in ("gain", "drift", "nll_change")}
+            if calm != shocked and found["gain"].n:
+                said = "; ".join(f"{METRICS[metric].words} {verdict(contrast)}" for metric, contrast in found.items())
+                yield f"{label(other)} under shocks against {label(baseline)} without: {said}"
 
 
 def limits(evidence: Evidence) -> Iterator[str]:
@@ -163,21 +177,28 @@ def limits(evidence: Evidence) -> Iterator[str]:
     how = f"LoRA of rank {study.lora_rank}, {study.updates} updates, responses of {study.horizon} tokens"
     yield f"scale: {study.model}, {how}"
     yield "RLHF: the reward is a proxy (a count of long words), with no reward model and no human preference behind it"
+    yield (
+        "a ranking of methods: each ran at one strength (budget, target, coefficient), chosen from a pilot of two runs "
+        "and not tuned; and a gate differs from interpolation in its budgets as well as in its rule (see Setup)"
+    )
+    yield (
+        "what M leaves out: it judges single updates, and does not punish the drift that they add up to; and its "
+        "tolerances are wider than the budgets, so that S is 1, or nearly, for every controller by construction"
+    )
     seeds = sorted({len(evidence.of(arm, condition)) for arm, condition in evidence.figures})
     if seeds:
         runs = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else counted(seeds[0], "seed")
         yield (
-            f"statistics: conditions have {runs}; with {seeds[0]} the least p is "
-            f"{number(paired.smallest_p(seeds[0]))}, and a percentile interval covers less than 95 %. What was not "
-            "pre-registered is an estimate"
+            f"statistics: conditions have {runs}; with {counted(seeds[0], 'seed')} p cannot be below "
+            f"{number(paired.smallest_p(seeds[0]))}, and an interval is hardly more than the range of the seeds. "
+            "Everything but M of the primary contrast is descriptive"
         )
     yield (
         'absence: "no difference that this study can see" is no proof that there is none; the interval says how '
-        "large it "
-        "could be"
+        "large it could be"
     )
     yield (
         f"shocks: learning rates x {number(study.shock_factor)} at t = {listed([str(t) for t in study.shocks])} test "
-        "the mechanism; training usually fails otherwise"
+        "the mechanism; training usually fails in other ways"
     )
     yield "safety: the harm-adjacent slice holds everyday questions near a risk; it is no measure of safety"

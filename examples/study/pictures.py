@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import fmean
 
 from comparisons import draw_branches, draw_differences, draw_learning_rates, draw_outcomes
-from config import PRIMARY
+from config import PRIMARY, Limit
 from evidence import Evidence, arm_of, condition_of, label
-from figures import accepted_records, accepted_updates, worst
+from figures import accepted_records, accepted_updates, shared
 from forks import Forks
 from matplotlib.axes import Axes
 from mechanisms import by_seed
@@ -20,6 +20,9 @@ from traces import Run
 from wording import number, percent
 
 from step_optim import Action, Movement, StepRecord
+
+KINDS = {False: ("without such a budget", GREY), True: ("under this budget", "#0072B2")}
+"""Of runs, as the scatter of held-out movement tells them apart."""
 
 Draw = Callable[[Path], str]
 """Writes a picture, and returns what it says; the empty string if there is nothing to show."""
@@ -46,9 +49,7 @@ def draw(evidence: Evidence, forks: Forks, out: Path) -> dict[str, str]:
 def draw_activation(evidence: Evidence, arm: str, path: Path) -> str:
     """Strips: what every update proposed, in units of the budget, and what the controller made of it."""
     runs = [first_run(evidence, arm, condition) for condition in evidence.conditions(arm)]
-    limited = [f for condition in evidence.limited(arm) for f in evidence.of(arm, condition).values()]
-    share = percent(fmean(f.trigger_rate for f in limited))
-    title = f"When did the controllers act? On {share} of their updates ({arm_of(arm).label})"
+    title = f"When did the controllers act? {_when(evidence, arm)} ({arm_of(arm).label}, all seeds)"
     with drawn(path, 1.6 + 0.95 * len(runs), nrows=len(runs), sharex=True, sharey=True) as (figure, axes):
         figure.suptitle(title, fontweight="bold")
         for run, panel in zip(runs, axes[:, 0], strict=True):
@@ -61,11 +62,26 @@ def draw_activation(evidence: Evidence, arm: str, path: Path) -> str:
             panel.tick_params(axis="x", length=0)
         figure.supylabel("proposed KL / budget (log scale)", fontsize=11)
         axes[-1, 0].set_xlabel(
-            "update t. Marks: proposals (largest KL / budget of the condition's budgets, of all if it has none),\n"
-            "filled if controlled, with alpha; bar: what was committed; x: rejected; yellow: known shock. "
-            f"Seed {runs[0].seed}" + ("" if len({run.seed for run in runs}) == 1 else ", or the first that ran") + "."
+            "update t. Marks: proposals (largest KL / budget of the budgets that are named on the right),\n"
+            "filled if controlled, with alpha; bar: what was committed; x: rejected"
+            + ("; yellow: known shock. " if arm_of(arm).shocked else ". ")
+            + f"Seed {runs[0].seed}"
+            + ("." if len({run.seed for run in runs}) == 1 else ", or the first that ran.")
         )
     return title
+
+
+def _when(evidence: Evidence, arm: str) -> str:
+    """In a sentence, over all seeds."""
+    runs = [run for run in evidence.whole_runs if run.arm == arm and run.condition in evidence.limited(arm)]
+    acted: dict[bool, list[bool]] = {}
+    for run in runs:
+        for record, update in zip(run.records, run.updates, strict=True):
+            acted.setdefault(bool(update["shock"]), []).append(record.triggered)
+    shares = {shock: percent(fmean(triggered)) for shock, triggered in acted.items()}
+    if True in shares and False in shares:
+        return f"At {shares[True]} of the shocks, and {shares[False]} of the other updates"
+    return f"On {next(iter(shares.values()))} of their updates"
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
@@ -92,7 +108,12 @@ def _strip(axes: Axes, run: Run, evidence: Evidence) -> None:
         _decision(axes, t, record, proposed, committed, colour)
     axes.set_yscale("log")
     axes.set_xticks(range(len(run.records)))
-    axes.text(1.01, 0.5, label(run.condition).replace(", ", ",\n"), color=colour, transform=axes.transAxes, va="center")
+    name = label(run.condition).replace(", ", ",\n")
+    limits = condition_of(run.condition).limits
+    budgets = {(): "no budget (both shown)", ("mean",): "budget: mean", ("slices",): "budget: slices"}
+    axes.text(1.01, 0.62, name, color=colour, transform=axes.transAxes, va="center")
+    text = budgets.get(limits, "budgets: mean, slices")
+    axes.text(1.01, 0.12, text, color=GREY, transform=axes.transAxes, va="center", fontsize=9)
 
 
 def _decision(axes: Axes, t: int, record: StepRecord, proposed: float, committed: float, colour: str) -> None:
@@ -118,33 +139,30 @@ def use(moved: Movement, run: Run, evidence: Evidence) -> float:
 
 
 def draw_held_out(evidence: Evidence, path: Path) -> str:
-    """Scatter: every accepted update, on the control set and on held-out prompts."""
+    """Scatter: every accepted update, on the control set and on the held-out prompts of the same slices."""
     if not any(accepted_records(run) for run in evidence.whole_runs):
         return ""
     found = by_seed(evidence, "ratio_mean")
-    title = f"Held-out prompts move {number(1 + (found.mean or 0.0))} times as far as the control set"
+    times = number(1 + (found.mean or 0.0))
+    title = f"On the slices that both have, held-out prompts move {times} times as far as the control set"
     with drawn(path, 5.6, ncols=2) as (figure, axes):
         figure.suptitle(title, fontweight="bold")
-        for panel, worst_slice in zip(axes[0], (False, True), strict=True):
-            _scatter(panel, evidence, worst_slice=worst_slice)
+        _scatter(axes[0, 0], evidence, "mean", evidence.study.budget_mean)
+        _scatter(axes[0, 1], evidence, "slices", evidence.study.budget_slices)
         handles, names = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, markerscale=1.6)
+        figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, markerscale=1.6)
     return title
 
 
-def _scatter(axes: Axes, evidence: Evidence, *, worst_slice: bool) -> None:
-    study = evidence.study
-    every: list[float] = []
-    names = dict.fromkeys(condition for arm in evidence.arms for condition in evidence.conditions(arm))
-    for condition in names:
-        x, y = _pairs(evidence, condition, worst_slice=worst_slice)
-        colour, marker = look(condition)
-        axes.plot(x, y, marker, color=colour, markersize=4, alpha=0.6, markeredgewidth=0, label=label(condition))
-        every += [*x, *y]
+def _scatter(axes: Axes, evidence: Evidence, limit: Limit, budget: float) -> None:
+    pairs = {limited: _pairs(evidence, limit, limited=limited) for limited in KINDS}
+    for limited, (name, colour) in KINDS.items():
+        x, y = [pair[0] for pair in pairs[limited]], [pair[1] for pair in pairs[limited]]
+        axes.plot(x, y, "o", color=colour, markersize=4, alpha=0.5, markeredgewidth=0, label=name)
+    every = [kl for found in pairs.values() for pair in found for kl in pair] or [budget]
     low, high = min(every) / 1.3, max(every) * 1.3
     axes.plot([low, high], [low, high], color="black", linewidth=1)
     axes.annotate("1:1", (high, high), xytext=(-4, -36), textcoords="offset points", ha="right")
-    budget = study.budget_slices if worst_slice else study.budget_mean
     for line in (axes.axvline, axes.axhline):
         line(budget, color=GREY, linestyle=":", linewidth=1)
     axes.annotate(f"budget {budget:g}", (budget, low), xytext=(4, 4), textcoords="offset points", color=GREY)
@@ -153,20 +171,21 @@ def _scatter(axes: Axes, evidence: Evidence, *, worst_slice: bool) -> None:
     axes.set_aspect("equal")
     for which in "xy":
         logarithmic(axes, which)
-    what = "worst slice" if worst_slice else "all prompts"
-    axes.set_title(f"An accepted update, {what}")
-    axes.set_xlabel("KL on the control set [nats/token]")
-    axes.set_ylabel("KL on held-out prompts [nats/token]")
+    beyond = f"{sum(held > budget for _, held in pairs[True])} of {len(pairs[True])}"
+    what = "All prompts" if limit == "mean" else "The worst slice"
+    axes.set_title(f"{what}: {beyond} updates under a budget\nexceed it on held-out prompts", fontsize=11)
+    axes.set_xlabel("KL of an update, control set [nats/token]")
+    axes.set_ylabel("KL of it, held-out prompts [nats/token]")
 
 
-def _pairs(evidence: Evidence, condition: str, *, worst_slice: bool) -> tuple[list[float], list[float]]:
-    """Control and held-out KL of the accepted updates of a condition."""
-    x, y = [], []
-    for run in (run for run in evidence.whole_runs if run.condition == condition):
-        for record, update in zip(accepted_records(run), accepted_updates(run), strict=True):
-            control, held = record.accepted, update["held"]
-            pair = (control.worst[1], worst(held)) if worst_slice else (control.mean, held["mean"])
-            if min(pair) > 0:
-                x.append(pair[0])
-                y.append(pair[1])
-    return x, y
+def _pairs(evidence: Evidence, limit: Limit, *, limited: bool) -> list[tuple[float, float]]:
+    """Control and held-out KL of the accepted updates of runs with, or without, that budget."""
+    found = []
+    for run in evidence.whole_runs:
+        if (limit in condition_of(run.condition).limits) is limited:
+            for record, update in zip(accepted_records(run), accepted_updates(run), strict=True):
+                control, held = record.accepted, shared(update["held"], record.accepted)
+                pair = (control.mean, held.mean) if limit == "mean" else (control.worst[1], held.worst[1])
+                if min(pair) > 0:
+                    found.append(pair)
+    return found

@@ -36,7 +36,7 @@ def activation_part(evidence: Evidence, found: Activation) -> Iterator[str]:
     """Say whether every condition did something of its own."""
     yield "## Activation and integrity"
     if found.ok:
-        yield "Every controller acted, and no two conditions have the same trace: **ok**."
+        yield "Every controller acted, and no two conditions have the same traces: **ok**."
     else:
         yield "**Not ok.** Comparisons with these runs are void:"
         yield bullets(found.problems)
@@ -106,7 +106,10 @@ def setup_part(evidence: Evidence, commands: Sequence[str]) -> Iterator[str]:
         f"{_unseen(evidence)}. M = ΔR · S_stability · S_worst: ΔR is the gain in held-out reward, S the mean over "
         f"accepted updates of min(1, tolerance / K) on held-out prompts, with tolerances of "
         f"{number(study.tolerance_mean)} (K_global) and {number(study.tolerance_slices)} (worst slice) nats per "
-        "token; M = ΔR where ΔR <= 0. A run that accepts no update has S = 1: read M with its components."
+        "token; M = ΔR where ΔR <= 0. A run that accepts no update has S = 1: read M with its components. The "
+        "tolerances are wider than the budgets, so that a controller has S = 1, or nearly, by construction. As the "
+        "slices' budget equals that of the mean, it is the worst slice that binds wherever both are in force; the "
+        "global gate lets a slice go further."
     )
     yield _compute(evidence)
     yield missing(evidence)
@@ -186,7 +189,10 @@ def missing(evidence: Evidence) -> str:
     found = evidence.missing
     if not found:
         return "Every planned run is there."
-    cells = [f"{label(c)}, {arm_of(arm).label}: seeds {seed_range(seeds)}" for (arm, c), seeds in found.items()]
+    cells = [
+        f"{label(c)}, {arm_of(arm).label}: seed{'s' * (len(seeds) > 1)} {seed_range(seeds)}"
+        for (arm, c), seeds in found.items()
+    ]
     primary = any((PRIMARY[0], condition) in found for condition in PRIMARY[1:])
     note = " **Some of these are of the primary contrast.**" if primary else ""
     return f"**Missing: {counted(sum(map(len, found.values())), 'planned run')}.**{note}\n\n{bullets(cells)}"

@@ -73,6 +73,8 @@ def verdict(found: Contrast, pairs: str = "seed") -> str:
     >>> from paired import of
     >>> verdict(of({seed: 0.1 + seed / 100 for seed in range(9)}))
     'is higher by 0.14 (interval [0.123, 0.157], 9 seeds, p = 0.00391)'
+    >>> verdict(of({0: 0.1, 1: 0.2, 2: 0.3}))
+    'is higher by 0.2 (interval [0.1, 0.3], on 3 of 3 seeds)'
     >>> verdict(of({0: -1.0, 1: 1.0, 2: 0.5}))
     'shows no difference that this study can see (interval [-1, 1], 3 seeds)'
     """
@@ -84,14 +86,12 @@ def verdict(found: Contrast, pairs: str = "seed") -> str:
     if not found.direction:
         return f"shows no difference that this study can see ({where}, {many})"
     word = "higher" if found.direction > 0 else "lower"
-    return f"is {word} by {number(abs(found.mean))} ({where}, {many}, {_tested(found)})"
-
-
-def _tested(found: Contrast) -> str:
-    """What the exact test says of a difference whose interval excludes 0."""
-    if found.n < SEEDS_FOR_P:
-        return "suggestive: no p below .05 was possible"
-    return f"p = {number(found.p)}" + ("" if found.p is not None and found.p < 0.05 else ": suggestive, not below .05")
+    if found.n < SEEDS_FOR_P:  # no p below .05 is possible
+        agree = sum(difference * found.direction > 0 for difference in found.differences)
+        tested = f"on {agree} of {many}"
+    else:
+        tested = f"{many}, p = {number(found.p)}"
+    return f"is {word} by {number(abs(found.mean))} ({where}, {tested})"
 
 
 def counted(count: int, noun: str) -> str:
