@@ -51,7 +51,7 @@ def draw_outcomes(evidence: Evidence, arm: str, path: Path) -> str:
             if evidence.known(arm, BASELINE, metric):
                 middle = fmean(evidence.known(arm, BASELINE, metric))
                 panel.axvline(middle, color=GREY, linestyle=":", linewidth=1.2, zorder=0)
-            panel.set_title(heading, fontsize=11)
+            panel.set_title(heading, fontsize=10)
             _scaled(panel, [value for values in every for value in values])
         names = [f"{label(c)} ({len(evidence.of(arm, c))})" for c in conditions]
         rows_named(axes[0, 0], names, [look(c)[0] for c in conditions])
@@ -84,7 +84,7 @@ def draw_differences(evidence: Evidence, arm: str, path: Path) -> str:
                 found = evidence.contrast(metric, arm, condition)
                 row(panel, y, found.differences, *look(condition), sure=found.direction != 0)
             panel.axvline(0, color="black", linewidth=1, zorder=0)
-            panel.set_title(heading, fontsize=11)
+            panel.set_title(heading, fontsize=10)
             few_ticks(panel)
         names = [f"{label(c)} ({evidence.contrast('score', arm, c).n})" for c in conditions]
         rows_named(axes[0, 0], names, [look(c)[0] for c in conditions])
