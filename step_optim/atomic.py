@@ -59,7 +59,7 @@ class Atomic:
         if record is None:
             assert error is not None
             record = self._undo(error, fatal=not settled)
-        notes = dict(run.notes)
+        notes, warm_start = dict(run.notes), run.warm_start and record.success
         record = replace(
             record,
             seconds=dict(transaction.seconds),
@@ -67,7 +67,7 @@ class Atomic:
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
-        progress = run.progress.after(record, warm_start=run.warm_start and record.success)
+        progress = run.progress.after(record, warm_start=warm_start)
         run.progress, run.open, run.notes, transaction.over = progress, None, {}, True
         if stands:
             run.remember(transaction)

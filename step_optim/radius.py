@@ -30,11 +30,11 @@ def next_scale(scale: float, record: StepRecord) -> float:
     >>> next_scale(1.0, after(0.0576)), next_scale(0.5, after(0.02)), next_scale(1.0, after(0.02))
     (0.7453559924999299, 0.6324555320336759, 1.0)
     """
-    used = replace(record.budget, reference=math.inf).judge(record.candidate).ratios.values()
-    if not used or record.action is Action.UNCHANGED:
+    limits = replace(record.budget, reference=math.inf)
+    if record.action is Action.UNCHANGED or math.inf == min(limits.mean, *limits.slices.values(), math.inf):
         return scale
     if not record.candidate.is_finite:
         return scale / CHANGE
-    largest = max(used)
+    largest = max(limits.judge(record.candidate).ratios.values())
     factor = CHANGE if largest == 0 else math.sqrt(AIM / largest)
     return min(1.0, scale * min(max(factor, 1 / CHANGE), CHANGE))

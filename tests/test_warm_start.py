@@ -55,6 +55,44 @@ def test_what_does_not_shrink_with_the_rate_is_left_out():
     assert next_scale(0.5, record(0.0, action=Action.UNCHANGED)) == 0.5
 
 
+def by_slice(gradient: float | None) -> tuple[STEPOptimizer, nn.Parameter]:
+    """A plain function that reports a slice; only the budget knows its name before it is called."""
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = STEPOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        kl=lambda: {"a": weight.detach().abs().sum()},
+        budget=Budget(slices={"a": 0.1}),
+        controller=Gate(),
+        warm_start=True,
+    )
+    weight.grad = None if gradient is None else torch.tensor([gradient])
+    return optimizer, weight
+
+
+@pytest.mark.parametrize("gradient", [None, 0.0, math.nan, math.inf])
+def test_a_step_that_measured_no_slice_is_a_step_like_any_other(gradient):
+    """Nothing moved, or nothing was finite: the next step is audited, under the budget that names a slice."""
+    optimizer, weight = by_slice(gradient)
+    optimizer.step()
+    weight.grad = torch.tensor([5.0])
+    optimizer.step()
+    assert optimizer.last.triggered
+    assert optimizer.last.action is Action.REJECT
+    assert optimizer.last.scale == (1.0 if not gradient else 0.5)
+    assert weight.item() == 0.0
+
+
+def test_what_the_user_calls_a_failure_does_not_stop_it():
+    """`note(success=False)` is about the episode; the proposal was measured all the same."""
+    optimizer, weight = by_slice(-1.0)
+    for _ in range(7):
+        optimizer.note(success=False)
+        optimizer.step()
+    assert not optimizer.last.success
+    assert optimizer.last.scale < 0.2
+    assert 0 < weight.item() <= 0.1
+
+
 def problem(controller=None, budget=1e-3, lr=0.3, **options):
     """Adam on a softmax policy whose gradients are all alike: every proposal moves it equally far."""
     torch.manual_seed(0)
@@ -83,7 +121,8 @@ def problem(controller=None, budget=1e-3, lr=0.3, **options):
 def test_a_gate_that_rejects_for_ever_comes_free():
     """Adam's step does not depend on the gradient's size: a gate alone never accepts, and a warm start soon does."""
     _, _, step = problem(Gate())
-    assert {step().action for _ in range(20)} == {Action.REJECT}
+    with pytest.warns(UserWarning, match="8 steps in a row were over budget"):
+        assert {step().action for _ in range(20)} == {Action.REJECT}
     _, optimizer, step = problem(Gate(), warm_start=True)
     actions = [step().action for _ in range(20)]
     free = actions.index(Action.COMMIT)
