@@ -22,7 +22,7 @@ import branching  # noqa: E402
 import training  # noqa: E402
 import work  # noqa: E402
 import world as worlds  # noqa: E402
-from config import ARMS, BRANCHES, CONDITIONS, PLAN, PRIMARY, SMOKE, Study  # noqa: E402
+from config import ARMS, BRANCHES, CONDITIONS, PLAN, PRIMARY, SMOKE, Study, run_settings  # noqa: E402
 from prompts import SLICES, TRAINED, UNSEEN  # noqa: E402
 
 TINY = replace(SMOKE, updates=4, shocks=(2,))
@@ -148,6 +148,13 @@ def test_a_run_of_other_settings_is_not_continued(world, tmp_path):
         run(other, tmp_path, "nominal", "fixed")
 
 
+def test_a_folder_of_other_settings_is_refused(prepared):
+    """Control sets, branches and first scores are derived from the settings, too."""
+    worlds.prepare(TINY, prepared, "cpu", small=True)
+    with pytest.raises(ValueError, match="holds a study of other settings"):
+        worlds.prepare(replace(TINY, evaluation_samples=2), prepared, "cpu", small=True)
+
+
 def test_branches_begin_at_one_state(world, tmp_path):
     """One proposal, several decisions: the figures of each are those of what it committed."""
     run(world, tmp_path, "nominal", "fixed")
@@ -257,7 +264,12 @@ def test_a_killed_study_goes_on_and_a_broken_condition_fails_it(tmp_path):
     assert "Activation" in (tmp_path / "out" / "REPORT.md").read_text()
 
     fixed = json.loads((tmp_path / "runs/shocks/fixed/0/run.json").read_text())
-    (tmp_path / "runs/shocks/gate/0/run.json").write_text(json.dumps(fixed | {"condition": "gate"}))
+    gate = {"condition": "gate", "settings": run_settings(SMOKE, "shocks", "gate")}
+    (tmp_path / "runs/shocks/gate/0/run.json").write_text(json.dumps(fixed | gate))
     broken = subprocess.run(command(tmp_path, *only), env=environment, capture_output=True, text=True, check=False)
     assert broken.returncode == 1, broken.stdout + broken.stderr
+    assert "IDENTICAL: shocks/fixed and shocks/gate" in broken.stdout
+    (tmp_path / "runs/shocks/gate/0/run.json").write_text(json.dumps(fixed | {"settings": "others"}))
+    other = subprocess.run(command(tmp_path, *only), env=environment, capture_output=True, text=True, check=False)
+    assert "gate/0/run.json is a run of other settings" in other.stderr
     shutil.rmtree(tmp_path / "runs")

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE.parent))  # ppo, smollm, tiny
 
 import torch  # noqa: E402
-from config import BRANCH_SEEDS, CUDA, CUDA_SEEDS, PILOT, PLAN, SMOKE, Batch, Study  # noqa: E402
+from config import BRANCH_SEEDS, CUDA, CUDA_SEEDS, PILOT, PLAN, SMOKE, Batch, Study, run_settings  # noqa: E402
 from traces import Run, load, load_runs, save, save_runs  # noqa: E402
 from work import Job, Task, TaskFailed, work_off  # noqa: E402
 
@@ -47,14 +47,14 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Make the runs, then the report."""
     args = arguments()
-    name = "study" + "-smoke" * args.smoke + "-cuda" * (args.device == "cuda")
+    name = "study" + "-smoke" * args.smoke + "-cuda" * (args.device == "cuda") + "-pilot" * args.pilot
     runs = args.runs or Path("runs") / name
     out = args.out or (runs if args.smoke or args.only or args.pilot else HERE / ("cuda" * (args.device == "cuda")))
     if not args.render:
         make(args, runs)
         if args.pilot:
             return
-        collect(runs, out)
+        collect(args, runs, out)
     report(args, out)
 
 
@@ -67,11 +67,13 @@ def make(args: argparse.Namespace, folder: Path) -> None:
         sys.exit(f"--only {args.only}: no run has that in its name")
     import world
 
-    world.prepare(study, folder, args.device, small=args.smoke)
     try:
+        world.prepare(study, folder, args.device, small=args.smoke)
         work_off(Job(study, folder, args.device, args.smoke), tasks, jobs)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from here")
+    except ValueError as refused:
+        sys.exit(str(refused))
     except TaskFailed as failed:
         sys.exit(f"{failed}\nwhat is done is kept; the same command tries again what is not")
 
@@ -97,12 +99,16 @@ def seeds_of(args: argparse.Namespace, batch: Batch) -> tuple[int, ...]:
     return (0,) if args.smoke else CUDA_SEEDS if args.device == "cuda" else batch.seeds
 
 
-def collect(folder: Path, out: Path) -> None:
-    """Gather what is finished, in compact form."""
-    finished = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/*/run.json"))]
-    save_runs(out / "runs.jsonl.gz", (Run.from_dict(run) for run in finished))
-    branches = [line for path in sorted(folder.glob("branches/*/*.json")) for line in json.loads(path.read_text())]
-    save(out / "branches.jsonl.gz", branches)
+def collect(args: argparse.Namespace, folder: Path, out: Path) -> None:
+    """Gather what is finished of the plan, in compact form."""
+    done = [task for task in sorted(set(tasks_of(args)), key=str) if task.file(folder).exists()]
+    found = {task: json.loads(task.file(folder).read_text()) for task in done}
+    runs = [task for task in done if task.t < 0]
+    for task in runs:
+        if found[task]["settings"] != run_settings(study_of(args), task.arm, task.condition):
+            sys.exit(f"{task.file(folder)} is a run of other settings; remove it, or choose another --runs")
+    save_runs(out / "runs.jsonl.gz", (Run.from_dict(found[task]) for task in runs))
+    save(out / "branches.jsonl.gz", [branch for task in done if task.t >= 0 for branch in found[task]])
 
 
 def report(args: argparse.Namespace, out: Path) -> None:

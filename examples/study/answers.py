@@ -74,14 +74,14 @@ def _acted(evidence: Evidence, arm: str, condition: str) -> Iterator[str]:
 def ahead(evidence: Evidence) -> Iterator[str]:
     """Which means of the objective had a higher M than the primary condition, and how far they went."""
     arm, condition, _ = PRIMARY
-    means = {name: fmean(evidence.known(arm, name, "score")) for name in (condition, *rivals(evidence))}
-    names = [name for name, score in means.items() if score > means[condition]]
+    scores = {name: evidence.contrast("score", arm, name, condition).mean for name in rivals(evidence)}
+    names = [name for name, score in scores.items() if score is not None and score > 0]
     if names:
-        drifts = [fmean(evidence.known(arm, name, "drift")) for name in names]
+        drifts = [evidence.contrast("drift", arm, name, condition).mean or 0.0 for name in names]
         yield (
-            f"of the objective's own means, {listed([label(name) for name in names])} had a higher mean M, and drifted "
-            f"by {number(min(drifts), 2)} to {number(max(drifts), 2)} nats per token ({label(condition)}: "
-            f"{number(fmean(evidence.known(arm, condition, 'drift')), 2)}); each ran at one strength, untuned"
+            f"of the objective's own means, {listed([label(name) for name in names])} had a higher mean M than "
+            f"{label(condition)} on the same seeds; they drifted by {number(min(drifts), 2)} to "
+            f"{number(max(drifts), 2)} nats per token more, and each ran at one strength, untuned"
         )
 
 
@@ -192,11 +192,11 @@ def _projection(evidence: Evidence, branches: Forks) -> Iterator[str]:
             if residual
             else ""
         )
-        times = [fmean(evidence.known(arm, c, "overhead_seconds") or [0.0]) for c in ("project", "interpolate")]
+        time = evidence.contrast("overhead_seconds", arm, "project", "interpolate")
         yield (
             f"{arm_of(arm).label}: {left}against interpolation, M {verdict(score)}, {METRICS['gain'].words} "
-            f"{verdict(gain)}, and {METRICS['drift'].words} {verdict(drift)}; audits and control took "
-            f"{number(times[0])} s a run against {number(times[1])} s. {worth(score, gain, drift)}"
+            f"{verdict(gain)}, and {METRICS['drift'].words} {verdict(drift)}; the time for audits and "
+            f"control [s a run] {verdict(time)}. {worth(score, gain, drift)}"
         )
     outcomes = ("distance_control", "distance_held", "gain_next", "seconds")
     yield from _branches_differ(branches, "project", "shrink", outcomes)
@@ -205,14 +205,16 @@ def _projection(evidence: Evidence, branches: Forks) -> Iterator[str]:
 
 def worth(score: Contrast, gain: Contrast, drift: Contrast) -> str:
     """Say whether something is better that a higher price could be paid for."""
-    if min(score.n, gain.n) < paired.SEEDS_FOR_WORDS:
+    n = min(score.n, gain.n)
+    if n < paired.SEEDS_FOR_WORDS:
         return "Too few seeds to say whether it earns its price"
+    weak = f" ({n} seeds: too few for a test)" if n < paired.SEEDS_FOR_P else ""
     if min(score.direction, gain.direction) < 0:
-        return "It does not earn its price here: something is worse"
+        return f"It does not earn its price here: something is worse{weak}"
     if max(score.direction, gain.direction) > 0 and drift.direction > 0:
-        return "It gains more and goes further: whether it earns its price cannot be told from moving further"
+        return f"It gains more and goes further: whether it earns its price, or only moves further, is open{weak}"
     if max(score.direction, gain.direction) > 0:
-        return "It gains something here that interpolation does not"
+        return f"It gains something here that interpolation does not{weak}"
     return "It does not visibly earn its price here"
 
 
@@ -242,7 +244,7 @@ def _variants(evidence: Evidence, variant: str, original: str, others: Mapping[s
 def _branches_differ(branches: Forks, a: str, b: str, outcomes: Sequence[str]) -> Iterator[str]:
     """One branch against another, in words."""
     found = {outcome: branches.contrast(outcome, a, b) for outcome in outcomes}
-    said = [f"{OUTCOMES[name].words} {verdict(contrast, 'point')}" for name, contrast in found.items() if contrast.n]
+    said = [f"{OUTCOMES[name].words} {verdict(contrast)}" for name, contrast in found.items() if contrast.n]
     if said:
         yield f'branches, "{forks.label(a)}" against "{forks.label(b)}": {"; ".join(said)}'
 

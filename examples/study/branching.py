@@ -46,7 +46,7 @@ def load_state(root: Path, seed: int, t: int) -> Record:
     """Load the state before update t."""
     folder = root.joinpath(*BRANCH_FROM, str(seed))
     if not (folder / f"before-{t}.pt").exists():
-        raise ValueError(f"{folder} did not keep the state before update {t}; remove it, and it is made again")
+        raise ValueError(f"{folder} did not keep the state before update {t}; is it finished, and of this study?")
     state: Record = torch.load(folder / f"before-{t}.pt")
     return state
 
@@ -100,7 +100,7 @@ def take(learner: Learner, branch: Branch, start: Start) -> Record:
         start.alpha = record.alpha
     now = start.reward if record.action is Action.REJECT else reward(learner)
     return {
-        "control": plain(record.accepted, learner.held.slices),
+        "control": plain(record.accepted),
         "held": plain(held.movement),
         "alpha": record.alpha,
         "action": str(record.action),

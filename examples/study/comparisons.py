@@ -166,5 +166,5 @@ def draw_branches(branches: Forks, path: Path) -> str:
 
 def _branch_values(branches: Forks, name: str, panel: str) -> Sequence[float]:
     if panel == "paired":
-        return branches.contrast("gain_next", name, "accept").differences
+        return list(branches.differences("gain_next", name, "accept").values())
     return branches.known(name, panel)

@@ -203,6 +203,17 @@ runs had been made: does a warm start do harm where it is not needed?"""
 PILOT = (Batch("shocks", ("fixed",), (1000,)), Batch("high_lr", ("fixed",), (1000,)))
 """To choose budgets, caps and targets by."""
 
+
+def folder_settings(study: Study) -> str:
+    """Return what everything in a folder of runs depends on."""
+    return f"{study} {BRANCHES} {BRANCH_FROM} {BRANCH_SAMPLES}"
+
+
+def run_settings(study: Study, arm: str, condition: str) -> str:
+    """Return what a run depends on, but for its seed."""
+    return f"{study} {ARMS[arm]} {CONDITIONS[condition]}"
+
+
 SMOKE = replace(
     Study(), updates=5, shocks=(3,), branch_at=(1,), horizon=8, evaluation_samples=1, prompts_per_slice=(2, 1, 1)
 )

@@ -91,8 +91,8 @@ class Evidence:
         return {seed: getattr(found, metric) for seed, found in self.of(arm, condition).items()}
 
     def known(self, arm: str, condition: str, metric: str) -> list[float]:
-        """One figure, of the seeds for which it is defined."""
-        return [value for value in self.values(arm, condition, metric).values() if value is not None]
+        """One figure, of the seeds for which it is defined, and finite."""
+        return [value for value in self.values(arm, condition, metric).values() if paired.is_known(value)]
 
     def contrast(
         self, metric: str, arm: str, condition: str, baseline: str = BASELINE, baseline_arm: str | None = None

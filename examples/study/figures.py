@@ -64,8 +64,6 @@ class Figures:
     drift: float
     """of the last policy from the first, held-out"""
     control_drift: float
-    drift_worst: float
-    """in the slice that drifted furthest, held-out"""
     nll_change: float
     """of base text [nats per token]"""
 
@@ -101,7 +99,7 @@ class Figures:
     """the same per update, in units of the run's median bare update"""
     audits_per_step: float
     seconds: float
-    """of the whole run"""
+    """of all updates, without scoring and held-out audits"""
     reward_per_length: float | None
     """ΔR over the length of the path: the sum of √K_global over accepted updates, on the control set. K grows like the
     square of a step, so that ΔR / K would favour short steps whatever they teach"""
@@ -149,17 +147,27 @@ def composite(gain: float, stability: float, worst_stability: float) -> float:
 
 
 def share_within(kls: Sequence[float], tolerance: float) -> float:
-    """Return the mean of min(1, tolerance / KL); 1 without any.
+    """Return the mean of min(1, tolerance / KL); 1 without any. A KL that is not finite is within no tolerance.
 
-    >>> share_within([0.01, 0.04], tolerance=0.02)
-    0.75
+    >>> share_within([0.01, 0.04], tolerance=0.02), share_within([0.01, math.nan], tolerance=0.02)
+    (0.75, 0.5)
     """
-    return fmean(min(1.0, tolerance / kl) if kl > 0 else 1.0 for kl in kls) if kls else 1.0
+    shares = [0.0 if not math.isfinite(kl) else min(1.0, tolerance / kl) if kl > 0 else 1.0 for kl in kls]
+    return fmean(shares) if shares else 1.0
 
 
 def worst(movement: Mapping[str, Any]) -> float:
     """KL of the slice that moved most; of all prompts if there are no slices."""
-    return max(movement["slices"].values(), default=movement["mean"])
+    return largest([*movement["slices"].values()] or [movement["mean"]])
+
+
+def largest(kls: Sequence[float]) -> float:
+    """Return the largest KL, NaN if there is one; 0 without any.
+
+    >>> largest([0.1, math.nan, 0.2]), largest([0.1, 0.2]), largest([])
+    (nan, 0.2, 0.0)
+    """
+    return max(kls, key=lambda kl: (math.isnan(kl), kl), default=0.0)
 
 
 def is_accepted(record: StepRecord) -> bool:
@@ -227,7 +235,6 @@ def _outcome(run: Run) -> dict[str, Any]:
         "unseen_gain": mean([result["reward_slices"][s] - result["reward_slices_before"][s] for s in unseen]),
         "drift": result["drift"]["mean"],
         "control_drift": result["control_drift"]["mean"],
-        "drift_worst": worst(result["drift"]),
         "nll_change": result["nll"] - result["nll_before"],
         "seconds": result["seconds"],
     }
@@ -244,11 +251,11 @@ def _movement(run: Run, held: Sequence[Mapping[str, Any]], gain: float) -> dict[
         "updates": len(run.records),
         "accepted": len(control),
         "control_mean": mean(control_means) or 0.0,
-        "control_max": max(control_means, default=0.0),
-        "control_worst_max": max(control_worst, default=0.0),
+        "control_max": largest(control_means),
+        "control_worst_max": largest(control_worst),
         "held_mean": mean(held_means) or 0.0,
-        "held_max": max(held_means, default=0.0),
-        "held_worst_max": max(held_worst, default=0.0),
+        "held_max": largest(held_means),
+        "held_worst_max": largest(held_worst),
         "ratio_mean": ratio(sum(moved.mean for moved in alike), sum(control_means)),
         "ratio_worst": ratio(sum(moved.worst[1] for moved in alike), sum(control_worst)),
         "ratio_unseen": ratio(sum(elsewhere), sum(control_means)) if elsewhere else None,

@@ -1,13 +1,14 @@
 """The branching experiment: from one theta_t and one candidate, what each decision gives.
 
 Branches are compared within their point (seed, t), so that the path up to there cancels. Points of one seed lie on one
-path; the intervals take them for independent.
+path, and are scored with the same random numbers: they are averaged before seeds are compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import paired
@@ -95,9 +96,18 @@ class Forks:
         """One figure of a branch by point; None where it was not measured."""
         return {point: _figure(found, outcome) for point, found in self._found.get(branch, {}).items()}
 
+    def differences(self, outcome: str, branch: str, baseline: str) -> dict[Point, float]:
+        """Branch minus baseline, at every point that has both."""
+        ours, theirs = self.values(branch, outcome), self.values(baseline, outcome)
+        pairs = {point: (ours[point], theirs.get(point)) for point in ours}
+        return {point: a - b for point, (a, b) in pairs.items() if paired.is_known(a) and paired.is_known(b)}
+
     def contrast(self, outcome: str, branch: str, baseline: str) -> Contrast:
-        """Branch minus baseline, paired by point."""
-        return paired.contrast(self.values(branch, outcome), self.values(baseline, outcome))
+        """Branch minus baseline, paired by point and averaged within each seed."""
+        found: dict[int, list[float]] = {}
+        for (seed, _), difference in self.differences(outcome, branch, baseline).items():
+            found.setdefault(seed, []).append(difference)
+        return paired.of({seed: fmean(differences) for seed, differences in found.items()})
 
     def family(self, outcome: str, baseline: str) -> dict[str, Contrast]:
         """All branches against one, Holm over them."""

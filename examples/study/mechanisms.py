@@ -11,7 +11,7 @@ from config import PRIMARY, Condition
 from evidence import BASELINE, METRICS, Evidence, arm_of, condition_of, label
 from figures import path_length, rejections
 from paired import Contrast
-from wording import NOTHING, bracket, counted, listed, number, verdict
+from wording import NOTHING, bracket, counted, listed, number, percent, verdict
 
 from step_optim import Action, StepRecord
 
@@ -56,12 +56,17 @@ def generalises(evidence: Evidence) -> Iterator[str]:
 
 
 def by_seed(evidence: Evidence, ratio: str) -> Contrast:
-    """A ratio less 1, averaged over the runs of each seed: conditions of one seed are no independent draws."""
+    """A ratio less 1, averaged over the runs of each seed: conditions of one seed are no independent draws.
+
+    Only seeds that have every condition are compared, if there are any: others are of another composition.
+    """
+    seeds = [set(found) for found in evidence.figures.values()]
+    whole = set.intersection(*seeds) if seeds else set()
     values: dict[int, list[float]] = {}
     for found in evidence.figures.values():
         for seed, figures in found.items():
             value = getattr(figures, ratio)
-            if value is not None:
+            if paired.is_known(value) and (seed in whole or not whole):
                 values.setdefault(seed, []).append(value - 1)
     return paired.of({seed: fmean(known) for seed, known in sorted(values.items())})
 
@@ -98,25 +103,33 @@ def _stuck(runs: Sequence[Sequence[StepRecord]], way: str) -> str:
     pairs = [pair for group in streaks for pair in pairwise(group) if pair[0].lr == pair[1].lr]
     if not pairs:
         return f"no two rejections in a row at one learning rate (at most {longest} in a row): no livelock to explain"
+    share = sum(map(len, streaks)) / sum(map(len, runs))
     ended = sum(all(record.action is Action.REJECT for record in records[-2:]) for records in runs)
     kls = [b.candidate.mean / a.candidate.mean for a, b in pairs if a.candidate.mean > 0 and b.candidate.is_finite]
     norms = [b.update_norm / a.update_norm for a, b in pairs if a.update_norm > 0]
     return (
         f"up to {longest} rejections in a row; {ended} of {counted(len(runs), 'run')} ended in such a row. From one "
         f"rejected candidate to the next, the length of the update changed by a factor of {_range(norms)} and its KL "
-        f"by {_range(kls)}. {explained(norms, kls, way)}"
+        f"by {_range(kls)}. {explained(norms, kls, way, share)}"
     )
 
 
-def explained(norms: Sequence[float], kls: Sequence[float], way: str = "") -> str:
-    """Say what the sizes of successive rejected candidates explain, given the condition's way out."""
+def explained(norms: Sequence[float], kls: Sequence[float], way: str = "", share: float = 1.0) -> str:
+    """Say what the sizes of successive rejected candidates explain, given the condition's way out.
+
+    Args:
+        norms: length of an update over that of the one before, of each pair of rejections in a row.
+        kls: the same of K_global.
+        way: what could make the next proposal smaller.
+        share: of the updates that were rejected all the same.
+    """
     if not norms or not kls:
         return "Their sizes are not known"
     length, kl = median(norms), median(kls)
     if FLAT[0] <= length <= FLAT[1] and kl >= FLAT[0]:
         return f"Neither becomes smaller, in spite of {way}" if way else FRESH
     if way and kl < FLAT[0]:
-        return f"Proposals become smaller from one rejection to the next, by {way}: a way out"
+        return f"By {way}, the next proposal moves less: a way out, at the price of {percent(share)} of the updates"
     return "Steps of one size do not explain these rejections"
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,17 +69,18 @@ class Contrast:
 
 
 def contrast(condition: Mapping[Hashable, float | None], baseline: Mapping[Hashable, float | None]) -> Contrast:
-    """Compare two conditions over what both have a figure for, in the order of the first.
+    """Compare two conditions over what both have a finite figure for, in the order of the first.
 
     >>> contrast({0: 2.0, 1: 3.0, 2: 4.0}, {1: 1.0, 2: 1.0, 3: 9.0}).differences
     (2.0, 3.0)
     """
-    differences = {
-        pair: value - baseline[pair]  # type: ignore[operator]
-        for pair, value in condition.items()
-        if value is not None and baseline.get(pair) is not None
-    }
-    return of(differences)
+    pairs = {pair: (value, baseline.get(pair)) for pair, value in condition.items()}
+    return of({pair: a - b for pair, (a, b) in pairs.items() if is_known(a) and is_known(b)})
+
+
+def is_known(value: float | None) -> TypeGuard[float]:
+    """Whether a figure was measured: a policy that diverged has some that are not finite."""
+    return value is not None and math.isfinite(value)
 
 
 def of(differences: Mapping[Hashable, float]) -> Contrast:

@@ -184,8 +184,8 @@ def branching_part(branches: Forks) -> Iterator[str]:
     yield (
         f"{points} (seed, t) of {seeds}. From one theta_t and one candidate, every branch commits in its own way and "
         "then makes one ordinary update more. Rewards are held-out, minus that of theta_t; distances are the mean "
-        "squared difference from the candidate's logits. Points of one seed lie on one path; the intervals take them "
-        "for independent."
+        "squared difference from the candidate's logits. Points of one seed lie on one path, so that differences are "
+        "averaged within a seed before they are judged."
     )
     rows = ([forks.label(b), *(number(v) for v in branches.means(b).values())] for b in branches.names)
     yield table(["branch", *(OUTCOMES[outcome].heading for outcome in branches.outcomes)], rows)
@@ -197,7 +197,7 @@ def branching_part(branches: Forks) -> Iterator[str]:
 def _forked(branches: Forks, baseline: str) -> Iterator[str]:
     families = {outcome: branches.family(outcome, baseline) for outcome in branches.outcomes if outcome != "seconds"}
     names = [name for name in branches.names if name != baseline]
-    yield f'Differences from "{forks.label(baseline)}", paired by point:'
+    yield f'Differences from "{forks.label(baseline)}", paired by point, averaged within a seed:'
     rows = ([forks.label(name), *(difference(family[name]) for family in families.values())] for name in names)
     yield table(["branch", *(OUTCOMES[outcome].heading for outcome in families)], rows)
     detailed = (
@@ -221,6 +221,6 @@ def paper_part(evidence: Evidence) -> Iterator[str]:
     for name in (name for name, condition in CONDITIONS.items() if condition.paper is not None):
         found = list(evidence.of(PRIMARY[0], name).values())
         ours = [spread(getattr(figures, column) for figures in found) for column in ("score", "reward", *COMPONENTS)]
-        rows.append([label(name), *PAPER.get(name, ("", "")), *ours])
-    head = ["condition", "paper: primary metric", "paper: reward", "ours: M", "reward"]
+        rows.append([label(name), *PAPER.get(name, ("", "")), str(len(found)), *ours])
+    head = ["condition", "paper: primary metric", "paper: reward", "ours: seeds", "M", "reward"]
     yield table([*head, *(METRICS[component].symbol for component in COMPONENTS)], rows)

@@ -36,7 +36,7 @@ def activation_part(evidence: Evidence, found: Activation) -> Iterator[str]:
     """Say whether every condition did something of its own."""
     yield "## Activation and integrity"
     if found.ok:
-        yield "Every controller acted, and no two conditions have the same traces: **ok**."
+        yield "Every controller acted, and no two conditions have the same traces on all seeds: **ok**."
     else:
         yield "**Not ok.** Comparisons with these runs are void:"
         yield bullets(found.problems)
@@ -179,8 +179,9 @@ def _compute(evidence: Evidence) -> str:
     branching = sum(branch.get("seconds") or 0.0 for branch in evidence.branches) / 3600
     parts = [f"{arm_of(arm).label} {number(value)}" for arm, value in hours.items()]
     return (
-        f"Compute in hours: {counted(len(evidence.whole_runs), 'run')} {number(sum(hours.values()))} on "
-        f"{listed(devices)} ({', '.join(parts)}); branches {number(branching)}."
+        f"Compute, in hours of updates (without scoring and held-out audits): "
+        f"{counted(len(evidence.whole_runs), 'run')} {number(sum(hours.values()))} on {listed(devices)} "
+        f"({', '.join(parts)}); the proposals of {len(evidence.branches)} branches {number(branching)}."
     )
 
 

@@ -40,7 +40,7 @@ class Run:
     - ``reward_before``, ``reward``, and by slice ``reward_slices_before``, ``reward_slices``,
     - ``nll_before``, ``nll``: of base text (what the first policy said to the held-out prompts) [nats per token],
     - ``drift``: {"mean", "slices"} from the first policy, held-out; ``control_drift`` the same on the control set,
-    - ``seconds``: of the whole run, ``device``
+    - ``seconds``: of all its updates, without scoring and held-out audits; ``device``
     """
 
     @property
@@ -60,22 +60,40 @@ class Run:
     def from_dict(cls, plain: Mapping[str, Any]) -> Run:
         """Read what `to_dict` returned."""
         records = tuple(StepRecord.from_dict(record) for record in plain["records"])
-        return cls(plain["arm"], plain["condition"], plain["seed"], records, tuple(plain["updates"]), plain["result"])
+        updates, result = tuple(lengthened(plain["updates"])), lengthened(plain["result"])
+        return cls(plain["arm"], plain["condition"], plain["seed"], records, updates, result)
+
+
+NOT_FINITE = ("nan", "inf", "-inf")
+"""How such floats are written: JSON has none."""
 
 
 def shortened(value: Any) -> Any:
-    """Round every float to `DIGITS` significant digits.
+    """Round every float to `DIGITS` significant digits; those that are not finite become texts.
 
-    >>> shortened({"kl": [0.123456789, 3]})
-    {'kl': [0.123457, 3]}
+    >>> shortened({"kl": [0.123456789, 3, math.inf]})
+    {'kl': [0.123457, 3, 'inf']}
     """
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else value
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {name: shortened(part) for name, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [shortened(part) for part in value]
     return value
+
+
+def lengthened(value: Any) -> Any:
+    """Read what `shortened` wrote.
+
+    >>> lengthened({"kl": ["inf", 1.5, "held"]})
+    {'kl': [inf, 1.5, 'held']}
+    """
+    if isinstance(value, Mapping):
+        return {name: lengthened(part) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [lengthened(part) for part in value]
+    return float(value) if value in NOT_FINITE else value
 
 
 def save(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import ppo
 import torch
-from config import ARMS, BRANCH_FROM, CONDITIONS, Arm, Condition
+from config import ARMS, BRANCH_FROM, CONDITIONS, Arm, Condition, run_settings
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -188,24 +188,24 @@ def make_run(world: World, names: tuple[str, str, int], root: Path, say: Say) ->
         ValueError: the folder holds a run of other settings.
     """
     arm, condition, seed = names
-    folder = root / arm / condition / str(seed)
+    folder, wanted = root / arm / condition / str(seed), run_settings(world.study, arm, condition)
     if (folder / "run.json").exists():
-        return checked(json.loads((folder / "run.json").read_text()), settings(world, arm, condition), folder)
+        return checked(json.loads((folder / "run.json").read_text()), wanted, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with world.adapted(seed) as model:
         learner = Learner(world, ARMS[arm], CONDITIONS[condition], seed, model, folder / "step.jsonl")
         before = once(root / "before" / f"{seed}.json", lambda: score(world, model, seed))
-        resume(learner, folder, settings(world, arm, condition))
+        resume(learner, folder, wanted)
         while learner.t < world.study.updates:
             say(learner.t)
             if (arm, condition) == BRANCH_FROM and learner.t in world.study.branch_at:
                 write(learner.state_dict(), folder / f"before-{learner.t}.pt")
             learner.update()
-            write(learner.state_dict() | {"settings": settings(world, arm, condition)}, folder / "checkpoint.pt")
+            write(learner.state_dict() | {"settings": wanted}, folder / "checkpoint.pt")
         records = tuple(read_log(folder / "step.jsonl"))
         result = outcome(learner, records[-1], before, score(world, model, seed))
     run = Run(arm, condition, seed, records, tuple(learner.updates), result).to_dict()
-    finish(run | {"settings": settings(world, arm, condition)}, folder)
+    finish(run | {"settings": wanted}, folder)
     return run
 
 
@@ -216,11 +216,6 @@ def resume(learner: Learner, folder: Path, wanted: str) -> None:
         learner.load_state_dict(checked(torch.load(checkpoint, map_location=learner.world.device), wanted, folder))
     else:
         (folder / "step.jsonl").unlink(missing_ok=True)  # of an update that was never finished
-
-
-def settings(world: World, arm: str, condition: str) -> str:
-    """Return everything that a run depends on but its seed."""
-    return f"{world.study} {ARMS[arm]} {CONDITIONS[condition]} {world.control.digest} {world.base.name_or_path}"
 
 
 def checked(saved: dict[str, Any], wanted: str, folder: Path) -> dict[str, Any]:

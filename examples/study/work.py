@@ -93,6 +93,15 @@ def work_off_alone(job: Job, tasks: Sequence[Task], workers: int) -> None:
     missing = [task for task in tasks if not task.file(job.root).exists()]
     progress = Progress(job.study, tasks, missing, workers)
     failures: list[str] = []
+    for branching in (False, True):  # branches begin at states that runs have kept
+        failures += work_off_some(job, [task for task in missing if (task.t >= 0) is branching], workers, progress)
+    if failures:
+        raise TaskFailed("\n".join(failures))
+
+
+def work_off_some(job: Job, missing: Sequence[Task], workers: int, progress: Progress) -> list[str]:
+    """Finish tasks that do not depend on each other; return what went wrong."""
+    failures: list[str] = []
     with pool(job, missing, min(workers, len(missing))) as (processes, told):
         open_tasks = set(missing)
         while open_tasks:
@@ -111,8 +120,7 @@ def work_off_alone(job: Job, tasks: Sequence[Task], workers: int) -> None:
                 failures.append(f"{task} failed:\n{value}")
                 what = f"failed ({value.strip().splitlines()[-1]}); the others go on"
             progress.finished(task, what)
-    if failures:
-        raise TaskFailed("\n".join(failures))
+    return failures
 
 
 class Progress:

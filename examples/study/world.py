@@ -14,7 +14,7 @@ import ppo
 import smollm
 import tiny
 import torch
-from config import Study
+from config import Study, folder_settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from prompts import SLICES, TRAINED
 from torch import Tensor
@@ -109,8 +109,15 @@ def load(study: Study, folder: Path, device: str, *, small: bool = False) -> Wor
 
 
 def prepare(study: Study, folder: Path, device: str, *, small: bool = False) -> None:
-    """Draw the responses of the control and the held-out set from the base model, once for all runs."""
+    """Draw the responses of the control and the held-out set from the base model, once for all runs.
+
+    Raises:
+        ValueError: the folder holds a study of other settings.
+    """
     smollm.hush()
+    wanted = folder_settings(study)
+    if once(folder / "settings.json", lambda: {"settings": wanted})["settings"] != wanted:
+        raise ValueError(f"{folder} holds a study of other settings; remove it, or choose another --runs")
     for number, use in enumerate(("control", "held_out")):
         if (folder / f"{use}.json").exists():
             continue
