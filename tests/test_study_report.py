@@ -406,6 +406,21 @@ def test_a_controller_that_was_idle_on_one_seed_is_a_note():
     assert "have the same trace on seed 1: one of them was idle" in str(found)
 
 
+def test_a_controller_with_nothing_to_do_in_a_calm_arm_is_a_note():
+    """If it acted elsewhere, it is the baseline there, and no comparison is made; if nowhere, it voids the study."""
+    limits = Limits(mean=99.0)
+    calm = [with_budgets(relabelled(run("nominal", "fixed", seed), condition="gate"), limits) for seed in (0, 1, 2)]
+    found = check([*ALL, *calm], [])
+    assert found.ok, str(found)
+    assert "note: nominal/gate never acted, on none of its 3 seeds, and is the baseline there" in str(found)
+    assert "note: nominal/fixed and nominal/gate have the same trace on seed 0: one of them was idle" in str(found)
+    said = list(answers.in_short(evidence_of([*ALL, *calm])))
+    assert f"{answers.NEVER}: Global gate (nominal)" in said
+    alone = check([r for r in ALL if r.condition != "gate"] + calm, [])
+    assert not alone.ok
+    assert "NEVER ACTED: nominal/gate" in str(alone)
+
+
 def test_a_baselines_own_mechanism_must_act_too():
     """Target-KL stopping that never stopped, a cap that never held, a coefficient that never moved."""
     for condition, field, value in (

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from config import Condition, Study
-from evidence import condition_of
+from evidence import arm_of, condition_of
 from figures import accepted_records, is_limited, within
 from traces import Run
 
@@ -52,12 +52,12 @@ def check(runs: Sequence[Run], branches: Sequence[Mapping[str, Any]], study: Stu
         return Activation(("NO RUNS: nothing was measured",), (), ())
     whole = [run for run in runs if run.records and len(run.records) == len(run.updates)]
     idle = {run.name for run in whole if is_idle(run, study)}
-    never = list(_never_acted(whole, idle))
+    never, calm = _never_acted(whole, idle)
     identical, excused = _identical(whole, idle)
     forked, few = _branches(branches)
     problems = [*_damaged(runs), *_budgets(whole), *never, *identical, *_arms_and_seeds(whole), *forked]
     notes = [f"note: {name} never acted; other seeds of that condition did" for name in _idle_alone(whole, idle)]
-    return Activation(tuple(problems), (*notes, *excused, *few), tuple(map(_rates, whole)))
+    return Activation(tuple(problems), (*calm, *notes, *excused, *few), tuple(map(_rates, whole)))
 
 
 def is_idle(run: Run, study: Study) -> bool:
@@ -121,10 +121,30 @@ def _budgets(runs: Sequence[Run]) -> Iterator[str]:
             yield f"OVER BUDGET: {run.name} committed more than its own budget at updates {beyond}"
 
 
-def _never_acted(runs: Sequence[Run], idle: set[str]) -> Iterator[str]:
+def _never_acted(runs: Sequence[Run], idle: set[str]) -> tuple[list[str], list[str]]:
+    """Conditions that did nothing in an arm: a problem; a note if it has no shocks, and they acted in another arm."""
+    problems, notes = [], []
     for (arm, condition), found in _grouped(runs, "arm", "condition").items():
-        if all(run.name in idle for run in found):
-            yield f"NEVER ACTED: {arm}/{condition}, on none of its {len(found)} seeds; it shows nothing"
+        if _all_idle(found, idle):
+            seeds, elsewhere = len(found), [] if arm_of(arm).shocked else _acted_in(runs, condition, idle)
+            if elsewhere:
+                notes.append(
+                    f"note: {arm}/{condition} never acted, on none of its {seeds} seeds, and is the baseline there; it "
+                    f"acted in {', '.join(elsewhere)}"
+                )
+            else:
+                problems.append(f"NEVER ACTED: {arm}/{condition}, on none of its {seeds} seeds; it shows nothing")
+    return problems, notes
+
+
+def _is_calm(run: Run, runs: Sequence[Run], idle: set[str]) -> bool:
+    """Whether a run is of an arm without shocks, and its condition acted in another arm."""
+    return not arm_of(run.arm).shocked and bool(_acted_in(runs, run.condition, idle))
+
+
+def _acted_in(runs: Sequence[Run], condition: str, idle: set[str]) -> list[str]:
+    """Arms in which a condition did something."""
+    return list(dict.fromkeys(run.arm for run in runs if run.condition == condition and run.name not in idle))
 
 
 def _idle_alone(runs: Sequence[Run], idle: set[str]) -> list[str]:
@@ -141,6 +161,7 @@ def _identical(runs: Sequence[Run], idle: set[str]) -> tuple[list[str], list[str
     """Conditions of one arm and seed with one trace: problems, and those that have an explanation."""
     problems, excused = [], []
     alone, apart = set(_idle_alone(runs, idle)), _apart(runs)
+    alone |= {run.name for run in runs if run.name in idle and _is_calm(run, runs, idle)}
     for (arm, seed), found in _grouped(runs, "arm", "seed").items():
         named = {run.condition: run for run in found}
         for a, b in combinations(named, 2):

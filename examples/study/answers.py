@@ -28,6 +28,8 @@ MEANINGS = {
 }
 """What the directions of M and of the gain in reward mean together."""
 
+NEVER = "STEP never acted, so that these runs are the baseline's, bit for bit; nothing can be compared"
+
 RIVALRY = ("score", "gain", "held_worst_max", "drift")
 """What controllers and objectives are compared in."""
 
@@ -144,8 +146,14 @@ def in_short(evidence: Evidence) -> Iterator[str]:
         for condition in evidence.limited(arm):
             score, gain = (evidence.contrast(metric, arm, condition) for metric in ("score", "gain"))
             if score.n:
-                found.setdefault(conclusion(score, gain), []).append(f"{label(condition)} ({arm_of(arm).label})")
+                text = NEVER if never_acted(evidence, arm, condition) else conclusion(score, gain)
+                found.setdefault(text, []).append(f"{label(condition)} ({arm_of(arm).label})")
     yield from (f"{text}: {listed(places)}" for text, places in found.items())
+
+
+def never_acted(evidence: Evidence, arm: str, condition: str) -> bool:
+    """Whether a controller had nothing to do in an arm."""
+    return not any(found.trigger_rate for found in evidence.of(arm, condition).values())
 
 
 def _helps(evidence: Evidence) -> Iterator[str]:
@@ -153,7 +161,7 @@ def _helps(evidence: Evidence) -> Iterator[str]:
     for arm in evidence.arms:
         for condition in evidence.limited(arm):
             score, gain = (evidence.contrast(metric, arm, condition) for metric in ("score", "gain"))
-            if score.n == 0:
+            if score.n == 0 or never_acted(evidence, arm, condition):
                 continue
             short = f"{where(arm, condition)}: {conclusion(score, gain)}"
             said = f"M {verdict(score)}; {METRICS['gain'].words} {verdict(gain)}"

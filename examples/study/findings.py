@@ -96,7 +96,7 @@ def status(evidence: Evidence, found: Activation) -> str:
     runs, absent = counted(len(evidence.whole_runs), "run"), sum(map(len, evidence.missing.values()))
     unfinished = f" Unfinished: {counted(absent, 'planned run')} missing (listed under Setup)." if absent else ""
     if found.ok:
-        return f"Activation: **ok** ({runs}): every controller acted, no two conditions are the same.{unfinished}"
+        return f"Activation: **ok** ({runs}): every controller acted, no two are the same everywhere.{unfinished}"
     count = counted(len(found.problems), "problem")
     return f"Activation: **not ok** ({runs}): {count}, listed below, which void what they touch.{unfinished}"
 

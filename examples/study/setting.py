@@ -36,7 +36,7 @@ def activation_part(evidence: Evidence, found: Activation) -> Iterator[str]:
     """Say whether every condition did something of its own."""
     yield "## Activation and integrity"
     if found.ok:
-        yield "Every controller acted, and no two conditions have the same traces on all seeds: **ok**."
+        yield "Every controller acted, and no two conditions have the same traces everywhere: **ok**."
     else:
         yield "**Not ok.** Comparisons with these runs are void:"
         yield bullets(found.problems)
