@@ -170,8 +170,9 @@ def test_branches_begin_at_one_state(world, tmp_path):
     for name in ("project", "project_short"):
         assert 0 < found[name]["distance_control"] <= found["shrink"]["distance_control"]
         assert found[name]["distance_control"] == pytest.approx(found[name]["projection"]["residual"], rel=1e-3)
-    assert found["shrink"]["control"] == found["shrink_restore"]["control"]
-    assert found["shrink"]["reward_now"] == found["shrink_restore"]["reward_now"]
+    kept = [found[name] for name in ("shrink", "shrink_restore", "shrink_between")]
+    assert len({record["control"]["mean"] for record in kept}) == len({r["reward_now"] for r in kept}) == 1
+    assert len({record["control_next"]["mean"] for record in kept}) == 3
     for name in ("reject", "reject_keep"):
         assert found[name]["control"]["mean"] == found[name]["held"]["mean"] == 0
         assert found[name]["reward_now"] == found[name]["reward_at"]

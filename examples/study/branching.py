@@ -21,7 +21,7 @@ from config import ARMS, BRANCH_FROM, BRANCH_SAMPLES, BRANCHES, CONDITIONS, Bran
 from training import Learner, plain
 from world import World, mean, stream
 
-from step_optim import Action, Audit, Budget
+from step_optim import Action, Audit, Budget, Movement
 
 Record = dict[str, Any]
 
@@ -92,13 +92,15 @@ def take(learner: Learner, branch: Branch, start: Start) -> Record:
     learner.train_on(start.rollout, world.study.beta, start.numbers())
     seconds = time.monotonic() - started
     record = optimizer.last
-    if branch.moments == "before":
-        optimizer.optimizer.load_state_dict(before)
+    if branch.moments != "after":
+        part = record.alpha if branch.moments == "between" else 0.0
+        optimizer.optimizer.load_state_dict(between(before, optimizer.optimizer.state_dict(), part))
     control, held = learner.control.audit(), learner.held.audit()
     start.candidate = start.candidate or (control, held)
     if record.action is Action.SHRINK:
         start.alpha = record.alpha
     now = start.reward if record.action is Action.REJECT else reward(learner)
+    later, following = after_another(learner)
     return {
         "control": plain(record.accepted),
         "held": plain(held.movement),
@@ -109,16 +111,27 @@ def take(learner: Learner, branch: Branch, start: Start) -> Record:
         "distance_held": learner.held.distance(held, start.candidate[1]),
         "seconds": seconds,
         "reward_now": now,
-        "reward_next": after_another(learner),
+        "reward_next": later,
+        "control_next": plain(following),
     }
 
 
-def after_another(learner: Learner) -> float:
-    """Return the held-out reward after one more update, ordinary and unlimited."""
+def between(before: Record, after: Record, part: float) -> Record:
+    """Return an optimizer's state with moments a part of the way from one to the other; counts of steps are whole."""
+    state = copy.deepcopy(after if part else before)
+    for index, own in state["state"].items():
+        for name, value in own.items():
+            if name != "step" and 0 < part < 1:
+                value.lerp_(before["state"][index][name], 1 - part)
+    return state
+
+
+def after_another(learner: Learner) -> tuple[float, Movement]:
+    """Make one more update, ordinary and unlimited; return the held-out reward and how far it moved."""
     learner.optimizer.set_budget(Budget(mean=math.inf))
     learner.updates.append({"t": learner.t})
     learner.update()
-    return reward(learner)
+    return reward(learner), learner.optimizer.last.accepted
 
 
 def reward(learner: Learner) -> float:

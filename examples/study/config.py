@@ -163,14 +163,16 @@ class Branch:
     """whose controller decides"""
     rate: Literal["shocked", "shrunk", "ordinary"] = "shocked"
     """learning rate of the proposal; shrunk: the shocked one times the alpha that interpolation found"""
-    moments: Literal["after", "before"] = "after"
-    """which the optimizer goes on with: as the controller leaves them, or those from before the proposal"""
+    moments: Literal["after", "before", "between"] = "after"
+    """which the optimizer goes on with: as the controller leaves them; those from before the proposal; or, like the
+    weights, the part alpha of the way from there"""
 
 
 BRANCHES: dict[str, Branch] = {
     "accept": Branch("fixed"),
     "shrink": Branch("interpolate"),
     "shrink_restore": Branch("interpolate", moments="before"),
+    "shrink_between": Branch("interpolate", moments="between"),
     "reject": Branch("gate"),
     "reject_keep": Branch("gate_keep"),
     "project": Branch("project"),

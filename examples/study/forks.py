@@ -23,6 +23,7 @@ ORDER = (
     "reject",
     "reject_keep",
     "shrink_restore",
+    "shrink_between",
     "rerun",
     "small",
 )
@@ -34,6 +35,7 @@ LABELS = {
     "reject": "reject, roll moments back",
     "reject_keep": "reject, keep moments",
     "shrink_restore": "shrink, roll moments back",
+    "shrink_between": "shrink, moments too",
     "rerun": "propose again at lr x alpha",
     "small": "unshocked learning rate",
 }
@@ -57,6 +59,7 @@ OUTCOMES: Mapping[str, Outcome] = {
     "held": Outcome("K held-out", "held-out movement"),
     "held_worst": Outcome("worst slice held-out", "held-out worst-slice movement"),
     "control": Outcome("K control", "movement on the control set"),
+    "control_next": Outcome("K control, next update", "movement of the next update on the control set"),
     "distance_control": Outcome("logit distance, control", "distance to the candidate's logits on the control set"),
     "distance_held": Outcome("logit distance, held-out", "distance to the candidate's logits on held-out prompts"),
     "seconds": Outcome("seconds", "time"),
@@ -129,9 +132,8 @@ def label(branch: str) -> str:
 
 
 def _figure(branch: Mapping[str, Any], outcome: str) -> float | None:
-    if outcome in ("held", "control"):
-        found: float = branch[outcome]["mean"]
-        return found
+    if outcome in ("held", "control", "control_next"):
+        return branch[outcome]["mean"] if outcome in branch else None
     if outcome == "held_worst":
         return worst(branch["held"])
     if outcome in ("gain_now", "gain_next"):

@@ -45,6 +45,7 @@ BRANCHES = {
     "accept": "#000000",
     "shrink": "#0072B2",
     "shrink_restore": "#7FB2D6",
+    "shrink_between": "#3F92C4",
     "project": "#56B4E9",
     "rerun": "#8C6BB1",
     "reject": "#D55E00",
