@@ -68,6 +68,11 @@ def check_line(optimizer: Optimizer, controller: Controller, shrink: str, budget
         raise ValueError(
             f"shrink='restep' reaches points on the line only, and {controller!r} leaves it; use one or the other"
         )
+    if shrink == "restep" and controller.on_shrink == "restore":
+        raise ValueError(
+            "shrink='restep' makes the state that belongs to the smaller step; on_shrink='restore' would take it back. "
+            "Use on_shrink='keep_state', or shrink='interpolate'"
+        )
 
 
 def check_controller(controller: Any) -> Controller:

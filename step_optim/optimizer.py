@@ -317,7 +317,8 @@ class STEPOptimizer(OptimizerWrapper):
         if candidate is None:
             outcome = Outcome(Action.UNCHANGED)
         else:
-            outcome = transaction.settle(self._judge(transaction, candidate), self.controller.on_reject)
+            outcome = self._judge(transaction, candidate)
+            outcome = transaction.settle(outcome, self.controller.on_reject, self.controller.on_shrink)
         if outcome.point is not None:
             with transaction.clock("audit"):
                 transaction.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference

@@ -246,24 +246,26 @@ class Transaction:
         gradients = self.ranks.average(gradients, weight=kl.prompts)
         return self._point(self._pooled(audit), weights=values), self.ranks.agree(loss), gradients
 
-    def settle(self, outcome: Outcome, on_reject: str) -> Outcome:
+    def settle(self, outcome: Outcome, on_reject: str, on_shrink: str) -> Outcome:
         """Leave the outcome's point in the weights, or theta_t; what rounding made theta_t is a rejection."""
         if not isinstance(outcome, Outcome):
             raise TypeError(f"decide() returned {outcome!r}; return trial.accept(point) or trial.reject()")
         if outcome.action is not Action.REJECT:
-            self._go(outcome.point)
+            self._go(outcome.point, restoring=on_shrink == "restore" and outcome.action is not Action.COMMIT)
             if outcome.action is Action.COMMIT or any(self.ranks.exchange(self.weights.update().read()[0])):
                 return outcome
         # Moments that have seen a gradient which is not finite would reject every later step.
         self.restore(keep_state=on_reject == "keep_state" and self.trials[0].movement.is_finite)
         return replace(outcome, action=Action.REJECT, point=None)
 
-    def _go(self, point: Point | None) -> None:
+    def _go(self, point: Point | None, *, restoring: bool = False) -> None:
         if point is None or point not in self._measured or not point.feasible:
             raise RuntimeError(
                 f"the controller accepted {point}, which is not a feasible point that this trial measured"
             )
-        if point is self._here:
+        if restoring:  # copies of the weights are part of that state: they are moved along once more
+            self.state.restore_optimizer()
+        elif point is self._here:
             return
         if point.alpha is not None:
             self.line.go(point.alpha)

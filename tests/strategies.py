@@ -121,8 +121,13 @@ def token_problem(seed: int = 0, *, inner: str = "AdamW", lr: float = 0.05, free
 def controllers() -> st.SearchStrategy[Controller]:
     return (
         st.builds(Gate, patience=st.none() | st.integers(1, 3), on_reject=st.sampled_from(["restore", "keep_state"]))
-        | st.builds(Interpolate, search=st.sampled_from(["model", "bisect", "backtrack"]), strict=st.booleans())
-        | st.builds(Project, steps=st.integers(1, 2))
+        | st.builds(
+            Interpolate,
+            search=st.sampled_from(["model", "bisect", "backtrack"]),
+            strict=st.booleans(),
+            on_shrink=st.sampled_from(["keep_state", "restore"]),
+        )
+        | st.builds(Project, steps=st.integers(1, 2), on_shrink=st.sampled_from(["keep_state", "restore"]))
     )
 
 

@@ -304,6 +304,8 @@ def test_wrapping_twice(unmoved) -> None:
         (lambda: Gate(patience=0), named("patience=0 must be at least 1")),
         (lambda: Gate(on_stall="cry"), named("on_stall='cry'", "'shrink' or 'raise'")),
         (lambda: Gate(on_reject="x"), named("on_reject='x'", "'restore' or 'keep_state'")),
+        (lambda: Interpolate(on_shrink="x"), named("on_shrink='x'", "'restore' or 'keep_state'")),
+        (lambda: Project(on_shrink="x"), named("on_shrink='x'", "'restore' or 'keep_state'")),
         (lambda: Interpolate(search="newton"), named("search='newton'", "model", "bisect", "backtrack")),
         (lambda: Interpolate(tol=0), named("tol=0", "between 0 and 1")),
         (lambda: Interpolate(tol=math.nan), named("tol=nan", "between 0 and 1")),

@@ -301,6 +301,72 @@ def test_copies_follow_off_the_line_and_back_to_theta_t():
     assert [bits(inner.state[p]["exp_avg_sq"]) for p in problem.model.parameters()] != moments
 
 
+def contents(inner) -> dict[str, str]:
+    """The bits of all optimizer state, by parameter and name."""
+    states = enumerate(inner.state.values())
+    return {f"{i}.{k}": bits(v) for i, state in states for k, v in state.items() if isinstance(v, Tensor)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_shrunk_step_can_leave_the_optimizer_as_it_was(family, before):
+    """on_shrink="restore": weights, and copies of them, as with the candidate's state; all else is theta_t's."""
+    found = {}
+    for option in ("keep_state", "restore"):
+        parameters, inner, _, known = build(family)
+        for step in range(before):
+            gradients(parameters, step)
+            inner.step()
+        start = contents(inner)
+        half = Half()
+        half.on_shrink = option
+        optimizer = STEPOptimizer(inner, kl=over_once(), budget=0.5, controller=half, **known)
+        gradients(parameters, 50)
+        optimizer.step()
+        assert optimizer.last.action is Action.SHRINK
+        found[option] = [bits(p) for p in parameters], contents(inner)
+    assert found["restore"][0] == found["keep_state"][0]
+    kept, restored = found["keep_state"][1], found["restore"][1]
+    moved = {name for name in restored if restored[name] != start[name]}
+    assert restored.keys() == start.keys()
+    assert {restored[name] for name in moved} <= set(kept.values())  # copies, at the same point
+    if before and len(kept) > len(moved):
+        assert any(kept[name] != restored[name] for name in kept)
+
+
+def test_gradients_from_beyond_the_budget_need_not_stay_in_the_moments():
+    """A window whose later steps are taken far out: Adam's second moments grow, and the next step is shorter for it."""
+    lengths = {}
+    for option in ("keep_state", "restore"):
+        weight = nn.Parameter(torch.zeros(2))
+        inner = torch.optim.Adam([weight], lr=0.1)
+        start = torch.zeros(2)
+        optimizer = STEPOptimizer(
+            inner,
+            kl=lambda weight=weight, start=start: (weight - start).square().sum(),
+            budget=0.05,
+            controller=Interpolate(on_shrink=option),
+        )
+        for rate in (0.1, 2.0, 0.1):
+            start.copy_(weight.detach())
+            inner.param_groups[0]["lr"] = rate
+            with optimizer.window():
+                for _ in range(4):
+                    weight.grad = 1 + 5 * weight.detach() ** 2
+                    optimizer.step()
+            lengths[option] = optimizer.last.update_norm
+        assert optimizer.summary()["trigger_rate"] > 0
+    assert lengths["restore"] > 1.5 * lengths["keep_state"]
+
+
+def test_restoring_the_state_of_a_step_that_was_made_again_is_refused():
+    problem = policy_problem(3)
+    with pytest.raises(ValueError, match=r"on_shrink='restore' would take it back.*shrink='interpolate'"):
+        STEPOptimizer(
+            problem.optimizer, kl=problem.kl, budget=1.0, shrink="restep", controller=Interpolate(on_shrink="restore")
+        )
+
+
 def test_the_smaller_step_of_a_schedule_free_optimizer_interpolates_the_whole_tuple():
     """Weights and z stand at one alpha, exactly where the line between their values has it."""
     parameters, inner, distance, _ = build("schedule-free AdamW")

@@ -137,6 +137,9 @@ class Controller(ABC):
     """What a rejection keeps: ``"restore"`` nothing; ``"keep_state"`` the optimizer state of the candidate, whose
     moments have seen the gradient (the paper leaves this open)."""
 
+    on_shrink: str = "keep_state"
+    """The optimizer state that goes with a smaller step: ``"keep_state"`` the candidate's, ``"restore"`` theta_t's."""
+
     needs_logits = False
     """Whether the KL closure must be a `LogitKL`."""
 
@@ -160,6 +163,15 @@ class Controller(ABC):
 
 def checked_on_reject(value: str) -> str:
     """Refuse an unknown ``on_reject``."""
+    return _checked("on_reject", value)
+
+
+def checked_on_shrink(value: str) -> str:
+    """Refuse an unknown ``on_shrink``."""
+    return _checked("on_shrink", value)
+
+
+def _checked(option: str, value: str) -> str:
     if value not in ("restore", "keep_state"):
-        raise ValueError(f"on_reject={value!r} is unknown; use 'restore' or 'keep_state'")
+        raise ValueError(f"{option}={value!r} is unknown; use 'restore' or 'keep_state'")
     return value

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject
+from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject, checked_on_shrink
 from step_optim.controllers.search import Profile, largest_feasible, read_profile
 
 SEARCHES = ("model", "bisect", "backtrack")
@@ -48,6 +48,10 @@ class Interpolate(Controller):
     on_reject: str = "restore"
     """``"restore"`` or ``"keep_state"``, if no alpha is feasible."""
 
+    on_shrink: str = "keep_state"
+    """The optimizer state of a step that was shrunk: ``"keep_state"`` the candidate's, ``"restore"`` that from before it.
+    In a window, gradients that were taken far beyond the budget stay in the candidate's moments."""
+
     profile: Profile = field(default_factory=dict, init=False, repr=False, compare=False)
     """Of the last two searches; empty before the first, and without ``memory``."""
 
@@ -62,6 +66,7 @@ class Interpolate(Controller):
         if not 0 <= self.min_alpha < 1:
             raise ValueError(f"min_alpha={self.min_alpha} must lie between 0 and 1")
         checked_on_reject(self.on_reject)
+        checked_on_shrink(self.on_shrink)
 
     def decide(self, trial: Trial) -> Outcome:
         """Shrink to the budget, or reject."""

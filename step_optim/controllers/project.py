@@ -12,7 +12,7 @@ from torch import Tensor
 
 from step_optim.audit import Audit
 from step_optim.budget import Limits
-from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject
+from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject, checked_on_shrink
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.controllers.search import largest_feasible
 from step_optim.logit_kl import LogitKL
@@ -60,6 +60,9 @@ class Project(Controller):
     on_reject: str = "restore"
     """``"restore"`` or ``"keep_state"``, if nothing is feasible."""
 
+    on_shrink: str = "keep_state"
+    """The optimizer state of what is committed; see `Interpolate`."""
+
     needs_logits = True
 
     def __post_init__(self) -> None:
@@ -68,6 +71,7 @@ class Project(Controller):
             raise ValueError(f"steps={self.steps} must be at least 1 distillation step")
         self._line = Interpolate(tol=self.tol, max_trials=self.max_trials, memory=self.memory)
         checked_on_reject(self.on_reject)
+        checked_on_shrink(self.on_shrink)
 
     def state_dict(self) -> dict[str, Any]:
         """The profile of the last line search."""
