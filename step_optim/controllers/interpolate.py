@@ -49,8 +49,8 @@ class Interpolate(Controller):
     """``"restore"`` or ``"keep_state"``, if no alpha is feasible."""
 
     on_shrink: str = "keep_state"
-    """The optimizer state of a step that was shrunk: ``"keep_state"`` the candidate's, ``"restore"`` that from before it.
-    In a window, gradients that were taken far beyond the budget stay in the candidate's moments."""
+    """The optimizer state of a step that was shrunk: ``"keep_state"`` the candidate's, ``"restore"`` theta_t's. In a
+    window, gradients that were taken far beyond the budget stay in the candidate's moments."""
 
     profile: Profile = field(default_factory=dict, init=False, repr=False, compare=False)
     """Of the last two searches; empty before the first, and without ``memory``."""
