@@ -132,7 +132,7 @@ def answers(evidence: Evidence, branches: Forks) -> Iterator[Answer]:
     yield Answer("Do the objective's own means do as much?", list(_objective(evidence)))
     yield Answer("What does each controller cost?", list(_costs(evidence)))
     yield Answer("Does projection earn its price?", list(_projection(evidence, branches)))
-    yield Answer("After a rejection: roll Adam's moments back, or keep them?", list(_moments(evidence, branches)))
+    yield Answer("Roll Adam's moments back with the weights, or keep them?", list(_moments(evidence, branches)))
     yield Answer("Does a warm start help?", list(_warm(evidence)))
     yield Answer("Does a control set generalise?", list(generalises(evidence)))
     yield Answer("Why does a gate livelock?", list(livelock(evidence)))
@@ -227,9 +227,10 @@ def worth(score: Contrast, gain: Contrast, drift: Contrast) -> str:
 
 
 def _moments(evidence: Evidence, branches: Forks) -> Iterator[str]:
+    yield from _variants(evidence, "interpolate_restore", "interpolate", {"control_mean": "K_global of its updates"})
     yield from _variants(evidence, "gate_keep", "gate", {"rejected": "the number of rejected updates"})
-    yield from _branches_differ(branches, "reject_keep", "reject", ("gain_next",))
-    yield from _branches_differ(branches, "shrink_restore", "shrink", ("gain_next",))
+    for branch, original in (("reject_keep", "reject"), ("shrink_restore", "shrink"), ("shrink_between", "shrink")):
+        yield from _branches_differ(branches, branch, original, ("control_next", "gain_next"))
     yield from _branches_differ(branches, "rerun", "shrink", ("gain_next", "distance_held"))
 
 

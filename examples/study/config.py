@@ -119,6 +119,9 @@ CONDITIONS: dict[str, Condition] = {
     "gate_keep": Condition("Global gate, moments kept", limits=("mean",), **KEEP),
     "gate_warm": Condition("Global gate, warm start", limits=("mean",), controller="Gate", warm_start=True),
     "interpolate_warm": Condition("Interpolation, warm start", warm_start=True, **LIMITED),
+    "interpolate_restore": Condition(
+        "Interpolation, moments restored", controller="Interpolate", options={"on_shrink": "restore"}, **LIMITED
+    ),
     "project_short": Condition("Logit projection, 2 steps", controller="Project", options={"steps": 2}, **LIMITED),
 }
 
@@ -197,10 +200,11 @@ PLAN: tuple[Batch, ...] = (
     Batch("nominal", ("fixed", "interpolate"), THREE),
     Batch("double_lr", ("fixed",), THREE),
     Batch("low_lr", ("fixed",), THREE),
-    Batch("shocks", ("interpolate_warm",), THREE),
+    Batch("shocks", ("interpolate_warm", "interpolate_restore"), THREE),
 )
-"""In this order: a study that is cut short has its most important runs. The last batch was added when 51 of the other
-runs had been made: does a warm start do harm where it is not needed?"""
+"""In this order: a study that is cut short has its most important runs. The last batch was added when the first results
+were known: does a warm start do harm where it is not needed, and is it the moments that slow interpolation down? (With
+it came the branches with moments between.)"""
 
 PILOT = (Batch("shocks", ("fixed",), (1000,)), Batch("high_lr", ("fixed",), (1000,)))
 """To choose budgets, caps and targets by."""

@@ -59,7 +59,7 @@ OUTCOMES: Mapping[str, Outcome] = {
     "held": Outcome("K held-out", "held-out movement"),
     "held_worst": Outcome("worst slice held-out", "held-out worst-slice movement"),
     "control": Outcome("K control", "movement on the control set"),
-    "control_next": Outcome("K control, next update", "movement of the next update on the control set"),
+    "control_next": Outcome("K control, next update", "the next update's movement on the control set"),
     "distance_control": Outcome("logit distance, control", "distance to the candidate's logits on the control set"),
     "distance_held": Outcome("logit distance, held-out", "distance to the candidate's logits on held-out prompts"),
     "seconds": Outcome("seconds", "time"),

@@ -34,6 +34,7 @@ LOOKS: dict[str, tuple[str, str]] = {
     "breaker": ("#CC79A7", "s"),
     "interpolate": ("#0072B2", "v"),
     "interpolate_warm": ("#8C6BB1", "^"),
+    "interpolate_restore": ("#3F92C4", "P"),
     "project": ("#56B4E9", "D"),
     "ema": ("#009E73", "^"),
     "ratchet_cap": ("#66B89A", "<"),
