@@ -265,6 +265,7 @@ def test_equal_differences_have_an_endless_effect_and_no_nan():
     assert found.effect == found.effect_high == math.inf
     assert found.direction == 1
     assert paired.of({0: 0.0, 1: 0.0, 2: 0.0}).direction == 0
+    assert paired.of({0: 1e-17, 1: 0.01, 2: 0.02}).direction == 0
 
 
 def test_a_policy_that_diverged_is_unstable_and_hides_nothing_else(tmp_path):

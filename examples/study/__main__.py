@@ -24,7 +24,7 @@ sys.path.insert(1, str(HERE.parent))  # ppo, smollm, tiny
 
 import torch  # noqa: E402
 from config import BRANCH_SEEDS, CUDA, CUDA_SEEDS, PILOT, PLAN, SMOKE, Batch, Study, run_settings  # noqa: E402
-from traces import Run, load, load_runs, save, save_runs  # noqa: E402
+from traces import Run, load, load_runs, save, save_runs, shortened  # noqa: E402
 from work import Job, Task, TaskFailed, work_off  # noqa: E402
 
 
@@ -108,7 +108,7 @@ def collect(args: argparse.Namespace, folder: Path, out: Path) -> None:
         if found[task]["settings"] != run_settings(study_of(args), task.arm, task.condition):
             sys.exit(f"{task.file(folder)} is a run of other settings; remove it, or choose another --runs")
     save_runs(out / "runs.jsonl.gz", (Run.from_dict(found[task]) for task in runs))
-    save(out / "branches.jsonl.gz", [branch for task in done if task.t >= 0 for branch in found[task]])
+    save(out / "branches.jsonl.gz", [shortened(branch) for task in done if task.t >= 0 for branch in found[task]])
 
 
 def report(args: argparse.Namespace, out: Path) -> None:

@@ -89,9 +89,10 @@ def of(differences: Mapping[Hashable, float]) -> Contrast:
     Raises:
         ValueError: one of them is NaN or infinite.
     """
-    found = Contrast(tuple(differences), tuple(map(float, differences.values())))
-    if not all(map(math.isfinite, found.differences)):
+    if not all(map(math.isfinite, differences.values())):
         raise ValueError(f"paired differences {dict(differences)} must be finite; leave out what was not measured")
+    rounding = 1e-12 * max(map(abs, differences.values()), default=0.0)
+    found = Contrast(tuple(differences), tuple(float(d) if abs(d) > rounding else 0.0 for d in differences.values()))
     if found.n == 0:
         return found
     found = replace(found, mean=fmean(found.differences))
