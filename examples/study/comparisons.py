@@ -160,7 +160,10 @@ def draw_branches(branches: Forks, path: Path) -> str:
             few_ticks(panel)
         names = [forks.label(name) for name in branches.names]
         rows_named(axes[0, 0], names, [BRANCHES.get(name, GREY) for name in branches.names])
-        figure.supxlabel("dots: points (seed, t); mark and bar: mean and 95 % bootstrap interval", fontsize=10)
+        figure.supxlabel(
+            f"dots: points (seed, t), on {len(branches.seeds)} paths; mark and bar: mean and 95 % bootstrap interval over points",
+            fontsize=10,
+        )
     return title
 
 

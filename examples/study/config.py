@@ -107,7 +107,7 @@ CONDITIONS: dict[str, Condition] = {
     "gate": Condition("Global gate", paper=2, limits=("mean",), controller="Gate"),
     "breaker": Condition("Slice circuit breaker", paper=3, limits=("slices",), controller="Gate"),
     "interpolate": Condition("Interpolation", paper=4, **LIMITED),
-    "project": Condition("Logit projection", paper=5, controller="Project", **LIMITED),
+    "project": Condition("Logit projection", paper=5, controller="Project", options={"steps": 4}, **LIMITED),
     "ema": Condition("Slow EMA reference", paper=6, reference="ema", reference_options={"decay": 0.9}),
     "ratchet_cap": Condition(
         "Ratcheted reference, drift cap", paper=7, reference="ratchet", reference_options={"every": 2, "cap": 0.1}

@@ -30,7 +30,7 @@ ORDER = (
 LABELS = {
     "accept": "accept the candidate",
     "shrink": "shrink to the budget",
-    "project": "project",
+    "project": "project, 4 steps",
     "project_short": "project, 2 steps",
     "reject": "reject, roll moments back",
     "reject_keep": "reject, keep moments",

@@ -48,6 +48,7 @@ BRANCHES = {
     "shrink_restore": "#7FB2D6",
     "shrink_between": "#3F92C4",
     "project": "#56B4E9",
+    "project_short": "#2F8FBF",
     "rerun": "#8C6BB1",
     "reject": "#D55E00",
     "reject_keep": "#F0A070",
