@@ -161,7 +161,7 @@ def draw_branches(branches: Forks, path: Path) -> str:
         names = [forks.label(name) for name in branches.names]
         rows_named(axes[0, 0], names, [BRANCHES.get(name, GREY) for name in branches.names])
         figure.supxlabel(
-            f"dots: points (seed, t), on {len(branches.seeds)} paths; marks and bars: means and 95 % intervals over points",
+            f"dots: points (seed, t), on {len(branches.seeds)} paths; mark and bar: mean and 95 % interval over points",
             fontsize=10,
         )
     return title
