@@ -136,7 +136,8 @@ def answers(evidence: Evidence, branches: Forks) -> Iterator[Answer]:
     yield Answer("Does a warm start help?", list(_warm(evidence)))
     yield Answer("Does a control set generalise?", list(generalises(evidence)))
     yield Answer("Why does a gate livelock?", list(livelock(evidence)))
-    yield Answer("Why does interpolation lose reward, where it does?", list(reward_lost(evidence)))
+    moments = _branches_differ(branches, "shrink_restore", "shrink", ("gain_next",))
+    yield Answer("Why does interpolation lose reward, where it does?", [*reward_lost(evidence), *moments])
 
 
 def in_short(evidence: Evidence) -> Iterator[str]:

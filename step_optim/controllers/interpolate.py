@@ -50,7 +50,8 @@ class Interpolate(Controller):
 
     on_shrink: str = "keep_state"
     """The optimizer state of a step that was shrunk: ``"keep_state"`` the candidate's, ``"restore"`` theta_t's. In a
-    window, gradients that were taken far beyond the budget stay in the candidate's moments."""
+    window, gradients that were taken far beyond the budget stay in the candidate's moments; without them the next
+    update gained more held-out reward, on 8 of 9 occasions (the branches in examples/study/REPORT.md)."""
 
     profile: Profile = field(default_factory=dict, init=False, repr=False, compare=False)
     """Of the last two searches; empty before the first, and without ``memory``."""
