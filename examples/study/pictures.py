@@ -49,7 +49,7 @@ def draw(evidence: Evidence, forks: Forks, out: Path) -> dict[str, str]:
 def draw_activation(evidence: Evidence, arm: str, path: Path) -> str:
     """Strips: what every update proposed, in units of the budget, and what the controller made of it."""
     runs = [first_run(evidence, arm, condition) for condition in evidence.conditions(arm)]
-    title = f"When did the controllers act? {_when(evidence, arm)} ({arm_of(arm).label}, all seeds)"
+    title = f"{_when(evidence, arm)} ({arm_of(arm).label})"
     with drawn(path, 1.6 + 0.95 * len(runs), nrows=len(runs), sharex=True, sharey=True) as (figure, axes):
         figure.suptitle(title, fontweight="bold")
         for run, panel in zip(runs, axes[:, 0], strict=True):
@@ -65,7 +65,7 @@ def draw_activation(evidence: Evidence, arm: str, path: Path) -> str:
             "update t. Marks: proposals (largest KL / budget of the budgets that are named on the right),\n"
             "filled if controlled, with alpha; bar: what was committed; x: rejected"
             + ("; yellow: known shock. " if arm_of(arm).shocked else ". ")
-            + f"Seed {runs[0].seed}"
+            + f"Shown: seed {runs[0].seed}; percentages: all"
             + ("." if len({run.seed for run in runs}) == 1 else ", or the first that ran.")
         )
     return title
@@ -80,8 +80,8 @@ def _when(evidence: Evidence, arm: str) -> str:
             acted.setdefault(bool(update["shock"]), []).append(record.triggered)
     shares = {shock: percent(fmean(triggered)) for shock, triggered in acted.items()}
     if True in shares and False in shares:
-        return f"At {shares[True]} of the shocks, and {shares[False]} of the other updates"
-    return f"On {next(iter(shares.values()))} of their updates"
+        return f"Controllers acted at {shares[True]} of the shocks, and {shares[False]} of the other updates"
+    return f"Controllers acted on {next(iter(shares.values()))} of their updates"
 
 
 def _round_numbers(low: float, high: float) -> list[float]:

@@ -46,8 +46,8 @@ class Project(Controller):
     """
 
     steps: int = 2
-    """Distillation steps: each costs a forward and backward, and a forward, over the control set. Four come no nearer
-    to the candidate, neither there nor on held-out prompts (the branches in examples/study/REPORT.md)."""
+    """Distillation steps: each costs a forward and backward, and a forward, over the control set. Four came 2 %
+    nearer to the candidate there, and not visibly on held-out prompts (the branches in examples/study/REPORT.md)."""
 
     tol: float = 0.01
     """Relative tolerance of the line searches."""
