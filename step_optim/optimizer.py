@@ -66,9 +66,9 @@ class STEPOptimizer(OptimizerWrapper):
         warm_start: whether to propose at a learning rate that the last proposals
             have shown to be within the budget: a multiple <= 1 of the one that
             is set, which `radius.next_scale` adapts. For budgets that bind on
-            most steps; it also leads a `Gate` out of rejecting for ever. At 3.3
-            times the best learning rate it halved the triggers, at no loss of
-            reward that could be seen (examples/study/REPORT.md).
+            most steps; it also leads a `Gate` out of rejecting for ever. Where
+            all steps were over budget it halved the triggers at no visible loss
+            of reward, and after shocks it gained some (examples/study/REPORT.md).
         param_like: where the optimizer keeps copies of the weights (keys of
             ``state[parameter]``, or a function of the inner optimizer that lists
             (copy, parameter) pairs): interpolation moves them along. By

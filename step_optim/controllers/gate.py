@@ -24,9 +24,10 @@ class Gate(Controller):
     back everything can reject for ever: an Adam-like step is as long as its
     learning rate says, so that the next candidate moves as far as the last
     (examples/study/REPORT.md: 11 of 12 updates at a rate that is too high).
-    `LIVELOCK` (8) rejections in a row without a patience are warned of. ``warm_start=True`` of the
-    optimizer shortens the proposals until they fit; ``patience`` ends the row
-    by shrinking one, and the record says so (``stalled``).
+    `LIVELOCK` (8) rejections in a row without a patience are warned of.
+    ``warm_start=True`` of the optimizer shortens the proposals until they fit;
+    ``patience`` ends the row by shrinking one, and the record says so
+    (``stalled``).
 
     Args:
         patience: rejections in a row before it gives up rejecting; None for never.
