@@ -17,26 +17,8 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from step_optim.tensors import same_bits
 from step_optim.undo import undone
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit: NaN equals itself, -0.0 does not equal 0.0."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.device.type == "meta":  # no bits at all: an inner step has to say itself that it cannot work on these
-        return True
-    return torch.equal(as_bits(a), as_bits(b))
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    """The same memory, read as integers; a complex tensor with one more dimension."""
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.view(BITS[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)

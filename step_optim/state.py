@@ -201,7 +201,7 @@ class _Walk:
             self._visit_all(item)
         elif isinstance(item, Optimizer):
             self._optimizer(item)
-        elif not self._generator(item) and _has_own_state(item):
+        elif not self._generator(item) and has_own_state(item):
             self._visit(vars(item))
 
     def _visit_all(self, items: Iterable[Any]) -> None:
@@ -211,7 +211,7 @@ class _Walk:
     def _container(self, item: Any) -> None:
         members = dict(item) if isinstance(item, dict) else list(item)
         self._visit_all(members.values() if isinstance(members, dict) else members)
-        self.undo.append(lambda: _refill(item, members))
+        self.undo.append(lambda: refill(item, members))
 
     def _optimizer(self, item: Optimizer) -> None:
         """Attributes of an optimizer, but for its group list: scalars in there belong to GroupJournal."""
@@ -223,7 +223,7 @@ class _Walk:
         def undo() -> None:
             # A scheduler's note that step() was called stays: it warns about the order of calls.
             called = {name: value for name, value in vars(item).items() if name == "_opt_called"}
-            _refill(vars(item), attributes | called)
+            refill(vars(item), attributes | called)
 
         self.undo.append(undo)
 
@@ -247,7 +247,7 @@ class _Walk:
         return True
 
 
-def _refill(container: Any, members: Any) -> None:
+def refill(container: Any, members: Any) -> None:
     """Give a container its old members again, in place. An interrupt half-way leaves it usable for a second try."""
     if isinstance(container, list):
         container[:] = members
@@ -264,6 +264,6 @@ def _refill(container: Any, members: Any) -> None:
         container.extend(members)
 
 
-def _has_own_state(item: Any) -> bool:
+def has_own_state(item: Any) -> bool:
     """Whether to look into an object: not into those of the standard library (loggers, locks, files)."""
     return hasattr(item, "__dict__") and type(item).__module__.split(".")[0] not in sys.stdlib_module_names

@@ -9,10 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_optim.isolation import as_bits, same_bits
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 AT_ONCE = ("cpu", "meta")
 """Devices whose results can be looked at without waiting for anything."""
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit: NaN equals itself, -0.0 does not equal 0.0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.device.type == "meta":  # no bits at all: an inner step has to say itself that it cannot work on these
+        return True
+    return torch.equal(as_bits(a), as_bits(b))
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same memory, read as integers; a complex tensor with one more dimension."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.view(BITS[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 
 class Home:

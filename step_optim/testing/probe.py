@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from step_optim.controllers import Action, Gate
-from step_optim.isolation import same_bits
+from step_optim.tensors import same_bits
 from step_optim.optimizer import STEPOptimizer
 from step_optim.testing.picture import Picture
 
