@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from step_optim.fingerprint import fingerprint
-from step_optim.isolation import isolated
+from step_optim.isolation import has_fsdp, isolated
+from step_optim.module_state import ModuleState
 from step_optim.movement import Movement
 from step_optim.noise import NoiseFloor
 
 F = TypeVar("F", bound=Callable[[], Any])
+T = TypeVar("T")
+
+READINGS = 3
+"""Readings at most until no forward writes anything that is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,9 @@ class KLClosure(ABC):
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
 
+    def forget_attributes(self) -> None:
+        """Read modules with the attributes that they have at the next measurement, and from then on."""
+
     def fingerprint(self, own: Collection[int] = ()) -> Any:
         """Changes when weights that the measurement reads were written; what it cannot see needs `refresh`.
 
@@ -131,12 +141,14 @@ class FunctionKL(KLClosure):
     def __init__(self, fn: Callable[[], Any]) -> None:
         if not callable(fn):
             raise TypeError(f"kl={fn!r} is not callable; pass TokenKL, PolicyKL or a function without arguments")
-        self.fn = fn
+        self.fn, self._state = fn, ModuleState(resets=False)
 
     def audit(self) -> Audit:
         """Call the function, isolated, and read what it returned."""
-        with isolated() as self.used:
-            return Audit(Movement.of(self.fn()))
+        with isolated(state=self._state) as self.used:
+            moved = Movement.of(self.fn())
+        self._state.refuse()
+        return Audit(moved)
 
     def __repr__(self) -> str:
         return f"FunctionKL({getattr(self.fn, '__qualname__', self.fn)})"
@@ -181,6 +193,9 @@ class ReferenceKL(KLClosure):
     def __init__(self) -> None:
         self._reference: Any = None
         self._origin: Any = None
+        self._state = ModuleState()
+        self._told: set[tuple[nn.Module, str]] = set()
+        """Attributes that forwards left behind, and what they make of a reading was told."""
         self._watch = True
         """Whether measurements may call modules that are not among `modules`."""
 
@@ -212,17 +227,56 @@ class ReferenceKL(KLClosure):
     def _audited(self, *, drift: bool) -> Audit:
         if self._reference is None:
             raise RuntimeError(f"{type(self).__name__} has no reference yet; call anchor() before the weights move")
-        with isolated(self.modules(), watch=self._watch) as self.used:
+
+        def compared() -> Audit:
             policy = self._policy()
             also = [self._origin] if drift and self._origin is not self._reference else []
             moved = self._movements(policy, self._reference, *also)
             return Audit(moved[0], policy, moved[-1] if drift else None)
 
+        audit = self._measured(compared)
+        self._tell_leftovers(audit.policy)
+        return audit
+
+    def _measured(self, read: Callable[[], T]) -> T:
+        """Run a reading isolated; once more if it may have depended on what forwards write.
+
+        Raises:
+            ValueError: it has written what cannot be put back.
+        """
+        for _ in range(READINGS):
+            with isolated(self.modules(), watch=self._watch, state=self._state) as self.used:
+                found = read()
+            self._state.refuse()
+            if not self._state.learned or any(map(has_fsdp, self.used)):  # there all processes make as many forwards
+                break
+        return found
+
+    def _tell_leftovers(self, policy: Any) -> None:
+        """Say which attributes were not read as they are, if it makes a difference: see `ModuleState`."""
+        new = self._state.stale - self._told
+        self._told |= new
+        if not new or (dist.is_available() and dist.is_initialized()):
+            return
+        try:
+            with isolated(self.modules(), watch=self._watch):
+                (moved,) = self._movements(self._policy(), policy)
+        except Exception:  # an image's position offsets do not fit these prompts, say
+            moved = None
+        if moved is None or moved.mean != 0:
+            names = sorted(f"{type(module).__name__}.{name}" for module, name in new)
+            warnings.warn(
+                f"{', '.join(names)} changed since {type(self).__name__} was made, and the policy depends on it. It "
+                "holds tensors, so it is taken for something that a forward left behind, and audits go on with what it "
+                "was then. If you set it yourself, call optimizer.refresh()",
+                stacklevel=2,
+            )
+
     def anchor(self, audit: Audit | None = None) -> None:
         """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
         if audit is None:
-            with isolated(self.modules(), watch=self._watch) as self.used:
-                self._reference = self._policy()
+            self._reference = self._measured(self._policy)
+            self._tell_leftovers(self._reference)
         else:
             self._reference = audit.policy
         if self._origin is None:
@@ -239,6 +293,10 @@ class ReferenceKL(KLClosure):
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
         self._origin = None
+
+    def forget_attributes(self) -> None:
+        """Take the modules' attributes as they are at the next measurement for settings of the user's."""
+        self._state.forget()
 
     def fingerprint(self, own: Collection[int] = ()) -> Any:
         """Of every parameter and buffer of the modules that were used; see `fingerprint.fingerprint`."""

@@ -146,6 +146,15 @@ class ControlSet:
                     "was it made with another tokenizer?"
                 )
 
+    def check_responses(self, vocab_size: int) -> None:
+        """Refuse responses that a model with ``vocab_size`` logits a token cannot say."""
+        for i, response in enumerate(self.responses):
+            if int(response.max()) >= vocab_size:
+                raise ValueError(
+                    f"the response of prompt {i} has token id {int(response.max())}, and the model has {vocab_size} "
+                    "logits a token: it is no causal language model over these tokens (a token classifier?)"
+                )
+
     def select(self, indices: Iterable[int]) -> ControlSet:
         """Return some of the prompts; slices that lose all of theirs are dropped."""
         kept = list(indices)

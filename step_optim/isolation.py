@@ -17,7 +17,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from step_optim.tensors import same_bits
+from step_optim.module_state import ModuleState
 from step_optim.undo import undone
 
 
@@ -57,21 +57,23 @@ class RNGState:
 class _Modes:
     """Puts modules into eval mode one by one, and remembers how each of them was."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: ModuleState) -> None:
         self.modules: list[nn.Module] = []
         self._hook = RemovableHandle(_global_forward_pre_hooks)  # known before there is a hook that it removes
-        self._seen: dict[int, tuple[nn.Module, bool, dict[str, tuple[Tensor, Tensor]]]] = {}
+        self._flags: dict[nn.Module, bool] = {}
         self._patched: list[tuple[Any, Any]] = []
+        self._state = state
+        state.begin()
 
     def quiet(self, module: nn.Module, _inputs: Any = None) -> None:
-        """Save one module's flag and its own buffers, then switch it to eval mode."""
-        if id(module) in self._seen:
+        """Switch one module to eval mode, and save what it holds."""
+        if module in self._flags:
             return
         reshard(module)
-        buffers = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
-        self._seen[id(module)] = (module, module.training, buffers)
+        self._flags[module] = module.training
         self.modules.append(module)
         _set_training(module, False)
+        self._state.enter(module)
 
     def without_autocast(self, module: Any) -> None:
         """Undo what accelerate does to ``forward``: it puts autocast inside, out of reach from out here."""
@@ -84,21 +86,19 @@ class _Modes:
         """Quiet every further module as it is called."""
         _global_forward_pre_hooks[self._hook.id] = self.quiet
 
-    @torch.no_grad()
     def restore(self) -> None:
-        """Put every flag and every buffer back, object and bits."""
+        """Put everything back; the flags also if all else fails."""
         self._hook.remove()
         for patched, forward in self._patched:
             patched.forward = forward
-        for module in self.modules:
-            end_forward(module)
-        for module, training, buffers in reversed(self._seen.values()):  # a compiled module shares its inner one's flag
-            reshard(module)
-            _set_training(module, training)
-            for name, (buffer, saved) in buffers.items():
-                module._buffers[name] = buffer
-                if not same_bits(buffer, saved):  # an unneeded write would look like an outside edit
-                    buffer.copy_(saved)
+        try:
+            for module in self.modules:
+                end_forward(module)
+                reshard(module)
+            self._state.leave()
+        finally:
+            for module, training in reversed(self._flags.items()):  # a compiled module shares its inner one's flag
+                _set_training(module, training)
 
 
 def _set_training(module: nn.Module, training: bool) -> None:
@@ -110,15 +110,17 @@ def _set_training(module: nn.Module, training: bool) -> None:
 
 
 @contextmanager
-def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False, watch: bool = True) -> Iterator[list[nn.Module]]:
+def isolated(
+    modules: Iterable[nn.Module] = (), *, grad: bool = False, watch: bool = True, state: ModuleState | None = None
+) -> Iterator[list[nn.Module]]:
     """Run a measurement that nothing afterwards can tell has happened.
 
     Inside: eval mode, no autograd (unless ``grad``), no autocast, no compiled
     code (it would be compiled anew for eval mode, and calls no hooks), and nothing
     that was computed from other weights: no cached casts, no cached
     parametrizations, no unsharded copy that FSDP2 kept. Afterwards the training
-    flag of *every* module, all module buffers and all random streams are as
-    before, also if the body raised.
+    flag of *every* module, what modules hold (the rule is in `module_state`)
+    and all random streams are as before, also if the body raised.
 
     Modules that are not passed are found as they are called: a KL closure is
     an opaque function, and a BatchNorm inside it would be mutated by a
@@ -130,11 +132,13 @@ def isolated(modules: Iterable[nn.Module] = (), *, grad: bool = False, watch: bo
         grad: keep autograd on, for the distillation steps of `Project`.
         watch: whether modules may be called that were not passed. A hook that
             looks for them makes every call of a module 10 us longer.
+        state: knows what the modules held at first, which they hold inside;
+            by default they hold inside what they hold now.
 
     Yields:
         The modules used so far; complete at the end.
     """
-    rng, modes, settings = RNGState.capture(), _Modes(), _Settings()
+    rng, modes, settings = RNGState.capture(), _Modes(state or ModuleState()), _Settings()
     with undone(rng.restore), undone(settings.restore), undone(modes.restore):
         for root in modules:
             for module in root.modules():

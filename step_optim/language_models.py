@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from step_optim.control import ControlSet
 from step_optim.isolation import has_fsdp
@@ -31,15 +33,76 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def output_head(model: nn.Module) -> Any:
     """The module that makes logits, if the model tells; None otherwise."""
-    find = getattr(unwrapped(model), "get_output_embeddings", None)
-    return None if find is None else find()
+    return _embeddings(model, "get_output_embeddings")
+
+
+def _embeddings(model: nn.Module, accessor: str) -> Any:
+    find = getattr(unwrapped(model), accessor, None)
+    try:
+        return None if find is None else find()
+    except (NotImplementedError, AttributeError):  # an accessor that every model inherits, and this one cannot answer
+        return None
 
 
 def vocab_size_of(model: nn.Module) -> int | None:
     """How many tokens the model knows, if it tells; None otherwise."""
-    find = getattr(unwrapped(model), "get_input_embeddings", None)
-    size = getattr(None if find is None else find(), "num_embeddings", None)
+    size = getattr(_embeddings(model, "get_input_embeddings"), "num_embeddings", None)
     return size if isinstance(size, int) else None
+
+
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model that says itself that it is no causal language model.
+
+    Raises:
+        ValueError: an encoder-decoder; weights that do not exist before the first forward.
+    """
+    if getattr(getattr(unwrapped(plain(model)), "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder; TokenKL reads causal language models, in which one "
+            "sequence holds prompt and response. Use PolicyKL over its logits [N, A] at fixed decoder inputs"
+        )
+    lazy = next((name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise ValueError(f"the parameter {lazy!r} gets its shape in the first forward; run one before TokenKL is made")
+
+
+def logits_of(out: Any, ids: Tensor) -> Tensor:
+    """The logits [B, T, V] in what a model returned for ids [B, T].
+
+    A tensor, an object or mapping with ``logits``, or the first tensor [B, T, ...] of a tuple. A model may put tokens
+    of its own before the given ones (prompt tuning), so T may be larger.
+
+    Raises:
+        ValueError: there are none; fewer positions than tokens; one token to choose from.
+    """
+    logits = getattr(out, "logits", out)
+    if isinstance(out, Mapping) and "logits" in out:
+        logits = out["logits"]
+    if isinstance(logits, (tuple, list)):
+        fitting = (part for part in logits if isinstance(part, Tensor) and part.dim() == 3)
+        logits = next((part for part in fitting if part.shape[0] == len(ids)), logits)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(out).__name__} without logits; TokenKL needs a causal language model (with its "
+            "head: AutoModelForCausalLM), whose forward returns logits [batch, tokens, vocabulary], an object with "
+            ".logits, or a tuple that begins with them"
+        )
+    if logits.dim() != 3 or len(logits) != len(ids):
+        raise ValueError(
+            f"the model returned logits of shape {tuple(logits.shape)} for token ids {tuple(ids.shape)}; TokenKL needs "
+            "a causal language model, [batch, tokens, vocabulary]. For a classifier use PolicyKL(lambda: logits [N, A])"
+        )
+    if logits.shape[1] < ids.shape[1]:
+        raise ValueError(
+            f"the model returned logits of {logits.shape[1]} of {ids.shape[1]} positions; TokenKL needs those of every "
+            "token: wrap the model in a module whose forward returns all of them"
+        )
+    if logits.shape[2] == 1:
+        raise ValueError(
+            "the model returned one logit a token, as reward models do: with one token to choose from there is one "
+            "policy, and every movement would read 0. Pass the model that generates"
+        )
+    return logits
 
 
 def check_device(model: nn.Module, control: ControlSet) -> None:

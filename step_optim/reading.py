@@ -12,16 +12,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from step_optim.isolation import has_fsdp, reshard
-from step_optim.language_models import accepted_arguments, output_head, plain
+from step_optim.language_models import accepted_arguments, logits_of, output_head, plain
 from step_optim.layout import Batch
+from step_optim.module_state import ModuleState
 from step_optim.rows import Head
 from step_optim.undo import inserted, undone
 
 HEAD_TOLERANCE = 1e-3
 """Largest relative difference between a model's logits and a plain linear head's at which they count as one."""
-
-PREFIX_TOLERANCE = 1e-4
-"""The same with the first tokens from a cache: what is computed there is the same, but for rounding."""
 
 LARGE_LOGIT = 1e3
 """Size to which logits are blown up for the comparison of heads: soft-capping is invisible on small ones."""
@@ -40,16 +38,23 @@ class Reading:
     Args:
         model: a causal language model.
         dtype: that its weights are cast to meanwhile; None leaves them.
+        state: what its modules held at first; every forward begins with that.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
-        self.model, self.dtype = model, dtype
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, state: ModuleState) -> None:
+        self.model, self.dtype, self._state = model, dtype, state
         self.readout = "full"
         """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
-        self._sharded = has_fsdp(model)
-        self._inference = not self._sharded and all(_library(module) in KEEP_NOTHING for module in model.modules())
+        self.sharded = has_fsdp(model)
+        """Whether a forward gathers weights from other processes."""
+        self._inference = not self.sharded and all(_library(module) in KEEP_NOTHING for module in model.modules())
         self._arguments = accepted_arguments(model)
         self._originals: dict[int, Mapping[str, Any]] = {}
+
+    @property
+    def takes_past(self) -> bool:
+        """Whether the model goes on from what it remembers of earlier tokens."""
+        return "past_key_values" in self._arguments
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, D] and bias [V] of the output head, as they are trained."""
@@ -64,11 +69,13 @@ class Reading:
         Args:
             replaced: tensors to use in the place of parameters with these ids.
         """
-        originals, casts = self._originals, dict(replaced or {})
+        originals, given = self._originals, replaced or {}
+        casts: dict[int, Tensor] = {}
 
         def stand_in(parameter: Tensor) -> Any:
-            if id(parameter) not in casts:
-                casts[id(parameter)] = parameter.to(self.dtype)  # tied weights stay tied
+            if id(parameter) not in casts:  # tied weights stay tied
+                tensor = given.get(id(parameter), parameter)
+                casts[id(parameter)] = tensor.to(self.dtype) if self._castable(parameter) else tensor
             return casts[id(parameter)]
 
         def put_back() -> None:
@@ -77,9 +84,9 @@ class Reading:
             originals.clear()
 
         with undone(put_back):
-            for module in self.model.modules() if casts or self.dtype is not None else ():
+            for module in self.model.modules() if given or self.dtype is not None else ():
                 mine = dict(module._parameters)
-                own = {name: p for name, p in mine.items() if p is not None and (id(p) in casts or self._castable(p))}
+                own = {name: p for name, p in mine.items() if p is not None and (id(p) in given or self._castable(p))}
                 if own:
                     originals[id(module)] = mine
                     module._parameters.update({name: stand_in(p) for name, p in own.items()})
@@ -115,19 +122,28 @@ class Reading:
         width = batch.ids.shape[1]
         with self._mode():
             if readout == "full":
-                logits = _logits(self._forward(batch.ids, **options))[:, -width:]
+                logits = logits_of(self._forward(batch.ids, **options), batch.ids)[:, -width:]
                 return rearrange(logits, "b t v -> (b t) v")[batch.positions]
             one = readout == "hidden"
             with _head_on_rows(output_head(self.model), batch.positions, width, one=one, probe=probe) as tap:
-                logits = _logits(self._forward(batch.ids, **options))
-            return tap.hidden if one else logits[0]
+                out = self._forward(batch.ids, **options)
+            return tap.hidden if one else logits_of(out, batch.positions[None, :0])[0]
 
     def _mode(self) -> AbstractContextManager[Any]:
         # Not inference_mode(False), which switches autograd on.
         return torch.inference_mode() if self._inference and not torch.is_grad_enabled() else nullcontext()
 
     def _forward(self, ids: Tensor, **options: Any) -> Any:
-        return plain(self.model)(ids, **{name: value for name, value in options.items() if name in self._arguments})
+        self._state.reset()
+        while True:
+            given = {name: value for name, value in options.items() if name in self._arguments}
+            try:
+                return plain(self.model)(ids, **given)
+            except TypeError as error:  # a signature with **kwargs promises what the model inside may not take
+                refused = [name for name in given if f"unexpected keyword argument '{name}'" in str(error)]
+                if not refused:
+                    raise
+                self._arguments.remove(refused[0])
 
     def find_readout(self, batch: Batch, truth: Tensor) -> str | None:
         """Compare the short ways with the model's own logits on one batch, and take the shortest that agrees.
@@ -136,13 +152,13 @@ class Reading:
             Why it is not the hidden states; None if it is.
         """
         head = output_head(self.model)
-        if head is None or not _agree(self._try_rows(batch), truth):
+        if head is None or not agree(self._try_rows(batch), truth):
             self.readout = "full"
             return "the model's head cannot be run on some rows alone: logits [B, T, V] of whole batches are computed"
         self.readout = "rows"
         for module in self.model.modules():
             reshard(module)
-        if hasattr(head.weight, "placements"):
+        if hasattr(getattr(head, "weight", None), "placements"):
             return "under FSDP2 the whole head is there in a forward only: logits [R, V] are kept"
         if type(head) is not nn.Linear or head.weight.shape[0] != truth.shape[-1]:
             return f"the head is no plain nn.Linear but {type(head).__name__}: logits [R, V] are kept"
@@ -151,8 +167,8 @@ class Reading:
         probe = torch.randn_like(self.rows(batch, readout="hidden"))
         probe *= LARGE_LOGIT / max(float(straight(probe.float()).abs().max()), 1e-6)
         large = self.rows(batch, readout="rows", probe=probe)
-        same = _agree(straight(self.rows(batch, readout="hidden").float()), truth)
-        if not same or not _agree(straight(probe.float()), large):
+        same = agree(straight(self.rows(batch, readout="hidden").float()), truth)
+        if not same or not agree(straight(probe.float()), large):
             return "the model scales, caps or masks what its head returns: logits [R, V] are kept"
         self.readout = "hidden"
         return None
@@ -163,36 +179,9 @@ class Reading:
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None  # a model that does more with its head's output than pass it on
 
-    def find_prefix(self, prefix: Tensor, cut: list[Batch], whole: list[Batch]) -> str | None:
-        """Compare batches without their prefix, which comes from the model's cache, with the same batches whole.
-
-        Returns:
-            Why the cache is of no use; None if it is.
-        """
-        if self._sharded:
-            return "under FSDP2 every forward has to be made by all processes"
-        if "past_key_values" not in self._arguments:
-            return "the model takes no past_key_values"
-        readout = "full" if self.readout == "full" else "rows"
-        try:
-            past = self.past(prefix)
-            for short, long in zip(cut, whole, strict=True):  # a cache that a forward writes into fails at the second
-                if not _agree(
-                    self.rows(short, past, readout=readout), self.rows(long, readout=readout), PREFIX_TOLERANCE
-                ):
-                    return "with its prefix from the cache the model has other logits"
-        except Exception as error:
-            return f"the model's cache cannot be used ({type(error).__name__}: {error})"
-        return None
-
 
 def _library(module: nn.Module) -> str:
     return type(module).__module__.partition(".")[0]
-
-
-def _logits(out: Any) -> Tensor:
-    logits: Tensor = out if isinstance(out, Tensor) else out.logits
-    return logits
 
 
 def _fork(past: Any, count: int) -> Any:
@@ -235,9 +224,12 @@ def _head_on_rows(
         yield tap
 
 
-def _agree(logits: Tensor | None, truth: Tensor, tolerance: float = HEAD_TOLERANCE) -> bool:
+def agree(logits: Tensor | None, truth: Tensor, tolerance: float = HEAD_TOLERANCE) -> bool:
+    """Whether two tensors of logits are equal but for rounding, relative to the largest of them."""
     if logits is None or logits.shape != truth.shape:
         return False
     rounding = max(torch.finfo(logits.dtype).eps, torch.finfo(truth.dtype).eps)
-    allowed = max(tolerance, 4 * rounding) * float(truth.float().abs().max())
-    return float((logits.float() - truth.float()).abs().max()) <= allowed
+    logits, truth = logits.float(), truth.float()
+    same = (logits == truth) | (logits.isnan() & truth.isnan())  # masked tokens have -inf in both
+    size = torch.where(truth.isfinite(), truth, 0.0).abs().max()
+    return bool(torch.where(same, 0.0, logits - truth).abs().max() <= max(tolerance, 4 * rounding) * size)

@@ -88,6 +88,36 @@ def place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+class Memory:
+    """The memory that a tensor has now. Noting it is no operation on the tensor."""
+
+    __slots__ = ("_offset", "_place", "_storage")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage, self._offset = tensor.untyped_storage(), tensor.storage_offset()
+        self._place = place(tensor)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor has this memory."""
+        return place(tensor) == self._place
+
+    def tensor(self) -> Tensor:
+        """Return a tensor that has it."""
+        _, shape, stride, dtype = self._place
+        empty = torch.empty(0, dtype=dtype, device=self._storage.device)
+        return empty.set_(self._storage, self._offset, shape, stride)
+
+
+def is_plain_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is strided memory of its own: no DTensor, no other wrapper, not made in inference mode."""
+    return (
+        not hasattr(tensor, "__tensor_flatten__")
+        and tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_inference()
+    )
+
+
 def memory(tensor: Tensor) -> Hashable:
     """Equal for tensors that are the same memory."""
     if tensor.numel() == 0 or tensor.device.type == "meta":

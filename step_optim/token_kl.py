@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from step_optim.audit import Audit
 from step_optim.control import ControlSet
-from step_optim.isolation import has_fsdp, isolated, reshard
-from step_optim.language_models import check_audit_dtype, check_device, vocab_size_of
+from step_optim.isolation import has_fsdp, reshard
+from step_optim.language_models import check_audit_dtype, check_causal, check_device, vocab_size_of
 from step_optim.layout import Batch, Layout, micro_batch_of, shared_prefix, worth_sharing
 from step_optim.logit_kl import LogitKL
-from step_optim.noise import NoiseFloor, probe_weights, probes
+from step_optim.movement import Movement
+from step_optim.noise import NoiseFloor, measure_noise, moved_away, trained_weights
 from step_optim.reading import Reading
 from step_optim.rows import Head, Rows
 from step_optim.shard import Shard
+from step_optim.shortcuts import Shortcuts, check_causality
 
 LOGGER = logging.getLogger("step_optim")
 
@@ -31,8 +35,11 @@ class TokenKL(LogitKL):
     run once, through the model's own cache; the head runs on response positions
     only. With a plain linear head only hidden states are kept ([R, D]), and the
     vocabulary is streamed in blocks; with any other head the response rows'
-    logits are kept ([R, V]). All of this is compared with the model's own
-    logits here; `readout`, `prefix_tokens` and `fallbacks` say what was found.
+    logits are kept ([R, V]). All of this is compared here with the model's own
+    logits of each prompt alone, once with the trained weights moved away from
+    where they begin (an adapter that is still 0 would agree with anything), and
+    again when modules or what is trained have changed; `readout`,
+    `prefix_tokens` and `fallbacks` say what was found.
 
     Args:
         model: a causal language model: ``model(input_ids)`` returns logits
@@ -47,7 +54,7 @@ class TokenKL(LogitKL):
         audit_dtype: what the weights are cast to in audits; by default they
             stay as they are. float32 lets a bf16 model be audited below bf16's
             noise (an audit then holds a float32 copy of the weights).
-        noise_floor: whether to measure `noise_floor` here, with some four
+        noise_floor: whether to measure `noise_floor` here, with some eight
             evaluations of the control set.
         check_parameters: refuse an optimizer with parameters that the model
             does not have. False for a value head that the policy does not read.
@@ -59,8 +66,11 @@ class TokenKL(LogitKL):
     Raises:
         TypeError: ``control`` is no ControlSet; ``audit_dtype`` is no floating-point dtype.
         ValueError: model and control set on different devices; token ids
-            outside the vocabulary; fewer micro-batches than processes;
-            unmoved weights that do not read 0 (dropout in eval mode, say).
+            outside the vocabulary, or texts that are too long; fewer
+            micro-batches than processes; a model that is no causal language
+            model, that does not return logits of all tokens, or whose forward
+            leaves a trace that cannot be undone (see `module_state`); unmoved
+            weights that do not read 0 (dropout in eval mode, say).
     """
 
     takes_any_weights = True
@@ -83,6 +93,7 @@ class TokenKL(LogitKL):
         micro_batch = micro_batch_of(control, micro_batch)
         check_device(model, control)
         check_audit_dtype(model, audit_dtype)
+        check_causal(model)
         vocab_size = vocab_size_of(model)
         if vocab_size is not None:
             control.check_vocabulary(vocab_size)
@@ -96,18 +107,20 @@ class TokenKL(LogitKL):
         self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts), lengths).to(control.device)
         self.fallbacks: tuple[str, ...] = ()
         """Which of the short ways this model does not allow, and why."""
-        self._reading = Reading(model, audit_dtype)
+        self._micro_batch, self._shared = micro_batch, self._wanted_prefix(control, prefix)
+        self._reading = Reading(model, audit_dtype, self._state)
         self._layout = Layout.of(self.control, micro_batch)
-        with isolated([model]) as called, self._reading.cast():
-            self._find_readout()
-            shared = shared_prefix(control)
-            if prefix or (prefix is None and worth_sharing(control, shared)):
-                self._share(shared, micro_batch)
+        self._measured(self._first_forward)
         own = {id(module) for module in model.modules()}
-        self._watch = any(id(module) not in own for module in called)
+        self._watch = any(id(module) not in own for module in self.used)
+        self._find_ways()
         if noise_floor:
-            with isolated([model]):
-                self.noise_floor = self._measure_noise()
+            self.noise_floor = self._measured(self._measure_noise)
+
+    @staticmethod
+    def _wanted_prefix(control: ControlSet, prefix: bool | None) -> int:
+        shared = shared_prefix(control)
+        return shared if prefix or (prefix is None and worth_sharing(control, shared)) else 0
 
     @property
     def readout(self) -> str:
@@ -119,22 +132,52 @@ class TokenKL(LogitKL):
         """How many tokens of every prompt are run once for all."""
         return self._layout.prefix.shape[1]
 
-    def _find_readout(self) -> None:
+    def _first_forward(self) -> None:
+        """Refuse a model that is no causal language model, or that cannot read the control set."""
         batch = self._layout.batches[-1]  # the shortest prompts
-        truth = self._read_checked(batch)
+        with self._reading.cast():
+            truth = self._read_checked(batch)
+            check_causality(self._reading, self.control, batch, truth)
         self._vocabulary = truth.shape[-1]
         if vocab_size_of(self.model) is None:
-            self.control.check_vocabulary(truth.shape[-1])
-        self._fall_back(self._reading.find_readout(batch, truth))
+            self.control.check_vocabulary(self._vocabulary)
+        self.control.check_responses(self._vocabulary)
 
-    def _share(self, prefix: int, micro_batch: int) -> None:
-        """Cut the shared prefix off, if the longest and the shortest batch read the same without it."""
-        cut, whole = Layout.of(self.control, micro_batch, prefix), self._layout
-        ends = sorted({0, len(whole.batches) - 1})
-        why = self._reading.find_prefix(cut.prefix, [cut.batches[i] for i in ends], [whole.batches[i] for i in ends])
-        self._fall_back(why and f"the {prefix} shared tokens run in every prompt: {why}")
-        if why is None:
-            self._layout = cut
+    def _find_ways(self) -> None:
+        """Find the shortest way to read the model that agrees with its own logits, wherever training may lead it."""
+        self.fallbacks, self._modules = (), self._structure()
+        moved = {} if self._reading.sharded else moved_away(trained_weights(self.model.parameters()))
+        self._measured(lambda: self._compare_ways(moved))
+
+    def _compare_ways(self, moved: Mapping[int, Tensor]) -> None:
+        reading, control = self._reading, self.control
+        layout = Layout.of(control, self._micro_batch)
+        with reading.cast(moved):
+            shortest = layout.batches[-1]
+            self._fall_back(reading.find_readout(shortest, reading.rows(shortest, readout="full")))
+            shortcuts = Shortcuts(reading, control)
+            why = None if self.sharded and reading.sharded else shortcuts.beside_others(layout)
+            self._fall_back(why and f"{why}: each is read alone")
+            size = self._micro_batch if why is None else 1
+            self._layout = layout if why is None else Layout.of(control, size)
+            if self._shared:
+                cut = Layout.of(control, size, self._shared)
+                why = shortcuts.behind(cut)
+                self._fall_back(why and f"the {self._shared} shared tokens run in every prompt: {why}")
+                self._layout = self._layout if why is not None else cut
+
+    def _structure(self) -> list[int]:
+        """What the comparison of ways holds for: modules, and what is trained."""
+        return [
+            *map(id, self.model.modules()),
+            *(id(p) for p in self.model.parameters() if p.requires_grad),
+        ]
+
+    def anchor(self, audit: Audit | None = None) -> None:
+        """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
+        if audit is None and self._structure() != self._modules:  # adapters were added, say, or the head is trained now
+            self._find_ways()
+        super().anchor(audit)
 
     def _fall_back(self, why: str | None) -> None:
         if why is not None:
@@ -142,21 +185,30 @@ class TokenKL(LogitKL):
             LOGGER.info("TokenKL(%s): %s", type(self.model).__name__, why)
 
     def _measure_noise(self) -> NoiseFloor | None:
-        here = self._policy()
-        (still,) = self._movements(self._policy(), here)
+        (still,) = self._movements(self._policy(), self._policy())
         if still.mean != 0:
             raise ValueError(
                 f"unmoved weights read K = {still.mean:.3g} nats per token instead of 0 (worst {still.worst}): the "
                 "model's forward draws random numbers in eval mode (dropout?), keeps a state, or is not deterministic "
                 "(torch.use_deterministic_algorithms). Repair it, or accept that much noise with noise_floor=False"
             )
-        for weight in probe_weights(self.model):
-            (large, size), (tiny, tiny_size) = probes(weight.to(self._reading.dtype or weight.dtype))
-            (moved,) = self._movements(self._policy({id(weight): large}), here)
-            if moved.mean > 0:
-                (noise,) = self._movements(self._policy({id(weight): tiny}), here)
-                return NoiseFloor(noise, moved.mean * (tiny_size / size) ** 2, tiny.dtype)
-        return None
+        weights = trained_weights(self.model.parameters())
+        start = moved_away(weights)
+        here = self._policy(start)
+
+        def read(moved: Mapping[int, Tensor]) -> Movement:
+            return self._movements(self._policy(moved), here)[0]
+
+        dtype = self._reading.dtype or (weights[0].dtype if weights else torch.float32)
+        floor = measure_noise(read, start, dtype) if weights else None
+        if weights and floor is None:
+            warnings.warn(
+                f"no movement of the {len(weights)} weights that are trained changes what {type(self.model).__name__} "
+                "says on the control set: K would read 0 whatever training does. Train weights that the policy reads, "
+                "or measure on prompts that reach them (images, for a vision tower)",
+                stacklevel=3,
+            )
+        return floor
 
     def describe(self) -> dict[str, Any]:
         """How the model is read, what it does not allow, and the noise floor."""
@@ -215,16 +267,35 @@ class TokenKL(LogitKL):
     def _read_checked(self, batch: Batch) -> Tensor:
         try:
             return self._reading.rows(batch, readout="full")
-        except IndexError as error:  # a model that does not tell the size of its vocabulary
-            raise ValueError(self._unreadable()) from error
+        except IndexError as error:
+            raise ValueError(self._why_unreadable(error)) from error
+        except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            raise ValueError(
+                f"TokenKL cannot read {type(self.model).__name__} ({type(error).__name__}: {error}). It needs a causal "
+                "language model: model(input_ids) -> logits [batch, tokens, vocabulary]. Wrap the model in a module "
+                "whose forward takes token ids alone, or use PolicyKL"
+            ) from error
 
-    def _unreadable(self) -> str:
-        for i, (prompt, response) in enumerate(zip(self.control.prompts, self.control.responses, strict=True)):
-            try:
-                self.model(torch.cat([prompt, response])[None])
-            except IndexError:
+    def _why_unreadable(self, error: IndexError) -> str:
+        """Tell a token id that is too large from a text that is too long: both are an index beyond some table."""
+        texts = [torch.cat(pair) for pair in zip(self.control.prompts, self.control.responses, strict=True)]
+        for i, text in enumerate(texts):
+            if self._reads(text):
+                continue
+            if not self._reads(text.max()[None]):
                 return f"prompt {i} of the control set has a token id outside the vocabulary of the model"
-        return "the model cannot read the control set"
+            return (
+                f"prompt {i} of the control set has {len(text)} tokens with its response, more than the model can read "
+                f"({_positions(self.model)}); use a shorter prompt or response"
+            )
+        return f"the model cannot read the control set (IndexError: {error})"
+
+    def _reads(self, text: Tensor) -> bool:
+        try:
+            self.model(text[None])
+        except IndexError:
+            return False
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """pi_ref, so that drift goes on being measured from the start of training.
@@ -270,3 +341,10 @@ class TokenKL(LogitKL):
 
 def _shapes(head: Head) -> list[tuple[int, ...]]:
     return [tuple(part.shape) for part in (head.weight, head.bias) if part is not None]
+
+
+def _positions(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found = [f"{name}={getattr(config, name)} in its config" for name in names if hasattr(config, name)]
+    return found[0] if found else "its table of positions is shorter"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from step_optim.controllers import Action, Gate
-from step_optim.tensors import same_bits
 from step_optim.optimizer import STEPOptimizer
+from step_optim.tensors import same_bits
 from step_optim.testing.picture import Picture
 
 Factory = Callable[[list[nn.Parameter]], Optimizer]

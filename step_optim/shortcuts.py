@@ -1,0 +1,106 @@
+"""Which short ways of reading a model agree with its own logits of every prompt alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from step_optim.control import ControlSet
+from step_optim.layout import Batch, Layout
+from step_optim.reading import Reading, agree
+
+PREFIX_TOLERANCE = 1e-4
+"""Largest relative difference between logits with the first tokens from a cache and without: only rounding differs."""
+
+
+class Shortcuts:
+    """Compares short ways with the model's own logits of each prompt alone, one batch at a time.
+
+    Compare while the trained weights are moved away from where they begin:
+    adapters that are still 0 would agree with anything.
+
+    Args:
+        reading: how the model is read.
+        control: the prompts that are compared.
+    """
+
+    def __init__(self, reading: Reading, control: ControlSet) -> None:
+        self._reading, self._control = reading, control
+        self._alone = Layout.of(control, 1).batches
+
+    def beside_others(self, layout: Layout) -> str | None:
+        """Compare prompts beside others of their batch.
+
+        Returns:
+            Why each has to be read alone; None if they agree.
+        """
+        if all(len(batch.ids) == 1 for batch in layout.batches):
+            return None
+        return self._compare(layout, lambda batch: self._best(batch), None, "beside other prompts the model has others")
+
+    def behind(self, layout: Layout) -> str | None:
+        """Compare prompts whose first tokens come from the model's cache.
+
+        Returns:
+            Why the cache is of no use; None if it is.
+        """
+        if self._reading.sharded:
+            return "under FSDP2 every forward has to be made by all processes"
+        if not self._reading.takes_past:
+            return "the model takes no past_key_values"
+        try:
+            past = self._reading.past(layout.prefix)  # that a forward writes into it shows at the second batch
+            return self._compare(
+                layout,
+                lambda batch: self._best(batch, past),
+                PREFIX_TOLERANCE,
+                "with its prefix from the cache the model has other logits",
+            )
+        except Exception as error:
+            return f"the model's cache cannot be used ({type(error).__name__}: {error})"
+
+    def _best(self, batch: Batch, past: object = None) -> Tensor:
+        return self._reading.rows(batch, past, readout="full" if self._reading.readout == "full" else "rows")
+
+    def _compare(
+        self, layout: Layout, read: Callable[[Batch], Tensor], tolerance: float | None, why: str
+    ) -> str | None:
+        options = {} if tolerance is None else {"tolerance": tolerance}
+        for batch, truth in zip(layout.batches, self._truths(layout.batches), strict=True):
+            if not agree(read(batch), truth, **options):
+                return why
+        return None
+
+    def _truths(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """The rows of each batch, from every prompt alone, in one order."""
+        alone = iter(self._alone)
+        for batch in batches:
+            yield torch.cat([self._reading.rows(next(alone), readout="full") for _ in batch.ids])
+
+
+def check_causality(reading: Reading, control: ControlSet, batch: Batch, truth: Tensor) -> None:
+    """Refuse a model whose logits depend on later tokens: a masked language model, an encoder.
+
+    Args:
+        reading: how it is read.
+        control: whose prompts these are.
+        batch: some of them, without a prefix that was cut off.
+        truth: the logits of their response rows.
+
+    Raises:
+        ValueError: the logits of earlier rows change with the last token of a text.
+    """
+    known = sorted({i for ids in (*control.prompts, *control.responses) for i in ids.tolist()})
+    a, b = known[0], known[-1] if len(known) > 1 else max(known[0] - 1, 0)
+    ids, last = batch.ids.clone(), batch.mask.sum(1, keepdim=True) - 1
+    ids.scatter_(1, last, torch.where(ids.gather(1, last) == a, b, a))
+    changed, again = (reading.rows(each, readout="full") for each in (replace(batch, ids=ids), batch))
+    if agree(again, truth) and not agree(changed, truth):  # a forward that draws random numbers is another fault
+        raise ValueError(
+            f"{type(reading.model).__name__} is no causal language model: its logits at a token depend on later tokens "
+            "(a masked language model, an encoder?). TokenKL needs a causal one; for others use PolicyKL over their "
+            "logits [N, A]"
+        )
