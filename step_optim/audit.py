@@ -25,6 +25,10 @@ READINGS = 3
 """Readings at most until no forward writes anything that is not known yet."""
 
 
+class Incomparable(ValueError):
+    """The policy is over other observations than its reference: there is no movement between the two."""
+
+
 @dataclass(frozen=True)
 class Audit:
     """One measurement: the movement, and the policy that was measured (opaque; None if it is not kept)."""
@@ -253,7 +257,11 @@ class ReferenceKL(KLClosure):
         return found
 
     def _tell_leftovers(self, policy: Any) -> None:
-        """Say which attributes were not read as they are, if it makes a difference: see `ModuleState`."""
+        """Say which attributes were not read as they are, if it makes a difference: see `ModuleState`.
+
+        Raises:
+            Incomparable: they are other observations.
+        """
         new = self._state.stale - self._told
         self._told |= new
         if not new or (dist.is_available() and dist.is_initialized()):
@@ -261,6 +269,8 @@ class ReferenceKL(KLClosure):
         try:
             with isolated(self.modules(), watch=self._watch):
                 (moved,) = self._movements(self._policy(), policy)
+        except Incomparable:
+            raise
         except Exception:  # an image's position offsets do not fit these prompts, say
             moved = None
         if moved is None or moved.mean != 0:

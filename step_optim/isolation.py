@@ -65,6 +65,20 @@ class _Modes:
         self._state = state
         state.begin()
 
+    def quiet_all(self, roots: Iterable[nn.Module]) -> None:
+        """Quiet the modules of these roots."""
+        modules = self._state.below(roots)
+        for module in sharded(modules):
+            module.reshard()
+        self.modules += modules
+        for module in modules:
+            self._flags[module] = module.training
+            _set_training(module, False)
+        self._state.enter_all(modules)
+        for module in modules:
+            if "forward" in vars(module):
+                self._without_autocast(module)
+
     def quiet(self, module: nn.Module, _inputs: Any = None) -> None:
         """Switch one module to eval mode, and save what it holds."""
         if module in self._flags:
@@ -75,7 +89,7 @@ class _Modes:
         _set_training(module, False)
         self._state.enter(module)
 
-    def without_autocast(self, module: Any) -> None:
+    def _without_autocast(self, module: Any) -> None:
         """Undo what accelerate does to ``forward``: it puts autocast inside, out of reach from out here."""
         patched = vars(module).get("forward")
         if type(getattr(patched, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":  # its outermost decorator
@@ -92,9 +106,9 @@ class _Modes:
         for patched, forward in self._patched:
             patched.forward = forward
         try:
-            for module in self.modules:
+            for module in sharded(self.modules):
                 end_forward(module)
-                reshard(module)
+                module.reshard()
             self._state.leave()
         finally:
             for module, training in reversed(self._flags.items()):  # a compiled module shares its inner one's flag
@@ -140,10 +154,7 @@ def isolated(
     """
     rng, modes, settings = RNGState.capture(), _Modes(state or ModuleState()), _Settings()
     with undone(rng.restore), undone(settings.restore), undone(modes.restore):
-        for root in modules:
-            for module in root.modules():
-                modes.quiet(module)
-                modes.without_autocast(module)
+        modes.quiet_all(modules)
         if watch:
             modes.watch()
         settings.quiet(grad=grad)
@@ -198,24 +209,28 @@ class _Settings:
             warnings.filters[:] = self._warnings  # type: ignore[index]
 
 
+def sharded(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those of some modules that FSDP2 shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+
+
 def reshard(module: nn.Module) -> None:
     """Let go of the unsharded weights that FSDP2 keeps after a forward: they are those of other weights.
 
     Its root module is never resharded by itself outside of a backward pass.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-        module.reshard()
+    for each in sharded([module]):
+        each.reshard()
 
 
-def end_forward(module: nn.Module) -> None:
+def end_forward(module: Any) -> None:
     """Let FSDP2 forget a forward that an exception has broken off: the next one would take itself for its rest.
 
     It would not be resharded, and its backward pass would gather weights in
     another order than the other processes do. (Before torch 2.13 it cannot.)
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(module, fsdp.FSDPModule) or not hasattr(module, "reset_iter_state"):
+    if not hasattr(module, "reset_iter_state"):
         return
     state = module._get_fsdp_state()
     if state._is_root and state._state_ctx.iter_forward_root is not None:
@@ -224,5 +239,4 @@ def end_forward(module: nn.Module) -> None:
 
 def has_fsdp(model: nn.Module) -> bool:
     """Whether a forward of this model gathers weights from other processes."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+    return bool(sharded(model.modules()))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, kl_divergence
 
+from step_optim.audit import Incomparable
 from step_optim.control import checked_slices
 from step_optim.isolation import isolated
 from step_optim.logit_kl import LogitKL
@@ -84,7 +85,7 @@ class PolicyKL(LogitKL):
     def _policy(self) -> Any:
         policy = self._evaluate()
         if _count(policy) != self.prompts:
-            raise ValueError(f"fn returned {_count(policy)} observations, {self.prompts} at first; keep them fixed")
+            raise Incomparable(f"fn returned {_count(policy)} observations, {self.prompts} at first; keep them fixed")
         if isinstance(policy, Rows):
             return Rows(policy.x.clone())
         # A distribution may hold a parameter itself (a state-independent std), which later steps move. And torch's
