@@ -156,9 +156,9 @@ def find_leaf(distribution: Distribution) -> Leaf:
     name = "(".join(names) + ")" * len(around)
     if family is None:
         raise TypeError(
-            f"fn returned a {name}, and the KL of two {names[-1]} has no closed form in torch.distributions. Return "
-            "logits [N, A] or a distribution that has one (Normal, Categorical, Beta, ...); or pass a plain function "
-            "that returns an estimate of the KL as kl= instead of a PolicyKL"
+            f"fn returned {name}, and a KL between two {names[-1]} policies has no closed form in torch.distributions. "
+            "Return logits [N, A] or a distribution that has one (Normal, Categorical, Beta, ...); or pass a plain "
+            "function that returns an estimate of the KL as kl= instead of a PolicyKL"
         )
     transforms = [t for layer in around if isinstance(layer, TransformedDistribution) for t in layer.transforms]
     return Leaf(inner, family, name, "base_dist." * len(around), tuple(transforms))
@@ -190,7 +190,7 @@ def _check_bijective(distribution: TransformedDistribution) -> None:
     for transform in distribution.transforms:
         if not transform.bijective:
             raise TypeError(
-                f"fn returned a {type(distribution).__name__} with {transform}, which maps several values to one: the "
+                f"fn returned {type(distribution).__name__} with {transform}, which maps several values to one: the "
                 f"KL of its {type(distribution.base_dist).__name__} is not that of what it returns, and has no closed "
                 "form. Use a bijective transform, or return the distribution before it if that is the policy"
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,13 @@ from step_optim.undo import undone
 SIZES = (2.0**-6, 2.0**-12, 2.0**-18, 2.0**-24)
 """Root mean square of the relative movements, from one that every policy shows to one that float32 can hardly hold."""
 
-PLATEAU = 2.0
-"""A reading shrinks at least as fast as the movement does (a KL with a square goes down faster). More than this times
-as much is rounding."""
+EXCESS = 8.0
+"""A small KL grows with the square of the movement. A reading that is more than this times what the largest movement
+lets expect is rounding; a sensitive weight, and a large movement that saturates, are within it."""
+
+JUMP = 0.5
+"""What stays above this part of the largest movement's reading is a policy that jumps, not rounding: even 8 bits of
+mantissa round by a quarter of that movement. (torch's Householder parametrization cuts a sign to an integer.)"""
 
 GOLDEN = 0.6180339887
 """The fractional parts of its multiples are spread over [0, 1] without a pattern that a layer could cancel."""
@@ -98,15 +101,11 @@ def floor_of(readings: Sequence[tuple[Movement, float]], dtype: torch.dtype) -> 
         dtype: of the weights.
 
     Returns:
-        The floor: the smallest reading if none is rounding; None if the largest movement has no finite reading.
+        The floor: the smallest reading if none is rounding; None if there is no finite reading, or the policy jumps.
     """
-    (first, reach), (last, _) = readings[0], readings[-1]
-    if not all(moved.is_finite for moved, _ in readings) or first.mean == 0:
+    (first, reach), (last, smallest) = readings[0], readings[-1]
+    if first.mean == 0 or not all(moved.is_finite for moved, _ in readings):
         return None
-    noisy = [
-        (now, size)
-        for (before, larger), (now, size) in pairwise(readings)
-        if size > 0 and now.mean > PLATEAU * before.mean * (size / larger) ** 0.5
-    ]
-    floor, size = max(noisy, key=lambda reading: reading[0].mean) if noisy else (last, readings[-1][1])
-    return NoiseFloor(floor, first.mean * size / reach, dtype)
+    noisy = [(now, size) for now, size in readings[1:] if now.mean > EXCESS * first.mean * size / reach]
+    floor, size = max(noisy, key=lambda reading: reading[0].mean) if noisy else (last, smallest)
+    return None if floor.mean > JUMP * first.mean else NoiseFloor(floor, first.mean * size / reach, dtype)

@@ -24,6 +24,9 @@ from step_optim.rows import Rows
 
 REDUCTIONS = (None, "sum", "mean")
 
+STILL = 1e-10
+"""Nats that float32 rounding reads of a policy that does not move: of all logits of a row, when they are shifted."""
+
 
 class PolicyKL(LogitKL):
     """KL between the action distributions of the current weights and those before the step.
@@ -107,7 +110,7 @@ class PolicyKL(LogitKL):
 
     def _warn_of_sum(self, output: Output) -> None:
         warnings.warn(
-            f"fn returned a {output.name} of batch shape {output.batch_shape}: the KLs of the {output.beside} parts of "
+            f"fn returned {output.name} of batch shape {output.batch_shape}: the KLs of the {output.beside} parts of "
             "an observation are added up, as those of the factors of one action. If that is meant, say so with "
             "PolicyKL(..., reduction='sum'); if the parts are the tokens of a text, give reduction='mean'",
             stacklevel=3,
@@ -142,9 +145,15 @@ class PolicyKL(LogitKL):
 
     @property
     def _figure(self) -> str:
-        """What one observation's KL is."""
+        """What one observation's figure is."""
         each = f"sum of {self._factors} KLs" if self._factors > 1 else "KL"
-        return f"{each} of an observation" if self._over == 1 else f"mean over {self._over} of the {each}"
+        if self._over > 1:
+            each = (
+                f"mean over {self._over} sums of {self._factors} KLs"
+                if self._factors > 1
+                else f"mean over {self._over} KLs"
+            )
+        return f"{each} of an observation"
 
     def _evaluate(self) -> Output:
         return Output.of(self.fn())
@@ -186,12 +195,11 @@ class PolicyKL(LogitKL):
             if not called:
                 return None
             readings = [self._nudged(weights, size, here) for size in SIZES] if weights else []
-            if (not readings or readings[0][0].mean == 0) and not self._reads_others(weights):
+            floor = floor_of(readings, _narrowest(weights)) if readings else None
+            still = floor is None and (not readings or readings[0][0].mean < STILL)
+            if still and not self._reads_others(weights):
                 _warn_of_rest(weights)
-        if not readings:
-            return None
-        narrowest = min((weight.tensor.dtype for weight in weights), key=lambda dtype: torch.finfo(dtype).bits)
-        return floor_of(readings, narrowest)
+        return floor
 
     def _nudged(self, weights: Sequence[Weight], size: float, here: Any) -> tuple[Movement, float]:
         with nudged(weights, size) as moved:
@@ -252,11 +260,15 @@ def _with_rows(saved: Mapping[str, Tensor], output: Output) -> dict[str, Tensor]
     return found
 
 
+def _narrowest(weights: Sequence[Weight]) -> torch.dtype:
+    return min((weight.tensor.dtype for weight in weights), key=lambda dtype: torch.finfo(dtype).bits)
+
+
 def _warn_of_rest(weights: Sequence[Weight]) -> None:
-    moved = f"{len(weights)} trained tensors of the modules that fn calls were moved by {SIZES[0]:.0%}"
+    moved = f"it read next to 0 when their {len(weights)} trained tensors were moved by {SIZES[0]:.0%}"
+    found = moved if weights else "none of their parameters requires gradients"
     warnings.warn(
-        f"nothing that is trained moves this policy: it read 0 when {moved}, so every step would be committed. Let fn "
-        "call the model that is trained (not a copy of it), with parameters that require gradients; noise_floor=False "
-        "leaves this check out",
+        f"nothing that is trained moves this policy. Of the modules that fn calls: {found}. Every step would be "
+        "committed. Let fn call the model that is trained, not a copy of it; noise_floor=False leaves this check out",
         stacklevel=4,
     )

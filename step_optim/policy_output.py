@@ -85,7 +85,7 @@ class Output:
         """Refuse a policy that has one action only: whatever is trained, its KL is 0."""
         choices = self.leaf.choices if self.logits is None and self.leaf is not None else self.kind[-1]
         if choices == 1:
-            what = "logits" if self.leaf is None else f"a {self.name}"
+            what = "logits" if self.leaf is None else self.name
             raise ValueError(
                 f"fn returned {what} of shape {(*self.parts_shape, 1)}: there is one action only, so its probability "
                 "is 1 and every KL is 0. For a yes or no return Bernoulli(logits=z); for a value or a reward a "

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mpf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import (
+    AbsTransform,
     AffineTransform,
     Bernoulli,
     Beta,
@@ -32,25 +33,33 @@ from torch.distributions import (
     HalfNormal,
     Independent,
     InverseGamma,
+    Kumaraswamy,
     Laplace,
     LogisticNormal,
     LogNormal,
     LowRankMultivariateNormal,
+    MixtureSameFamily,
     MultivariateNormal,
     Normal,
     OneHotCategorical,
     OneHotCategoricalStraightThrough,
     Pareto,
     Poisson,
+    RelaxedBernoulli,
+    RelaxedOneHotCategorical,
     SigmoidTransform,
+    StudentT,
     TanhTransform,
     TransformedDistribution,
     Uniform,
+    VonMises,
     Weibull,
     Wishart,
+    register_kl,
 )
 
 from step_optim import PolicyKL
+from step_optim.distributions import tensors_of
 
 N = 2
 """Observations."""
@@ -58,7 +67,7 @@ N = 2
 SHAPES = [(N,), (N, 3), (N, 2, 2)]
 
 TOLERANCE = 1e-5
-"""What figures from 1e-10 nats on are good to. Below that a difference of 1e-5 of float64 parameters is all there is."""
+"""What figures from 1e-10 nats on are good to: float32 sums of logits, and float64 with 10 digits to spare."""
 
 Numbers = dict[str, Any]
 """The parameters of one element of the batch, as nested lists of mpmath numbers."""
@@ -161,11 +170,7 @@ def kl_gamma(p: Numbers, q: Numbers) -> Any:
     """Two gamma distributions."""
     a, b, c, d = p["concentration"], q["concentration"], p["rate"], q["rate"]
     return (
-        (a - b) * mpmath.digamma(a)
-        - mpmath.loggamma(a)
-        + mpmath.loggamma(b)
-        + b * mpmath.log(c / d)
-        + a * (d - c) / c
+        (a - b) * mpmath.digamma(a) - mpmath.loggamma(a) + mpmath.loggamma(b) + b * mpmath.log(c / d) + a * (d - c) / c
     )
 
 
@@ -325,7 +330,7 @@ def _tril(drawn: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _inside(drawn: dict[str, Tensor]) -> dict[str, Tensor]:
     """Probabilities below 1."""
-    return {name: x.clamp(1e-3, 0.99) for name, x in drawn.items()}
+    return {name: x.clamp(0.02, 0.95) for name, x in drawn.items()}
 
 
 def _simplex(drawn: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -451,3 +456,318 @@ def test_a_figure_equals_the_oracle(name, shape, size, seed, dtype) -> None:
         assert math.isinf(moved)
     else:
         assert moved == pytest.approx(wanted, rel=TOLERANCE, abs=1e-15)
+
+
+def test_a_proportional_movement_of_large_concentrations() -> None:
+    """Where the divergences of the parts and that of their sum are nearly equal, their difference is still right."""
+    case = CASES["Dirichlet"]
+    for concentration in (1.0, 100.0, 1e4):
+        for size in (1e-5, 1e-3, 0.1, 3.0):
+            before = {"concentration": torch.full((N, 4), concentration, dtype=torch.float64)}
+            after = {"concentration": before["concentration"] * (1 + size)}
+            wanted = case.oracle_mean(before, after, (N,))
+            assert read(case.make, before, after) == pytest.approx(wanted, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["Uniform", "Pareto"])
+@pytest.mark.parametrize("size", [1e-10, 1e-5, 0.1])
+def test_a_support_that_shrinks_and_one_that_grows(name, size) -> None:
+    """Inside the reference's support the KL is finite, and first order in the movement; outside it is infinite."""
+    if name == "Uniform":
+        wide, narrow = ({"low": torch.full((N,), -h), "high": torch.full((N,), h)} for h in (1.0, 1 - size))
+    else:
+        wide, narrow = ({"scale": torch.full((N,), s), "alpha": torch.full((N,), 2.0)} for s in (1.0, 1 + size))
+    wide, narrow = ({key: x.double() for key, x in each.items()} for each in (wide, narrow))
+    if size == 1e-10:  # float32 would not hold it
+        narrow = {
+            key: x * (1 - 1e-10 if name == "Uniform" else 1 + 1e-10) if key != "alpha" else x for key, x in wide.items()
+        }
+    case = CASES[name]
+    assert read(case.make, wide, narrow) == pytest.approx(case.oracle_mean(wide, narrow, (N,)), rel=TOLERANCE)
+    assert read(case.make, narrow, wide) == math.inf
+
+
+def softmax_pair(shape: tuple[int, ...], size: float, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits before and after a movement, with some actions masked."""
+    g = torch.Generator().manual_seed(seed)
+    z = 3 * torch.randn(*shape, 5, generator=g, dtype=torch.float64)
+    z[..., 0] = 0.0
+    masked = (torch.rand(z.shape, generator=g) < 0.3) & (torch.arange(5) > 0)
+    y = z + size * torch.randn(z.shape, generator=g, dtype=torch.float64)
+    return z.masked_fill(masked, -math.inf).to(dtype), y.masked_fill(masked, -math.inf).to(dtype)
+
+
+CATEGORICAL: dict[str, Callable[[Tensor], Distribution]] = {
+    "Categorical, logits": lambda z: Categorical(logits=z),
+    "Categorical, probs": lambda z: Categorical(probs=z.softmax(-1)),
+    "OneHotCategorical, logits": lambda z: OneHotCategorical(logits=z),
+    "OneHotCategorical, probs": lambda z: OneHotCategorical(probs=z.softmax(-1)),
+    "straight through": lambda z: OneHotCategoricalStraightThrough(logits=z),
+    "Independent": lambda z: Independent(Categorical(logits=z), z.dim() - 2),
+}
+
+
+def weights_of(made: Distribution) -> dict[str, Tensor]:
+    """What a categorical policy was made from, as torch has normalised it; what torch has added to it comes later."""
+    made = made.base_dist if isinstance(made, Independent) else made
+    made = getattr(made, "_categorical", made)
+    name = next(name for name in vars(made) if name in ("probs", "logits"))
+    return {name: getattr(made, name)}
+
+
+@pytest.mark.parametrize("name", CATEGORICAL)
+@settings(max_examples=15)
+@given(
+    shape=st.sampled_from(SHAPES),
+    size=st.floats(-5, 1).map(lambda exponent: 10**exponent),
+    seed=st.integers(0, 10**6),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_categorical_figures_equal_the_oracle(name, shape, size, seed, dtype) -> None:
+    """Any batch shape, logits or probabilities, masked actions: the factors' KLs are added, and can be projected."""
+    if name not in ("Categorical, logits", "Independent") and dtype == torch.bfloat16:
+        dtype = torch.float32  # torch refuses probabilities that add up to 1 in bfloat16 only, also those of logits
+    pair = softmax_pair(shape, size, seed, dtype)
+    before, after = (weights_of(CATEGORICAL[name](z)) for z in pair)
+    wanted = Case(Categorical, {}, kl_categorical).oracle_mean(before, after, shape)
+    moved = read(lambda z: CATEGORICAL[name](z), {"z": pair[0]}, {"z": pair[1]}, reduction="sum")
+    assert moved == pytest.approx(wanted, rel=TOLERANCE, abs=1e-13)
+    assert PolicyKL(lambda: CATEGORICAL[name](pair[0]), reduction="sum").has_logits
+
+
+@pytest.mark.parametrize("given_as", ["probs", "logits"])
+def test_what_torch_adds_to_a_distribution_later_is_not_read(given_as) -> None:
+    """A policy whose entropy was taken has both; what it was made from is exact at certain and impossible actions."""
+    odds = {"probs": [[0.0, 1.0], [0.5, 0.5]], "logits": [[-math.inf, 0.0], [0.0, 0.0]]}[given_as]
+    for cls, values in ((Categorical, odds), (Bernoulli, [row[0] for row in odds])):
+        tensor = torch.tensor(values)
+
+        def touched(cls: type = cls, tensor: Tensor = tensor) -> Distribution:
+            made = cls(**{given_as: tensor}, validate_args=False)
+            assert made.probs.shape == made.logits.shape
+            return made
+
+        kl = PolicyKL(touched)
+        kl.anchor()
+        assert kl().mean == 0.0
+
+
+@pytest.mark.parametrize("cls", [Bernoulli, Binomial, Geometric])
+def test_certain_coins(cls) -> None:
+    """Probabilities of 1 and 0 are exact: -log(1/2) towards certainty, inf away from it."""
+    certain, even = torch.ones(N, 2), torch.full((N, 2), 0.5)
+    assert read(cls_probs(cls), {"probs": even}, {"probs": certain}) == pytest.approx(2 * math.log(2))
+    assert read(cls_probs(cls), {"probs": certain}, {"probs": even}) == math.inf
+    if cls is not Geometric:
+        assert read(cls_probs(cls), {"probs": even}, {"probs": 0 * certain}) == pytest.approx(2 * math.log(2))
+        assert read(cls_probs(cls), {"probs": 0 * certain}, {"probs": even}) == math.inf
+
+
+def cls_probs(cls: type) -> Callable[..., Distribution]:
+    """Make one from probabilities."""
+    return (lambda probs: Binomial(1, probs=probs)) if cls is Binomial else cls
+
+
+def test_rates_of_zero() -> None:
+    """A Poisson policy that is certain of 0, before and after."""
+    zero, one = torch.zeros(N), torch.ones(N)
+    assert read(Poisson, {"rate": one}, {"rate": zero}) == 1.0
+    assert read(Poisson, {"rate": zero}, {"rate": one}) == math.inf
+
+
+AROUND: dict[str, Callable[[Tensor, Tensor], Distribution]] = {
+    "Independent": lambda m, s: Independent(Normal(m, s), 2),
+    "nested": lambda m, s: Independent(Independent(Normal(m, s), 1), 1),
+    "tanh": lambda m, s: TransformedDistribution(Normal(m, s), [TanhTransform(cache_size=1)]),
+    "inside and outside": lambda m, s: Independent(
+        TransformedDistribution(Independent(Normal(m, s), 1), [TanhTransform(), AffineTransform(1.0, 2.0)]), 1
+    ),
+    "constant tensors": lambda m, s: TransformedDistribution(
+        Normal(m, s), [SigmoidTransform().inv.inv, AffineTransform(torch.ones(2), torch.full((2,), 3.0))]
+    ),
+    "expanded": lambda m, s: Independent(Normal(m[:1], s[:1]), 2).expand((N,)),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("size", [1e-5, 1e-2, 1.0])
+def test_what_is_around_a_distribution(name, size) -> None:
+    """Independent dimensions add up, bijections change nothing, new transform objects at every call are the same."""
+    before, after = CASES["Normal"].draw((N, 3, 2), size, 1, torch.float32)
+    if name == "expanded":
+        before, after = ({key: x[:1].expand(N, 3, 2) for key, x in each.items()} for each in (before, after))
+    wanted = CASES["Normal"].oracle_mean(before, after, (N, 3, 2))
+    moved = read(lambda loc, scale: AROUND[name](loc, scale), before, after)
+    assert moved == pytest.approx(wanted, rel=TOLERANCE)
+
+
+class Custom(Distribution):
+    """A distribution whose KL somebody has registered."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, loc: Tensor) -> None:
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+
+@register_kl(Custom, Custom)
+def _kl_custom(p: Custom, q: Custom) -> Tensor:
+    return (p.loc - q.loc) ** 2 / 2
+
+
+class OwnNormal(Normal):
+    """A subclass with a KL of its own."""
+
+
+@register_kl(OwnNormal, OwnNormal)
+def _kl_own(p: OwnNormal, q: OwnNormal) -> Tensor:
+    return 7 * (p.loc - q.loc) ** 2
+
+
+class PlainNormal(Normal):
+    """A subclass without."""
+
+
+@pytest.mark.parametrize(("cls", "factor"), [(Custom, 0.5), (OwnNormal, 7.0), (PlainNormal, 0.5)])
+def test_classes_that_torch_does_not_know(cls, factor) -> None:
+    """A registered KL is taken, in float64; a subclass is read like the class that it derives from."""
+    make = Custom if cls is Custom else lambda loc: cls(loc, torch.ones(N))
+    before, after = {"loc": torch.zeros(N)}, {"loc": torch.full((N,), 1e-4)}
+    assert read(make, before, after) == pytest.approx(factor * 1e-8, rel=TOLERANCE)
+
+
+Z = torch.linspace(-1, 1, 6).reshape(2, 3)
+S = Z.exp()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MixtureSameFamily(Categorical(logits=Z), Normal(Z, S)), "MixtureSameFamily"),
+        (lambda: Independent(VonMises(Z, S), 1), r"Independent\(VonMises\)"),
+        (lambda: RelaxedOneHotCategorical(torch.tensor(1.0), logits=Z), "RelaxedOneHotCategorical"),
+        (lambda: RelaxedBernoulli(torch.tensor(1.0), logits=Z), "RelaxedBernoulli"),
+        (lambda: StudentT(S), "StudentT"),
+        (
+            lambda: TransformedDistribution(Normal(Z, S), [AbsTransform()]),
+            "TransformedDistribution with AbsTransform.*maps several values to one",
+        ),
+    ],
+)
+def test_what_has_no_closed_form_is_refused(make, message) -> None:
+    """At construction, with the class and a way out."""
+    with pytest.raises(TypeError, match=rf"fn returned {message}.*has no closed form"):
+        PolicyKL(make)
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda z: TransformedDistribution(Normal(0 * z.detach(), 1.0), [AffineTransform(z, 1.0)]),
+        lambda z: Independent(TransformedDistribution(Normal(0 * z.detach(), 1.0), [AffineTransform(0, z.exp())]), 1),
+        lambda z: Kumaraswamy(z.exp(), z.exp()),
+    ],
+)
+def test_transforms_that_are_trained_are_refused(make, bare) -> None:
+    """At construction, whether a module or a bare parameter is behind them."""
+    net, x = nn.Linear(3, 3), torch.eye(3)
+    with pytest.raises(ValueError, match=r"transforms of fn's .* move with the weights.*Normal\(loc, scale\)"):
+        PolicyKL(lambda: make(net.weight if bare else net(x)))
+
+
+def test_transforms_that_move_later_are_refused_then() -> None:
+    """Where no graph tells of it, the reading that would be wrong is an error."""
+    scale = torch.ones(2)
+    kl = PolicyKL(lambda: TransformedDistribution(Normal(Z, S), [AffineTransform(0.0, float(scale[0]))]))
+    kl.anchor()
+    assert kl().mean == 0.0
+    scale.mul_(2)
+    with pytest.raises(ValueError, match="transforms of fn's TransformedDistribution"):
+        kl()
+
+
+def test_another_class_or_shape_is_refused() -> None:
+    """The observations being as many, the policy has to be comparable."""
+    made = [Normal(Z, S)]
+    kl = PolicyKL(lambda: made[0])
+    kl.anchor()
+    for other in (Laplace(Z, S), Normal(Z[:, :2], S[:, :2]), Categorical(logits=Z)):
+        made[0] = other
+        with pytest.raises(ValueError, match=r"fn returned .*Normal .* at first.*keep class and shape fixed"):
+            kl()
+
+
+def test_a_binomial_that_counts_further() -> None:
+    """More trials leave the support; fewer have no closed form."""
+    count = [3]
+    kl = PolicyKL(lambda: Binomial(count[0], logits=Z))
+    kl.anchor()
+    count[0] = 4
+    assert kl().mean == math.inf
+    count[0] = 2
+    with pytest.raises(ValueError, match="total_count of fn's Binomial has become smaller"):
+        kl()
+
+
+@EVERY
+def test_pi_ref_of_an_older_version_is_read(name) -> None:
+    """Checkpoints that have all tensors of the distribution object, in float64, by attribute path."""
+    case = CASES[name]
+    before, after = case.draw((N, 2), 0.1, 3, torch.float32)
+    source = Source(case.make, before)
+    kl = PolicyKL(source)
+    kl.anchor()
+    old = {path: x.double() for path, x in tensors_of(source()).items()}
+    source.parameters = after
+    resumed = PolicyKL(source)
+    resumed.load_state_dict({"tensors": old})
+    resumed.anchor()
+    kl.anchor(kl.audit())
+    if "covariance" in name or "precision" in name or name == "Wishart":  # theirs was a float32 Cholesky factor
+        assert resumed.drift().mean == pytest.approx(kl.drift().mean, rel=1e-4)
+    else:
+        assert resumed.drift() == kl.drift()
+
+
+@pytest.mark.parametrize("name", CATEGORICAL)
+def test_categorical_pi_ref_of_an_older_version_is_read(name) -> None:
+    """It was a distribution object where there were more factors, and logits [N, A] otherwise."""
+    z, y = softmax_pair((N, 3), 0.1, 1, torch.float32)
+    source = Source(lambda z: CATEGORICAL[name](z), {"z": z})
+    kl = PolicyKL(source, reduction="sum")
+    kl.anchor()
+    old = {path: x.double() for path, x in tensors_of(source()).items()}
+    source.parameters = {"z": y}
+    kl.anchor(kl.audit())
+    for state in ({"tensors": old}, kl.state_dict()):
+        resumed = PolicyKL(source, reduction="sum")
+        resumed.load_state_dict(state)
+        resumed.anchor()
+        assert resumed.drift() == kl.drift()
+
+
+def test_pi_ref_of_another_class_is_refused() -> None:
+    """Its tensors do not fit; nor do none."""
+    kl = PolicyKL(lambda: Normal(Z, S))
+    for state in ({"tensors": {"rate": S}}, {"x": Z}, {"tensors": {"loc": Z[:1], "scale": S[:1]}}):
+        with pytest.raises(ValueError, match="does not have the shape of this policy"):
+            kl.check_state_dict(state)
+    for state in ({"tensors": 3}, {"y": Z}, {"tensors": {"loc": Z, "scale": S * math.nan}}):
+        with pytest.raises(ValueError, match="damaged"):
+            kl.check_state_dict(state)
+
+
+@EVERY
+def test_a_default_device_is_not_asked(name) -> None:
+    """Tensors are where the policy is, whatever torch.set_default_device says."""
+    before, after = CASES[name].draw((N, 2), 0.1, 0, torch.float32)
+    here, there = CASES[name].make(**before), CASES[name].make(**after)
+    made = [here]
+    with torch.device("meta"):
+        kl = PolicyKL(lambda: made[0])
+        kl.anchor()
+        made[0] = there
+        moved = kl()
+    assert moved.mean == pytest.approx(CASES[name].oracle_mean(before, after, (N, 2)), rel=TOLERANCE)
