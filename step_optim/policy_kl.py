@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from step_optim.closed_forms import log_probabilities
 from step_optim.control import checked_slices
 from step_optim.distributions import Kept, same_constants, tensors_of
-from step_optim.isolation import isolated
+from step_optim.isolation import has_fsdp, isolated
 from step_optim.logit_kl import LogitKL
 from step_optim.movement import Movement
 from step_optim.noise import NoiseFloor
@@ -56,7 +56,7 @@ class PolicyKL(LogitKL):
             where it may be meant otherwise: a Categorical [N, T].
         noise_floor: whether to check that unmoved weights read 0, and to
             measure `noise_floor`: of the trained weights of the modules that
-            ``fn`` calls; None if it calls none.
+            ``fn`` calls; None if it calls none, or FSDP2 has split them.
 
     Raises:
         TypeError: ``fn`` is not callable, or returns neither logits nor a
@@ -88,7 +88,7 @@ class PolicyKL(LogitKL):
             raise TypeError(f"fn={fn!r:.60} is not callable; pass a function that returns logits or a Distribution")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is unknown; use 'sum', 'mean' or None")
-        self.fn, self._model, self._reduction = fn, model, reduction
+        self.fn, self._model = fn, model
         with isolated(self.modules()):
             output = self._evaluate()
             policy = output.keep()
@@ -139,21 +139,17 @@ class PolicyKL(LogitKL):
         return {
             "policy": self._kind[0],
             "observations": self.prompts,
-            "figure": self._figure,
+            "figure": f"{self._figure} of an observation",
             "noise_floor": None if self.noise_floor is None else self.noise_floor.to_dict(),
         }
 
     @property
     def _figure(self) -> str:
         """What one observation's figure is."""
-        each = f"sum of {self._factors} KLs" if self._factors > 1 else "KL"
-        if self._over > 1:
-            each = (
-                f"mean over {self._over} sums of {self._factors} KLs"
-                if self._factors > 1
-                else f"mean over {self._over} KLs"
-            )
-        return f"{each} of an observation"
+        several = self._factors > 1
+        if self._over == 1:
+            return f"sum of {self._factors} KLs" if several else "KL"
+        return f"mean over {self._over} sums of {self._factors} KLs" if several else f"mean over {self._over} KLs"
 
     def _evaluate(self) -> Output:
         return Output.of(self.fn())
@@ -192,7 +188,7 @@ class PolicyKL(LogitKL):
             here = self._policy()
             self._check_rest(*self._movements(self._policy(), here))
             weights = trained_weights(called)
-            if not called:
+            if not called or any(has_fsdp(module) for module in called):
                 return None
             readings = [self._nudged(weights, size, here) for size in SIZES] if weights else []
             floor = floor_of(readings, _narrowest(weights)) if readings else None
@@ -242,7 +238,10 @@ class PolicyKL(LogitKL):
                 f"the checkpoint's pi_ref does not have the shape of this policy over {self.prompts} observations; "
                 "resume with the observations of the run that saved it"
             )
-        return Rows(saved["x"].to(now.x)) if isinstance(now, Rows) else now.with_tensors(saved)
+        if not isinstance(now, Rows):
+            return now.with_tensors(saved)
+        wide = torch.promote_types(now.x.dtype, torch.float32)  # older versions kept float32 logits as float64
+        return Rows(saved["x"].to(now.x.device, wide))
 
     def __repr__(self) -> str:
         kind = "logits" if self.has_logits else "distribution"
