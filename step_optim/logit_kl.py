@@ -28,6 +28,8 @@ class LogitKL(ReferenceKL):
     """C."""
     _prompt_of_row: Tensor
     """[R] prompt index of each row."""
+    _factors = 1
+    """How many rows of a prompt are factors of one action, whose KLs add up: the mean over rows counts so often."""
 
     @abstractmethod
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -79,11 +81,12 @@ class LogitKL(ReferenceKL):
 
     def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
         streamed = statistic.stream_kl(references, candidate, scratch=self._scratch)
-        means = self._per_prompt(streamed.kl)
+        means = self._factors * self._per_prompt(streamed.kl)
         # The one place where the host waits for the device.
         *figures, doubtful = torch.cat([means.flatten(), streamed.doubtful.any()[None]]).tolist()
         if doubtful:
-            figures = self._per_prompt(statistic.settle(streamed, references, candidate)).flatten().tolist()
+            settled = statistic.settle(streamed, references, candidate)
+            figures = (self._factors * self._per_prompt(settled)).flatten().tolist()
         return [figures[j * self.prompts : (j + 1) * self.prompts] for j in range(len(references))]
 
     def prompt_kl(self, candidate: Audit, strength: Tensor, prompts: Tensor | None = None) -> Tensor:
@@ -94,16 +97,16 @@ class LogitKL(ReferenceKL):
             strength: lambda of each of the prompts, [P].
             prompts: indices [P], which may repeat; all C by default.
         """
-        chosen = torch.arange(self.prompts) if prompts is None else prompts
+        chosen = range(self.prompts) if prompts is None else prompts.tolist()
         prompt_of_row = self._prompt_of_row.cpu()
-        rows = [(prompt_of_row == prompt).nonzero().flatten() for prompt in chosen.tolist()]
-        place = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(part) for part in rows]))
+        rows = [(prompt_of_row == prompt).nonzero().flatten() for prompt in chosen]
+        place = torch.cat([torch.full_like(part, i) for i, part in enumerate(rows)])
         index = torch.cat(rows).to(self._prompt_of_row.device)
         with torch.no_grad():
             found = statistic.row_kl(
                 self._reference[index], candidate.policy[index], strength[place].to(self._prompt_of_row.device)
             )
-        return statistic.prompt_means(found.cpu(), place, len(rows))
+        return self._factors * statistic.prompt_means(found.cpu(), place, len(rows))
 
     def distance(self, audit: Audit, candidate: Audit, strength: Tensor | None = None) -> float:
         """Mean ‖l_theta - l_lambda‖² of an audited policy; the objective of the paper's projection at lambda = 1.

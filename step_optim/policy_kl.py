@@ -2,34 +2,69 @@
 
 from __future__ import annotations
 
-import copy
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, kl_divergence
+from torch.distributions import Distribution
 
 from step_optim.audit import Incomparable
+from step_optim.closed_forms import log_probabilities
 from step_optim.control import checked_slices
-from step_optim.isolation import isolated
+from step_optim.distributions import Kept, same_constants, tensors_of
+from step_optim.isolation import has_fsdp, isolated
 from step_optim.logit_kl import LogitKL
+from step_optim.movement import Movement
+from step_optim.noise import NoiseFloor
+from step_optim.nudge import SIZES, Weight, floor_of, nudged, trained_weights
+from step_optim.policy_output import Output
 from step_optim.rows import Rows
+
+REDUCTIONS = (None, "sum", "mean")
+
+STILL = 1e-10
+"""Nats that float32 rounding reads of a policy that does not move: of all logits of a row, when they are shifted."""
 
 
 class PolicyKL(LogitKL):
     """KL between the action distributions of the current weights and those before the step.
 
-    Each of the N control observations counts as one prompt with one row. The
-    function is called once here, to learn what it returns.
+    Each of the N control observations counts as one prompt. Categorical
+    policies are kept as rows of logits, and can be projected; of others the
+    parameters are kept in float64. For every class that has a closed form in
+    torch.distributions, also inside `Independent` and bijective transforms, a
+    figure is good to 1e-5 of itself from 1e-10 nats on (`closed_forms`).
+
+    The function is called once here, to learn what it returns, and some six
+    times more to measure what an audit reads at rest and of weights that moved
+    next to nothing (``noise_floor=False`` leaves that out).
 
     Args:
         fn: takes nothing; returns logits [N, A], or a
             `torch.distributions.Distribution` with batch shape [N, ...], at the
             current weights on N fixed observations.
-        slices: observation indices, or a boolean mask [N], by slice name.
+        slices: observation indices, or a boolean mask [N], by slice name; or
+            one label per observation.
         model: the module behind ``fn``. Needed only if ``fn`` calls its
             methods rather than ``model(...)`` and it has dropout or BatchNorm.
+        reduction: what becomes of the batch dimensions behind the first: their
+            KLs are factors of one action and add up, ``"sum"``; or they are
+            tokens of one text, and their ``"mean"`` is taken. Dimensions inside
+            `Independent` always add up. By default the sum, with a warning
+            where it may be meant otherwise: a Categorical [N, T].
+        noise_floor: whether to check that unmoved weights read 0, and to
+            measure `noise_floor`: of the trained weights of the modules that
+            ``fn`` calls; None if it calls none, or FSDP2 has split them.
+
+    Raises:
+        TypeError: ``fn`` is not callable, or returns neither logits nor a
+            distribution whose KL has a closed form.
+        ValueError: other shapes than these; a single action, which cannot
+            move; an unknown ``reduction``; transforms that are trained; unmoved
+            weights that do not read 0 (dropout in eval mode, say).
 
     ``fn`` must be a function of the weights alone. After changing the
     observations it closes over, call ``optimizer.refresh(restart_drift=True)``.
@@ -43,117 +78,199 @@ class PolicyKL(LogitKL):
     def __init__(
         self,
         fn: Callable[[], Tensor | Distribution],
-        slices: Mapping[str, Sequence[int]] | None = None,
+        slices: Mapping[str, Sequence[int]] | Sequence[Any] | None = None,
         *,
         model: nn.Module | None = None,
+        reduction: str | None = None,
+        noise_floor: bool = True,
     ) -> None:
         super().__init__()
         if not callable(fn):
             raise TypeError(f"fn={fn!r:.60} is not callable; pass a function that returns logits or a Distribution")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={reduction!r} is unknown; use 'sum', 'mean' or None")
         self.fn, self._model = fn, model
-        with isolated(self.modules()):
-            policy = self._evaluate()
-        self.has_logits = isinstance(policy, Rows)
-        self.prompts = _count(policy)
-        self.members = checked_slices(slices or {}, self.prompts)
-        device = policy.x.device if isinstance(policy, Rows) else next(iter(_tensors(policy).values())).device
-        self._prompt_of_row = torch.arange(self.prompts, device=device)
+        output, policy = self._measured(self._first)
+        output.check_choices()
+        if reduction is None and output.may_be_tokens:
+            self._warn_of_sum(output)
+        self._kind, self.has_logits = output.kind, isinstance(policy, Rows)
+        self.prompts = output.batch_shape[0]
+        given: Any = {} if slices is None else slices
+        self.members = checked_slices(given, self.prompts)
+        self._parts, self._over = output.parts, output.beside if reduction == "mean" else 1
+        self._factors = self._parts // self._over
+        rows = torch.arange(self.prompts, device=policy.x.device if isinstance(policy, Rows) else policy.device)
+        self._prompt_of_row = rows.repeat_interleave(self._parts)
+        self._constants = () if isinstance(policy, Rows) else policy.constants
+        self._check_transforms()
+        if noise_floor:
+            self.noise_floor = self._measured(self._measure_noise)
+
+    def _first(self) -> tuple[Output, Rows | Kept]:
+        output = self._evaluate()
+        return output, output.keep()
+
+    def _warn_of_sum(self, output: Output) -> None:
+        warnings.warn(
+            f"fn returned {output.name} of batch shape {output.batch_shape}: the KLs of the {output.beside} parts of "
+            "an observation are added up, as those of the factors of one action. If that is meant, say so with "
+            "PolicyKL(..., reduction='sum'); if the parts are the tokens of a text, give reduction='mean'",
+            stacklevel=3,
+        )
+
+    def _check_transforms(self) -> None:
+        """Refuse transforms that are trained. Only a graph tells of those that are made of bare parameters."""
+        if any(isinstance(fact, Tensor) for fact in self._constants):
+            with isolated(self.modules(), grad=True):
+                leaf = self._evaluate().leaf
+                if leaf is not None and leaf.trains_transforms:
+                    raise self._moving_transforms()
+
+    def _moving_transforms(self) -> ValueError:
+        return ValueError(
+            f"the transforms of fn's {self._kind[0]} move with the weights: a KL of theirs has no closed form. Let the "
+            "base distribution have what is trained, Normal(loc, scale) say, and give it constant transforms"
+        )
 
     def modules(self) -> Iterable[nn.Module]:
         """Return the model, if it is known."""
         return () if self._model is None else (self._model,)
 
-    def _evaluate(self) -> Rows | Distribution:
-        out = self.fn()
-        if isinstance(out, Categorical) and out.logits.dim() == 2:
-            out = out.logits
-        if isinstance(out, Tensor):
-            if out.dim() != 2 or 0 in out.shape:
-                raise ValueError(f"fn returned logits of shape {tuple(out.shape)}; give [observations, actions]")
-            return Rows(out)
-        if not isinstance(out, Distribution):
-            raise TypeError(
-                f"fn returned {type(out).__name__}; give logits [N, A] or a torch.distributions.Distribution"
-            )
-        if not out.batch_shape or out.batch_shape[0] == 0:
-            raise ValueError(
-                f"fn returned a distribution of batch shape {tuple(out.batch_shape)}; its first dimension must be the "
-                "control observations"
-            )
-        return out
+    def describe(self) -> dict[str, Any]:
+        """What is measured, what becomes of the parts of an observation, and the noise floor."""
+        return {
+            "policy": self._kind[0],
+            "observations": self.prompts,
+            "figure": f"{self._figure} of an observation",
+            "noise_floor": None if self.noise_floor is None else self.noise_floor.to_dict(),
+        }
+
+    @property
+    def _figure(self) -> str:
+        """What one observation's figure is."""
+        several = self._factors > 1
+        if self._over == 1:
+            return f"sum of {self._factors} KLs" if several else "KL"
+        return f"mean over {self._over} sums of {self._factors} KLs" if several else f"mean over {self._over} KLs"
+
+    def _evaluate(self) -> Output:
+        return Output.of(self.fn())
 
     def _policy(self) -> Any:
-        policy = self._evaluate()
-        if _count(policy) != self.prompts:
-            raise Incomparable(f"fn returned {_count(policy)} observations, {self.prompts} at first; keep them fixed")
-        if isinstance(policy, Rows):
-            return Rows(policy.x.clone())
-        # A distribution may hold a parameter itself (a state-independent std), which later steps move. And torch's
-        # closed forms lose movements below 1e-7 nats in float32.
-        kept = copy.deepcopy(policy)
-        _fill(kept, {name: t.double() if t.is_floating_point() else t for name, t in _tensors(kept).items()})
-        return kept
+        return self._kept(self._evaluate())
+
+    def _kept(self, output: Output) -> Rows | Kept:
+        if output.batch_shape[0] != self.prompts:
+            raise Incomparable(
+                f"fn returned {output.batch_shape[0]} observations, {self.prompts} at first; keep them fixed"
+            )
+        if output.kind != self._kind:
+            shapes = f"{output.kind[0]} {output.kind[1:]}, {self._kind[0]} {self._kind[1:]} at first"
+            raise ValueError(f"fn returned {shapes} (batch shape, parts, actions); keep class and shape fixed")
+        policy = output.keep()
+        if isinstance(policy, Kept) and not same_constants(policy.constants, self._constants):
+            raise self._moving_transforms()
+        return policy
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        policy = self._evaluate()
-        assert isinstance(policy, Rows)
-        yield self._prompt_of_row, policy.x
+        logits = self._evaluate().logits
+        assert logits is not None
+        rows = logits.reshape(-1, logits.shape[-1])
+        yield torch.arange(len(rows), device=rows.device), rows
 
     def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
         if isinstance(candidate, Rows):
             return super()._prompt_kls(candidate, references)
-        kls = [kl_divergence(candidate, reference) for reference in references]
-        # Batch dimensions behind the first are factors of one policy: their KLs add up.
-        return [kl.double().reshape(self.prompts, -1).sum(1).clamp_min(0).tolist() for kl in kls]
+        kls = [candidate.kl(reference).reshape(self.prompts, -1) for reference in references]
+        return [(kl.sum(1) / self._over).tolist() for kl in kls]
+
+    def _measure_noise(self) -> NoiseFloor | None:
+        """Read the policy at rest, and moved by less and less; every process calls fn equally often."""
+        here = self._policy()
+        self._check_rest(*self._movements(self._policy(), here))
+        called = self.used
+        weights = trained_weights(called)
+        if not called or any(has_fsdp(module) for module in called):
+            return None
+        readings = [self._nudged(weights, size, here) for size in SIZES] if weights else []
+        floor = floor_of(readings, _narrowest(weights)) if readings else None
+        still = floor is None and (not readings or readings[0][0].mean < STILL)
+        if still and not self._reads_others(weights):
+            _warn_of_rest(weights)
+        return floor
+
+    def _nudged(self, weights: Sequence[Weight], size: float, here: Any) -> tuple[Movement, float]:
+        with nudged(weights, size) as moved:
+            (reading,) = self._movements(self._policy(), here)
+            return reading, moved
+
+    def _reads_others(self, weights: Sequence[Weight]) -> bool:
+        """Whether fn reads anything else that is trained, a bare parameter say: a graph leads there."""
+        with nudged(weights, SIZES[0]), torch.enable_grad():
+            out = self.fn()
+        return any(tensor.requires_grad for tensor in tensors_of(out).values())
+
+    def _check_rest(self, still: Movement) -> None:
+        if math.isnan(still.mean):
+            raise ValueError("the policy that fn returned has NaN in it; repair the model, or what fn makes of it")
+        if still.mean != 0:
+            raise ValueError(
+                f"unmoved weights read K = {still.mean:.3g} nats instead of 0 (worst {still.worst}): fn draws random "
+                "numbers in eval mode (samples its observations, dropout by a functional call), keeps a state, or is "
+                "not deterministic. Give it fixed observations and a function of the weights alone, or accept that "
+                "much noise with noise_floor=False"
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """pi_ref, as the tensors of its distribution."""
+        """pi_ref: rows of logits, or the tensors of its distribution by attribute path."""
         if self._origin is None:
             return {}
         if isinstance(self._origin, Rows):
             return {"x": self._origin.x}
-        return {"tensors": {path: tensor.detach().clone() for path, tensor in _tensors(self._origin).items()}}
+        return {"tensors": {path: tensor.clone() for path, tensor in self._origin.tensors.items()}}
 
-    def _read_origin(self, state: Mapping[str, Any]) -> Rows | Distribution:
+    def _read_origin(self, state: Mapping[str, Any]) -> Rows | Kept:
         with isolated(self.modules()):
-            now = self._policy()
-        kept = {"x": now.x} if isinstance(now, Rows) else _tensors(now)
-        saved = {"x": state["x"]} if "x" in state else state["tensors"]  # torch caches more tensors as it computes
-        if any(name not in saved or saved[name].shape != tensor.shape for name, tensor in kept.items()):
+            output = self._evaluate()
+            now = self._kept(output)
+        wanted = {"x": now.x} if isinstance(now, Rows) else now.tensors
+        saved = {"x": state["x"]} if "x" in state else _with_rows(state["tensors"], output)
+        if any(name not in saved or saved[name].shape != tensor.shape for name, tensor in wanted.items()):
             raise ValueError(
                 f"the checkpoint's pi_ref does not have the shape of this policy over {self.prompts} observations; "
                 "resume with the observations of the run that saved it"
             )
-        if isinstance(now, Rows):
-            return Rows(saved["x"].to(now.x.device))
-        restored: Distribution = now
-        _fill(restored, {name: saved[name] for name in kept})
-        return restored
+        if not isinstance(now, Rows):
+            return now.with_tensors(saved)
+        wide = torch.promote_types(now.x.dtype, torch.float32)  # older versions kept float32 logits as float64
+        return Rows(saved["x"].to(now.x.device, wide))
 
     def __repr__(self) -> str:
         kind = "logits" if self.has_logits else "distribution"
         return f"PolicyKL({self.prompts} observations, {kind}, slices={list(self.members)})"
 
 
-def _count(policy: Rows | Distribution) -> int:
-    return policy.x.shape[0] if isinstance(policy, Rows) else policy.batch_shape[0]
-
-
-def _tensors(distribution: Distribution, path: str = "") -> dict[str, Tensor]:
-    """Tensors of a distribution and of those it is made of, by attribute path."""
-    found = {}
-    for name, value in vars(distribution).items():
-        if isinstance(value, Tensor):
-            found[path + name] = value
-        elif isinstance(value, Distribution):
-            found |= _tensors(value, f"{path}{name}.")
+def _with_rows(saved: Mapping[str, Tensor], output: Output) -> dict[str, Tensor]:
+    """Tensors of a checkpoint; of older ones, that kept a categorical distribution as it was, rows are made."""
+    found = dict(saved)
+    if output.leaf is not None and output.leaf.is_categorical:
+        ((name, given),) = output.leaf.odds.items()
+        if name in found and found[name].shape == given.shape:
+            logits = log_probabilities(found[name]) if name.endswith("probs") else found[name]
+            found["x"] = logits.reshape(-1, given.shape[-1])
     return found
 
 
-def _fill(distribution: Distribution, tensors: Mapping[str, Tensor]) -> None:
-    for path, tensor in tensors.items():
-        *parents, name = path.split(".")
-        owner: Any = distribution
-        for parent in parents:
-            owner = getattr(owner, parent)
-        setattr(owner, name, tensor.to(getattr(owner, name).device))
+def _narrowest(weights: Sequence[Weight]) -> torch.dtype:
+    return min((weight.tensor.dtype for weight in weights), key=lambda dtype: torch.finfo(dtype).bits)
+
+
+def _warn_of_rest(weights: Sequence[Weight]) -> None:
+    moved = f"it read next to 0 when their {len(weights)} trained tensors were moved by {SIZES[0]:.0%}"
+    found = moved if weights else "none of their parameters requires gradients"
+    warnings.warn(
+        f"nothing that is trained moves this policy. Of the modules that fn calls: {found}. Every step would be "
+        "committed. Let fn call the model that is trained, not a copy of it; noise_floor=False leaves this check out",
+        stacklevel=4,
+    )
