@@ -95,6 +95,7 @@ class ModuleState:
                 self.enter(module)
             elif module._parameters or module._buffers:
                 self._enter_tensors(module)
+                self._reset_written(module)
 
     @property
     def _same_tensors(self) -> bool:
@@ -116,8 +117,11 @@ class ModuleState:
         if module in self._now or isinstance(module, torch.jit.ScriptModule):
             return
         self._enter_tensors(module)
-        if not (self._examining or self._may_change(module)):
-            return
+        if self._examining or self._may_change(module):
+            self._enter_attributes(module)
+        self._reset_written(module)
+
+    def _enter_attributes(self, module: nn.Module) -> None:
         volatile, first = module in self._volatile, self._first.get(module) if self._resets else None
         if first is not None and not self._examining and not volatile and first.same:
             self._now[module] = first
@@ -143,8 +147,6 @@ class ModuleState:
                 copy = Copied(buffer, bits=True)
                 self._buffers.append(((module, name), copy))
                 self._first_buffers.setdefault((module, name), copy)
-                if self._resets and (module, name) in self._written:
-                    self._reset_buffers([(module, name)])
 
     def _left_behind(self, module: nn.Module, first: Held) -> bool:
         """Whether something has changed in this module that is no setting."""
@@ -160,6 +162,10 @@ class ModuleState:
             first = self._first_buffers.get((module, name))
             if first is not None and now is not None and now is not first.tensor and alike(now, first.tensor):
                 self._reset_buffers([(module, name)])
+
+    def _reset_written(self, module: nn.Module) -> None:
+        if self._resets and self._written:
+            self._reset_buffers(name for name in self._written if name[0] is module)
 
     def _reset_buffers(self, names: Iterable[Name]) -> None:
         for module, name in names:
