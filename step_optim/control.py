@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_optim.isolation import isolated
-
-Slices = Mapping[str, Sequence[int]]
+from step_optim.resampling import draw_responses
+from step_optim.slices import Slices as Slices
+from step_optim.slices import checked_index
+from step_optim.slices import checked_slices as checked_slices
+from step_optim.texts import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,11 @@ class ControlSet:
             max_response_tokens: cut longer responses here.
             device: where the tensors live; the model's device.
         """
-        prompt_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+        prompts_ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
         response_ids = [
             list(tokenizer(text, add_special_tokens=False)["input_ids"])[:max_response_tokens] for text in responses
         ]
-        return cls.from_ids(prompt_ids, response_ids, slices, device=device)
+        return cls.from_ids(prompts_ids, response_ids, slices, device=device)
 
     def __len__(self) -> int:
         """C, the number of prompts."""
@@ -182,7 +184,7 @@ class ControlSet:
                 raise ValueError(f"held_out names unknown slices {unknown}; known slices: {sorted(self.slices)}")
             out = {i for name in names for i in self.slices[name]}
             out |= {int(item) for item in held_out if not isinstance(item, str)}
-            return {_checked_index(i, len(self), "held_out") for i in out}
+            return {checked_index(i, len(self), "held_out") for i in out}
         if not 0 < held_out < 1:
             raise ValueError(f"held_out={held_out} must lie between 0 and 1, or list prompts or slices")
         generator = torch.Generator().manual_seed(seed)
@@ -233,18 +235,8 @@ class ControlSet:
             seed: of the draw.
             **generate: further arguments of ``model.generate``.
         """
-        if not hasattr(model, "generate"):
-            raise TypeError(f"resample needs a model with generate(), not {type(model).__name__}")
-        options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        options |= {"max_new_tokens": max_new_tokens, "pad_token_id": 0, **generate}
-        responses = []
-        with isolated([model]):
-            torch.manual_seed(seed)
-            for prompt in self.prompts:
-                # One prompt at a time: no padding, so nothing depends on how a model treats it.
-                ids = prompt[None].to(self.device)
-                drawn = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-                responses.append(drawn[0, len(prompt) :].clone())
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, **generate}
+        responses = draw_responses(model, self.prompts, seed, options)
         return ControlSet.from_ids(self.prompts, responses, self.slices, device=self.device)
 
 
@@ -275,43 +267,3 @@ def _ids(ids: Sequence[int] | Tensor, what: str, device: torch.device | str | No
     if int(tensor.min()) < 0:
         raise ValueError(f"{what} has the negative token id {int(tensor.min())}; ids start at 0")
     return tensor.to(torch.long, copy=True)
-
-
-def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _checked_index(index: int, count: int, what: str) -> int:
-    if not 0 <= index < count:
-        raise ValueError(f"{what} holds {index}, but prompts are numbered 0 to {count - 1}")
-    return index
-
-
-def checked_slices(slices: Slices, count: int) -> dict[str, tuple[int, ...]]:
-    """Refuse empty, doubled or out-of-range slices."""
-    checked = {}
-    for name, members in slices.items():
-        if name == "mean":
-            raise ValueError("a slice cannot be named 'mean': that is the global movement; choose another name")
-        if not isinstance(name, str):
-            raise TypeError(f"slice names are texts, not {name!r}")
-        indices = tuple(_checked_index(int(i), count, f"slice {name!r}") for i in _members(members, count, name))
-        if not indices:
-            raise ValueError(f"slice {name!r} is empty; give it a prompt or leave it out")
-        if len(set(indices)) != len(indices):
-            raise ValueError(f"slice {name!r} names a prompt twice: {list(indices)}")
-        checked[name] = indices
-    return checked
-
-
-def _members(members: Sequence[int] | Tensor, count: int, name: str) -> list[int]:
-    """Prompt indices, also from a boolean mask."""
-    values = members.tolist() if hasattr(members, "tolist") else list(members)
-    if not any(isinstance(value, bool) for value in values):
-        return values
-    if len(values) != count or not all(isinstance(value, bool) for value in values):
-        raise ValueError(f"slice {name!r} is a mask of {len(values)} for {count} prompts; give one flag for each")
-    return [i for i, chosen in enumerate(values) if chosen]
