@@ -25,7 +25,9 @@ def tokenizer():
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", bos_token="<s>")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", bos_token="<s>", pad_token="[UNK]"
+    )
     fast.chat_template = (
         "{{ bos_token }}{% for m in messages %} <user> {{ m['content'] }} <end>{% endfor %}"
         "{% if add_generation_prompt %} <bot>{% endif %}"
@@ -262,7 +264,6 @@ def test_tensors_stay_where_they_are_unless_a_device_is_given() -> None:
 def test_from_ids_takes_what_a_tokenizer_returns(tokenizer) -> None:
     """A batch of a tokenizer is its ids without the padding; so are its encodings one by one."""
     prompts, responses = ["what is two plus two", "hello"], ["four", "world yes"]
-    tokenizer.pad_token = "[UNK]"
     expected = ControlSet.from_ids([tokenizer(p)["input_ids"] for p in prompts], [[1, 9], [1, 11, 12]])
     for options in ({}, {"padding": True}, {"padding": True, "return_tensors": "pt"}):
         assert ControlSet.from_ids(tokenizer(prompts, **options), tokenizer(responses, **options)) == expected
@@ -332,7 +333,10 @@ def test_equality_and_repr(control) -> None:
         ('{"prompts": [[1]], "slices": {}}', r"is no control set: it has no \['responses'\]"),
         ('{"prompts": 5, "responses": [[1]], "slices": {}}', "holds no valid control set: prompts=5 is no list"),
         ('{"prompts": [[1]], "responses": [[1]], "slices": 5}', "holds no valid control set: slices=5"),
-        ('{"prompts": [[1]], "responses": [["x"]], "slices": {}}', "no valid control set: the response of prompt 0"),
+        (
+            '{"prompts": [[1]], "responses": [["x"]], "slices": {}}',
+            "holds no valid control set: the response of prompt 0",
+        ),
     ],
 )
 def test_load_of_another_file(tmp_path, content, message) -> None:
