@@ -289,10 +289,19 @@ class ControlSet:
                 earlier and is kept.
             temperature: of the sampling.
             seed: of the draw.
-            **generate: further arguments of ``model.generate``.
+            **generate: further arguments of ``model.generate``. What they do
+                not say is plain sampling from the policy: the options in the
+                model's own ``generation_config`` have no effect, but for the
+                end-of-sequence tokens.
+
+        Raises:
+            TypeError: a model without ``generate``, or with an encoder.
+            ValueError: an argument out of range, or one that makes several
+                sequences, or another prompt.
         """
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, **generate}
-        responses = draw_responses(model, self.prompts, seed, options)
+        responses = draw_responses(
+            model, self.prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, options=generate
+        )
         return ControlSet.from_ids(self.prompts, responses, self.slices, device=self.device)
 
 
