@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_optim.isolation import isolated
-
-Slices = Mapping[str, Sequence[int]]
+from step_optim.ids import checked_ids, rows_of_ids
+from step_optim.listing import is_list, listed, plain, shown
+from step_optim.paths import user_path
+from step_optim.resampling import draw_responses
+from step_optim.slices import Slices as Slices
+from step_optim.slices import by_text, checked_indices
+from step_optim.slices import checked_slices as checked_slices
+from step_optim.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class ControlSet:
     @classmethod
     def from_ids(
         cls,
-        prompts: Sequence[Sequence[int] | Tensor],
-        responses: Sequence[Sequence[int] | Tensor],
+        prompts: Iterable[Sequence[int] | Tensor] | Mapping[str, Any],
+        responses: Iterable[Sequence[int] | Tensor] | Mapping[str, Any],
         slices: Slices | None = None,
         *,
         vocab_size: int | None = None,
@@ -52,25 +57,33 @@ class ControlSet:
 
         Args:
             prompts: C lists of ids; each needs a token, since the first
-                response token is predicted from the last prompt token.
-            responses: C lists of ids, at least one token each.
-            slices: prompt indices, or a boolean mask [C], by slice name.
+                response token is predicted from the last prompt token. Or
+                what a tokenizer made of C texts; padding is left out.
+            responses: C lists of ids, at least one token each; or likewise.
+            slices: prompt indices, or a boolean mask [C], by slice name; or
+                C labels, the slice of each prompt.
             vocab_size: to refuse ids outside the vocabulary now; `TokenKL`
                 checks them against its model anyway.
-            device: where the tensors live; the model's device.
+            device: where the tensors live; the model's device. If None, that
+                of the first tensor given, and the CPU for plain lists.
 
         Raises:
+            TypeError: prompts, responses or slices in another form.
             ValueError: an empty set or slice, a prompt or response without
                 tokens, ids or indices out of range; the message names the prompt.
         """
-        if len(prompts) != len(responses):
-            raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses; give one response a prompt")
-        if not prompts:
+        prompt_rows, response_rows = rows_of_ids(prompts, "prompts"), rows_of_ids(responses, "responses")
+        count = len(prompt_rows)
+        if count != len(response_rows):
+            raise ValueError(f"{count} prompts but {len(response_rows)} responses; give one response a prompt")
+        if not count:
             raise ValueError("the control set is empty; give at least one prompt with its response")
+        if device is None:
+            device = next((ids.device for ids in prompt_rows + response_rows if isinstance(ids, Tensor)), "cpu")
         control = cls(
-            tuple(_ids(ids, f"prompt {i}", device) for i, ids in enumerate(prompts)),
-            tuple(_ids(ids, f"the response of prompt {i}", device) for i, ids in enumerate(responses)),
-            checked_slices(slices or {}, len(prompts)),
+            tuple(checked_ids(ids, f"prompt {i}", device) for i, ids in enumerate(prompt_rows)),
+            tuple(checked_ids(ids, f"the response of prompt {i}", device) for i, ids in enumerate(response_rows)),
+            checked_slices(slices, count),
         )
         if vocab_size is not None:
             control.check_vocabulary(vocab_size)
@@ -80,9 +93,9 @@ class ControlSet:
     def from_texts(
         cls,
         tokenizer: Any,
-        prompts: Sequence[Any],
-        responses: Sequence[str],
-        slices: Slices | None = None,
+        prompts: Iterable[Any],
+        responses: Iterable[str],
+        slices: Slices | Mapping[str, Sequence[Any]] | None = None,
         *,
         max_response_tokens: int | None = None,
         device: torch.device | str | None = None,
@@ -90,25 +103,58 @@ class ControlSet:
         """Build a control set from texts.
 
         Args:
-            tokenizer: a Hugging Face tokenizer, or any callable
+            tokenizer: a Hugging Face tokenizer or processor, or any callable
                 ``tokenizer(text, add_special_tokens=bool)["input_ids"]``.
             prompts: texts, or lists of chat messages
                 (``[{"role": "user", "content": ...}]``), which go through the
                 tokenizer's chat template with the generation prompt added.
+                Special tokens that the tokenizer puts before a text stay;
+                what it appends (``</s>``) is left out, as at generation.
             responses: texts, tokenized without special tokens.
-            slices: prompt indices by slice name.
+            slices: as for `from_ids`; prompts may also be named by their own
+                texts, ``{"math": ["What is 2+2?"]}``.
             max_response_tokens: cut longer responses here.
-            device: where the tensors live; the model's device.
+            device: where the tensors live; the model's device. If None, the CPU.
+
+        Raises:
+            TypeError: one text, or one conversation, in the place of a list
+                of them; or anything else that is no text.
+            ValueError: as for `from_ids`; or a slice names a text that is no prompt.
         """
-        prompt_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-        response_ids = [
-            list(tokenizer(text, add_special_tokens=False)["input_ids"])[:max_response_tokens] for text in responses
-        ]
-        return cls.from_ids(prompt_ids, response_ids, slices, device=device)
+        if max_response_tokens is not None and max_response_tokens < 1:
+            raise ValueError(f"max_response_tokens={max_response_tokens} must be at least 1, or None")
+        texts = Texts(tokenizer, prompts, responses)
+        return cls.from_ids(
+            texts.prompt_ids(),
+            [ids[:max_response_tokens] for ids in texts.response_ids()],
+            by_text(slices, texts.prompts),
+            device=device,
+        )
 
     def __len__(self) -> int:
         """C, the number of prompts."""
         return len(self.prompts)
+
+    def __repr__(self) -> str:
+        sizes = {name: len(members) for name, members in self.slices.items()}
+        return (
+            f"{type(self).__name__}({len(self)} prompts, {self.response_tokens} response tokens, "
+            f"slices={sizes}, device={str(self.device)!r})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same ids and slices, wherever their tensors live."""
+        if not isinstance(other, ControlSet):
+            return NotImplemented
+        return self is other or (dict(self.slices) == dict(other.slices) and self._ids() == other._ids())
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def _ids(self) -> list[list[list[int]]]:
+        """Prompt and response of each prompt, as plain ids."""
+        pairs = zip(self.prompts, self.responses, strict=True)
+        return [[prompt.tolist(), response.tolist()] for prompt, response in pairs]
 
     @property
     def device(self) -> torch.device:
@@ -123,10 +169,7 @@ class ControlSet:
     @property
     def digest(self) -> str:
         """A hash of all token ids, to recognise the control set in a checkpoint."""
-        ids = [
-            [prompt.tolist(), response.tolist()] for prompt, response in zip(self.prompts, self.responses, strict=True)
-        ]
-        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._ids()).encode()).hexdigest()
 
     def to(self, device: torch.device | str) -> ControlSet:
         """Return the same control set on another device."""
@@ -156,8 +199,8 @@ class ControlSet:
                 )
 
     def select(self, indices: Iterable[int]) -> ControlSet:
-        """Return some of the prompts; slices that lose all of theirs are dropped."""
-        kept = list(indices)
+        """Return some of the prompts, by index or boolean mask [C]; slices that lose all of theirs are dropped."""
+        kept = checked_indices(indices, len(self), "select")
         place = {old: new for new, old in enumerate(kept)}
         slices = {name: tuple(place[i] for i in members if i in place) for name, members in self.slices.items()}
         if not kept:
@@ -184,25 +227,32 @@ class ControlSet:
         return self.select(i for i in range(len(self)) if i not in out), self.select(sorted(out))
 
     def _held_out(self, held_out: float | Sequence[int] | Sequence[str], seed: int) -> set[int]:
-        if not isinstance(held_out, (int, float)):
-            names = [item for item in held_out if isinstance(item, str)]
-            unknown = [name for name in names if name not in self.slices]
-            if unknown:
-                raise ValueError(f"held_out names unknown slices {unknown}; known slices: {sorted(self.slices)}")
-            out = {i for name in names for i in self.slices[name]}
-            out |= {int(item) for item in held_out if not isinstance(item, str)}
-            return {_checked_index(i, len(self), "held_out") for i in out}
-        if not 0 < held_out < 1:
+        fraction = plain(held_out)
+        if not isinstance(fraction, (int, float)):
+            return self._named([held_out] if isinstance(held_out, str) else held_out)
+        if not 0 < fraction < 1:
             raise ValueError(f"held_out={held_out} must lie between 0 and 1, or list prompts or slices")
         generator = torch.Generator().manual_seed(seed)
         covered = {i for members in self.slices.values() for i in members}
         rest = [i for i in range(len(self)) if i not in covered]
         parts = [list(members) for members in self.slices.values()] + ([rest] if rest else [])
         for _ in range(FAIR_DRAWS):
-            drawn = _draw(parts, held_out, generator)
+            drawn = _draw(parts, fraction, generator)
             if all(0 < len(drawn.intersection(part)) < len(part) for part in parts if len(part) > 1):
                 break
         return drawn
+
+    def _named(self, held_out: Any) -> set[int]:
+        """Prompts that are listed, or whose slices are."""
+        if not is_list(held_out, ordered=False):
+            raise TypeError(f"held_out={shown(held_out)} is no fraction; or give prompt indices, or names of slices")
+        items = [plain(item) for item in listed(held_out)]
+        names = [item for item in items if isinstance(item, str)]
+        unknown = [name for name in names if name not in self.slices]
+        if unknown:
+            raise ValueError(f"held_out names unknown slices {unknown}; known slices: {sorted(self.slices)}")
+        others = checked_indices([item for item in items if not isinstance(item, str)], len(self), "held_out")
+        return {i for name in names for i in self.slices[name]}.union(others)
 
     def save(self, path: str | Path) -> None:
         """Write it as one JSON file."""
@@ -211,13 +261,21 @@ class ControlSet:
             "responses": [ids.tolist() for ids in self.responses],
             "slices": {name: list(members) for name, members in self.slices.items()},
         }
-        Path(path).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        user_path(path).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> ControlSet:
-        """Read what `save` wrote."""
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls.from_ids(record["prompts"], record["responses"], record["slices"], device=device)
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no control set; the message says what it lacks.
+        """
+        record = _read(user_path(path))
+        try:
+            return cls.from_ids(record["prompts"], record["responses"], record["slices"], device=device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no valid control set: {error}") from error
 
     def resample(
         self,
@@ -240,20 +298,19 @@ class ControlSet:
                 earlier and is kept.
             temperature: of the sampling.
             seed: of the draw.
-            **generate: further arguments of ``model.generate``.
+            **generate: further arguments of ``model.generate``. What they do
+                not say is plain sampling from the policy: the options in the
+                model's own ``generation_config`` have no effect, but for the
+                end-of-sequence tokens.
+
+        Raises:
+            TypeError: a model without ``generate``, or with an encoder.
+            ValueError: an argument out of range, or one that makes several
+                sequences, or another prompt.
         """
-        if not hasattr(model, "generate"):
-            raise TypeError(f"resample needs a model with generate(), not {type(model).__name__}")
-        options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        options |= {"max_new_tokens": max_new_tokens, "pad_token_id": 0, **generate}
-        responses = []
-        with isolated([model]):
-            torch.manual_seed(seed)
-            for prompt in self.prompts:
-                # One prompt at a time: no padding, so nothing depends on how a model treats it.
-                ids = prompt[None].to(self.device)
-                drawn = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-                responses.append(drawn[0, len(prompt) :].clone())
+        responses = draw_responses(
+            model, self.prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, options=generate
+        )
         return ControlSet.from_ids(self.prompts, responses, self.slices, device=self.device)
 
 
@@ -266,7 +323,7 @@ def _draw(parts: list[list[int]], fraction: float, generator: torch.Generator) -
     drawn: set[int] = set()
     for part in parts:
         wanted = min(max(1, round(fraction * len(part))), len(part) - 1)
-        for place in torch.randperm(len(part), generator=generator).tolist():
+        for place in torch.randperm(len(part), generator=generator, device="cpu").tolist():
             i = part[place]
             if len(drawn.intersection(part)) < wanted and all(
                 set(other) - drawn - {i} for other in parts if i in other
@@ -275,52 +332,17 @@ def _draw(parts: list[list[int]], fraction: float, generator: torch.Generator) -
     return drawn
 
 
-def _ids(ids: Sequence[int] | Tensor, what: str, device: torch.device | str | None) -> Tensor:
-    tensor = torch.as_tensor(ids, device=device)
-    if tensor.numel() == 0:
-        raise ValueError(f"{what} has no tokens; every prompt needs one and every response needs one")
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{what} must be a flat list of token ids, not {tuple(tensor.shape)} of {tensor.dtype}")
-    if int(tensor.min()) < 0:
-        raise ValueError(f"{what} has the negative token id {int(tensor.min())}; ids start at 0")
-    return tensor.to(torch.long, copy=True)
-
-
-def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _checked_index(index: int, count: int, what: str) -> int:
-    if not 0 <= index < count:
-        raise ValueError(f"{what} holds {index}, but prompts are numbered 0 to {count - 1}")
-    return index
-
-
-def checked_slices(slices: Slices, count: int) -> dict[str, tuple[int, ...]]:
-    """Refuse empty, doubled or out-of-range slices."""
-    checked = {}
-    for name, members in slices.items():
-        if name == "mean":
-            raise ValueError("a slice cannot be named 'mean': that is the global movement; choose another name")
-        if not isinstance(name, str):
-            raise TypeError(f"slice names are texts, not {name!r}")
-        indices = tuple(_checked_index(int(i), count, f"slice {name!r}") for i in _members(members, count, name))
-        if not indices:
-            raise ValueError(f"slice {name!r} is empty; give it a prompt or leave it out")
-        if len(set(indices)) != len(indices):
-            raise ValueError(f"slice {name!r} names a prompt twice: {list(indices)}")
-        checked[name] = indices
-    return checked
-
-
-def _members(members: Sequence[int] | Tensor, count: int, name: str) -> list[int]:
-    """Prompt indices, also from a boolean mask."""
-    values = members.tolist() if hasattr(members, "tolist") else list(members)
-    if not any(isinstance(value, bool) for value in values):
-        return values
-    if len(values) != count or not all(isinstance(value, bool) for value in values):
-        raise ValueError(f"slice {name!r} is a mask of {len(values)} for {count} prompts; give one flag for each")
-    return [i for i, chosen in enumerate(values) if chosen]
+def _read(path: Path) -> dict[str, Any]:
+    """The record in a file that `ControlSet.save` wrote."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give the file that ControlSet.save wrote")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}; give the one that ControlSet.save wrote")
+    try:
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); give the file that ControlSet.save wrote") from error
+    missing = [key for key in ("prompts", "responses", "slices") if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise ValueError(f"{path} is no control set: it has no {missing}; give the file that ControlSet.save wrote")
+    return dict(record)

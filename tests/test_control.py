@@ -2,7 +2,9 @@
 
 import json
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -24,7 +26,9 @@ def tokenizer():
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", bos_token="<s>")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", bos_token="<s>", pad_token="[UNK]"
+    )
     fast.chat_template = (
         "{{ bos_token }}{% for m in messages %} <user> {{ m['content'] }} <end>{% endfor %}"
         "{% if add_generation_prompt %} <bot>{% endif %}"
@@ -231,6 +235,137 @@ def test_to_another_device() -> None:
     assert {t.device.type for t in (*moved.prompts, *moved.responses)} == {"meta"}
     assert moved.slices == control.slices
     assert control.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("host", ["meta", "cpu"])
+def test_a_default_device_changes_nothing(host, tmp_path, tokenizer) -> None:
+    """Under a default device, what is made, split, loaded and compared is what it is without one."""
+
+    def made() -> list[ControlSet]:
+        texts = ControlSet.from_texts(tokenizer, ["what is", "hello"], ["two", "world"], {"a": [0], "b": [1]})
+        ids = ControlSet.from_ids([[1, 2], np.array([3])], [(4,), range(5, 7)], ["a", "b"], vocab_size=7)
+        ragged_control().save(tmp_path / "control.json")
+        return [texts, ids, ControlSet.load(tmp_path / "control.json"), *ragged_control().split(0.5)]
+
+    expected = made()
+    with torch.device(host):
+        found = made()
+    assert found == expected
+    assert {control.device.type for control in found} == {"cpu"}
+
+
+def test_tensors_stay_where_they_are_unless_a_device_is_given() -> None:
+    """The first tensor says where a set lives, plain lists follow it; tensors without values are refused."""
+    assert ControlSet.from_ids([[1]], [torch.tensor([2])]).device == torch.device("cpu")
+    assert ControlSet.from_ids([[1]], [[2]], device="meta").device == torch.device("meta")
+    with pytest.raises(ValueError, match="prompt 0 is a tensor on the meta device, which holds no token ids"):
+        ControlSet.from_ids([torch.tensor([1], device="meta")], [[2]])
+
+
+def test_from_ids_takes_what_a_tokenizer_returns(tokenizer) -> None:
+    """A batch of a tokenizer is its ids without the padding; so are its encodings one by one."""
+    prompts, responses = ["what is two plus two", "hello"], ["four", "world yes"]
+    expected = ControlSet.from_ids([tokenizer(p)["input_ids"] for p in prompts], [[1, 9], [1, 11, 12]])
+    for options in ({}, {"padding": True}, {"padding": True, "return_tensors": "pt"}):
+        assert ControlSet.from_ids(tokenizer(prompts, **options), tokenizer(responses, **options)) == expected
+    assert ControlSet.from_ids([tokenizer(p) for p in prompts], [tokenizer(r) for r in responses]) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ([1, 2], TypeError, r"prompts=\[1, 2\] is one list of token ids; give one for each prompt"),
+        (torch.tensor([1, 2]), TypeError, "prompts=.* is one list of token ids"),
+        (np.array([1, 2]), TypeError, "prompts=.* is one list of token ids"),
+        ({"input_ids": [1, 2]}, TypeError, r"prompts=\[1, 2\] is one list of token ids"),
+        ("what", TypeError, "prompts='what' is no list; give one list of token ids for each prompt"),
+        ({"a": [[1]]}, TypeError, "prompts=.* is no list"),
+        (5, TypeError, "prompts=5 is no list"),
+        (torch.tensor(5), TypeError, "prompts=.* is no list"),
+        (["what", "is"], TypeError, r"prompt 0 is the text 'what'; give token ids, or use ControlSet.from_texts"),
+        ([[1], None], TypeError, "prompt 1 must be a flat list of token ids, not None"),
+        ([[1], ["what"]], TypeError, r"prompt 1 must be a flat list of token ids, not \['what'\]"),
+        ([[1], [[2, 3]]], ValueError, r"prompt 1 must be a flat list of token ids, not \(1, 2\) of torch.int64"),
+        ([[1], [2.0]], ValueError, "prompt 1 must be a flat list of token ids, not .* of torch.float32"),
+    ],
+)
+def test_what_is_no_list_of_ids_is_refused(prompts, error, message) -> None:
+    """Flat lists, texts and nested lists are errors that show them, for prompts and for responses."""
+    with pytest.raises(error, match=message):
+        ControlSet.from_ids(prompts, [[1], [2]])
+    with pytest.raises(
+        error, match=message.replace("prompts=", "responses=").replace("prompt ", "the response of prompt ")
+    ):
+        ControlSet.from_ids([[1], [2]], prompts)
+
+
+@given(control=control_sets())
+def test_ids_in_every_container(control) -> None:
+    """Generators, tuples, arrays of any integer type, and ranges hold the same ids as lists."""
+    prompts = tuple(np.array(p, dtype=np.uint16) for p in control.prompts)
+    responses = ((int(token) for token in r) for r in control.responses)
+    assert ControlSet.from_ids(prompts, responses, control.slices) == control
+
+
+@given(control=control_sets())
+def test_equality_and_repr(control) -> None:
+    """Equal content is equal and hashes alike; one other id or slice is not; the repr is one short line of counts."""
+    again = ControlSet.from_ids(control.prompts, control.responses, control.slices)
+    assert control == again
+    assert hash(control) == hash(again)
+    other = (control.responses[0] + 1, *control.responses[1:])
+    assert control != ControlSet.from_ids(control.prompts, other, control.slices)
+    assert control != ControlSet.from_ids(control.prompts, control.responses, {"new": [0]})
+    assert control != "control"
+    assert "\n" not in repr(control)
+    assert f"({len(control)} prompts, {control.response_tokens} response tokens, slices={{" in repr(control)
+    assert "device='meta'" in repr(control.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("my thesis", "is no JSON .*; give the file that ControlSet.save wrote"),
+        ("[" * 100_000, "is no JSON"),
+        (b"\xff\xfe", "is no JSON"),
+        ("{}", r"is no control set: it has no \['prompts', 'responses', 'slices'\]"),
+        ("[1, 2]", "is no control set"),
+        ("null", "is no control set"),
+        ('{"prompts": [[1]], "slices": {}}', r"is no control set: it has no \['responses'\]"),
+        ('{"prompts": 5, "responses": [[1]], "slices": {}}', "holds no valid control set: prompts=5 is no list"),
+        ('{"prompts": [[1]], "responses": [[1]], "slices": 5}', "holds no valid control set: slices=5"),
+        (
+            '{"prompts": [[1]], "responses": [["x"]], "slices": {}}',
+            "holds no valid control set: the response of prompt 0",
+        ),
+    ],
+)
+def test_load_of_another_file(tmp_path, content, message) -> None:
+    """A file that is no control set is refused with its path and what it lacks."""
+    path = tmp_path / "other.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=rf"other\.json {message}"):
+        ControlSet.load(path)
+
+
+def test_load_of_no_file(tmp_path) -> None:
+    """A missing file and a directory are told apart."""
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.json"):
+        ControlSet.load(tmp_path / "missing.json")
+    with pytest.raises(ValueError, match="is a directory; give the file"):
+        ControlSet.load(tmp_path)
+
+
+def test_a_tilde_in_a_path_is_the_home_directory(tmp_path, monkeypatch) -> None:
+    """`~` is spelt out when saving and loading; a name that only begins with a tilde stays."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    ragged_control().save("~/control.json")
+    assert (tmp_path / "control.json").is_file()
+    assert ControlSet.load(Path("~/control.json")) == ragged_control()
+    ragged_control().save("~control.json")
+    assert ControlSet.load(tmp_path / "~control.json") == ragged_control()
 
 
 def test_from_ids_on_a_device() -> None:
