@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from step_optim.integrity import check
+from step_optim.paths import user_path
 from step_optim.summary import summarise
 from step_optim.telemetry import StepRecord, read_log
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _labelled(argument: str) -> tuple[str, str]:
     label, equals, path = argument.partition("=")
-    return (label, path) if equals and not Path(argument).exists() else (argument, argument)
+    return (label, path) if equals and not user_path(argument).exists() else (argument, argument)
 
 
 def _integrity(runs: dict[str, list[StepRecord]]) -> int:

@@ -15,6 +15,9 @@ from typing import Any
 from step_optim.budget import Limits
 from step_optim.controllers.base import Action
 from step_optim.movement import Movement
+from step_optim.paths import user_path
+from step_optim.trackers import Sink as Sink
+from step_optim.trackers import takes, tracker_sink
 
 SCHEMA = 1
 """Version of the log format; it stands in the first line of every segment."""
@@ -171,7 +174,7 @@ class JSONLWriter:
     """
 
     def __init__(self, path: str | Path, header: Callable[[], Mapping[str, Any]]) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self._header = header
         self._begun = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,9 +220,6 @@ def _mend(file: FileIO) -> None:
         _append(file, b"\n")
 
 
-Sink = Callable[[StepRecord], None]
-
-
 class _FirstWriter:
     """Writes the log in the first process; the others do not touch the file."""
 
@@ -235,27 +235,41 @@ class _FirstWriter:
 
 
 def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[[], bool] = lambda: True) -> Sink:
-    """Read the argument ``log=``: None, a path, an object with ``log(dict, step=...)``, or a callable(dict, step).
+    """Read the argument ``log=``: None, a path, a tracker, or a callable(dict, step).
 
     Args:
-        log: that argument.
+        log: that argument. A tracker (see `tracker_sink`) gets flat scalars, a
+            callable the whole record; one that takes no step gets none.
         header: makes the first line of a file.
         first: whether this process writes the file, if there are several.
 
     Raises:
-        TypeError: none of these.
+        TypeError: none of these, or a callable that needs other arguments.
+        ValueError: a path that is no file.
     """
     if log is None:
         return lambda record: None
     if isinstance(log, (str, Path)):
-        if not str(log) or Path(log).is_dir():
+        if not str(log) or user_path(log).is_dir():
             raise ValueError(f"log={str(log)!r} is no file; give a path like 'runs/step.jsonl', or None for no log")
         return _FirstWriter(partial(JSONLWriter, log, header), first)
-    if callable(getattr(log, "log", None)):
-        return lambda record: log.log(record.flat(), step=record.step)
+    tracker = tracker_sink(log)
+    if tracker is not None:
+        return tracker
     if callable(log):
-        return lambda record: log(record.to_dict(), record.step)
+        return _function_sink(log)
     raise TypeError(f"log={log!r} is neither a path, nor a callable(dict, step), nor a tracker with log(dict, step=)")
+
+
+def _function_sink(log: Callable[..., Any]) -> Sink:
+    """Give a function the whole record, and the step where it takes one."""
+    if takes(log, {}, 0):
+        return lambda record: log(record.to_dict(), record.step)
+    if takes(log, {}, step=0):
+        return lambda record: log(record.to_dict(), step=record.step)
+    if takes(log, {}):
+        return lambda record: log(record.to_dict())
+    raise TypeError(f"log={log!r} cannot be called with (dict, step); give a function of these, or a path")
 
 
 @dataclass(frozen=True)
@@ -279,7 +293,7 @@ def read_trace(path: str | Path) -> Trace:
     """
     header: dict[str, Any] = {}
     records: dict[int, StepRecord] = {}
-    *lines, torn = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, torn = user_path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     starting = False
     for number, line in enumerate(lines if _parses(torn) is None else [*lines, torn], 1):
         plain = _parses(line)
