@@ -188,7 +188,9 @@ def test_shrink_equals_a_step_at_a_smaller_learning_rate():
         group["lr"] *= optimizer.last.alpha
     train(twin, small, 0)
     for p, q, s in zip(net.parameters(), twin.parameters(), start, strict=True):
-        assert torch.allclose(p - s, q - s, rtol=1e-3, atol=3e-7)
+        rounding = 2 * torch.finfo(torch.float32).eps * s.abs()  # both weights are rounded once or twice
+        assert ((p - q).abs() <= 1e-3 * (q - s).abs() + rounding).all()
+        assert float((q - s).norm()) > 30 * float(rounding.norm())
     assert bits(list(inner.state.values())) == bits(list(small.state.values()))
 
 
