@@ -1,4 +1,4 @@
-"""Run a function in several processes at once: gloo, one thread each, kept for the next test. A hang is a failure."""
+"""Run a function in several processes at once: gloo, kept for the next test. A hang is a failure."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class Workers:
         new = range(len(self._processes), size)
         for rank in new:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self._stacks(rank)), daemon=True)
+            arguments = (theirs, self._stacks(rank), torch.get_num_threads())
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
             self._pipes.append(ours)
@@ -115,8 +116,8 @@ def _errors(answers: dict[int, Any]) -> str:
     return "".join(f"rank {rank}:\n{text}\n" for rank, (text, _) in sorted(answers.items()) if text)
 
 
-def _serve(pipe: Connection, stacks: str) -> None:
-    torch.set_num_threads(1)
+def _serve(pipe: Connection, stacks: str, threads: int) -> None:
+    torch.set_num_threads(threads)
     with Path(stacks).open("w") as file:
         faulthandler.register(signal.SIGUSR1, file)
         pipe.send("ready")

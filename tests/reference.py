@@ -38,6 +38,16 @@ def row_kl(candidate: Row, previous: Row) -> float:
     return math.fsum(terms)
 
 
+def rounding(kl: float) -> float:
+    """How far from this K [nats per token] a float32 evaluation of logits of size 1 may be.
+
+    K is half of the mean square of the log-ratios. If those are off by d, K is off by d sqrt(2 K) + d² / 2 at most; a
+    log-ratio is the difference of two logits, and d at most an eps for each of them.
+    """
+    off = 2 * torch.finfo(torch.float32).eps
+    return off * math.sqrt(2 * kl) + off**2 / 2
+
+
 def prompt_kl(candidate: Sequence[Row], previous: Sequence[Row]) -> float:
     """1/T_x times the sum over the response tokens of one prompt."""
     total = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -81,10 +82,10 @@ def run(controller: Interpolate | Project, steps: int = 4, start: tuple | None =
 def test_it_is_part_of_a_checkpoint(kind) -> None:
     """A resumed run searches as the uninterrupted one does; an older checkpoint without a profile loads."""
     saved = run(kind(), 2)
-    state = saved.state_dict()
+    state = copy.deepcopy(saved.state_dict())
     assert state["step_optim"]["controller"]["profile"].keys() == {"mean"}
     weights = {name: p.clone() for name, p in saved.policy.state_dict().items()}
-    whole, resumed = run(kind()), run(kind(), start=(weights, state, 2))
+    whole, resumed = run(kind()), run(kind(), start=(weights, copy.deepcopy(state), 2))
     assert [t.alpha for t in resumed.last.trials] == [t.alpha for t in whole.last.trials]
     assert resumed.controller.state_dict() == whole.controller.state_dict()
     state["step_optim"]["controller"] = {}
@@ -102,7 +103,7 @@ def test_it_can_be_left_out() -> None:
 def test_a_step_that_fails_is_not_remembered() -> None:
     """An error after the search, in the rest of the step, puts the profile back with everything else."""
     optimizer = run(Interpolate(), 2)
-    before = optimizer.controller.state_dict()
+    before = copy.deepcopy(optimizer.controller.state_dict())
     decide = Interpolate.decide
 
     class Fails(RuntimeError):
@@ -136,7 +137,7 @@ def test_audits_per_trigger_are_counted() -> None:
 def test_a_damaged_profile_is_refused_before_anything_changes(damage) -> None:
     """The checkpoint is named as damaged; controller and counters are those before."""
     optimizer = run(Interpolate(), 2)
-    state, before = optimizer.state_dict(), optimizer.controller.state_dict()
+    state, before = map(copy.deepcopy, (optimizer.state_dict(), optimizer.controller.state_dict()))
     state["step_optim"]["controller"]["profile"] = damage
     with pytest.raises(ValueError, match="the checkpoint's entry 'step_optim' is damaged"):
         optimizer.load_state_dict(state)

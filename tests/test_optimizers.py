@@ -9,7 +9,7 @@ import math
 import bitsandbytes as bnb
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from step_optim import Action, Gate, Interpolate, STEPOptimizer
@@ -187,8 +187,10 @@ def test_shrink_equals_a_step_at_a_smaller_learning_rate():
     for group in small.param_groups:
         group["lr"] *= optimizer.last.alpha
     train(twin, small, 0)
-    for p, q, s in zip(net.parameters(), twin.parameters(), start, strict=True):
-        assert torch.allclose(p - s, q - s, rtol=1e-3, atol=3e-7)
+    for p, q, s in zip(map(Tensor.detach, net.parameters()), map(Tensor.detach, twin.parameters()), start, strict=True):
+        rounding = 2 * torch.finfo(torch.float32).eps * s.abs()  # both weights are rounded once or twice
+        assert ((p - q).abs() <= 1e-3 * (q - s).abs() + rounding).all()
+        assert float((q - s).norm()) > 30 * float(rounding.norm())
     assert bits(list(inner.state.values())) == bits(list(small.state.values()))
 
 

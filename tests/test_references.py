@@ -413,14 +413,14 @@ def test_a_reference_may_be_called_within_a_window() -> None:
 def test_a_rejected_step_leaves_references_alone() -> None:
     """A rollback restores the policy, and no reference is part of that; nor does it become a policy that was undone."""
     loop = Loop(1e-12, Gate())
-    first = {name: p for name, p in snapshot(loop.model).items() if "lora_" in name}
+    first = bits({name: p for name, p in snapshot(loop.model).items() if "lora_" in name})
     references = [FixedReference(loop.model), EMAReference(loop.model, 0.5), RatchetReference(loop.model)]
     nudge(loop.model, 0.3)
     references[1].update()
-    average = kept(references[1])
+    average = bits(kept(references[1]))
     loop.step(0)
     assert str(loop.optimizer.last.action) == "reject"
-    assert bits([kept(made) for made in references]) == bits([first, average, first])
+    assert [bits(kept(made)) for made in references] == [first, average, first]
 
 
 def test_a_capped_ratchet_stays_near_the_first_policy() -> None:

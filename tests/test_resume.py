@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 
@@ -77,12 +78,12 @@ def test_checkpoints_of_wrapped_and_bare_optimizers_are_interchangeable():
     optimizer = wrap(problem, Budget(mean=math.inf))
     problem.backward(0)
     optimizer.step()
-    wrapped_state = optimizer.state_dict()
+    wrapped_state = copy.deepcopy(optimizer.state_dict())
     bare = torch.optim.AdamW(problem.model.parameters(), lr=1.0)
     bare.load_state_dict(wrapped_state)
     assert bits(list(bare.state.values())) == bits(list(problem.optimizer.state.values()))
     again = STEPOptimizer(torch.optim.AdamW(problem.model.parameters(), lr=1.0), kl=problem.kl, budget=1.0)
-    again.load_state_dict(state_dict=bare.state_dict())
+    again.load_state_dict(state_dict=copy.deepcopy(bare.state_dict()))
     assert bits(list(again.state.values())) == bits(list(bare.state.values()))
     assert again.param_groups[0]["lr"] == 0.05
     assert again.summary()["steps"] == 0
@@ -97,7 +98,7 @@ def test_a_checkpoint_may_be_loaded_before_the_kl_closure_is_bound():
         optimizer.step()
     drift = optimizer.last.reference_drift
     late = STEPOptimizer(torch.optim.AdamW(problem.model.parameters(), lr=0.0), budget=1.0)
-    late.load_state_dict(optimizer.state_dict())
+    late.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for group in late.param_groups:
         group["lr"] = 0.0
     fresh = type(problem.kl)(problem.model, problem.kl.control)

@@ -119,9 +119,13 @@ def expected(model: nn.Module, previous: reference.Policy, control: ControlSet) 
 
 
 def close(measured: Movement, wanted: Movement, rel: float) -> None:
-    """Both figures agree, slice by slice."""
-    assert measured.mean == pytest.approx(wanted.mean, rel=rel, abs=1e-12)
-    assert dict(measured.slices) == pytest.approx(dict(wanted.slices), rel=rel, abs=1e-12)
+    """Both figures agree, slice by slice, to ``rel`` and what float32 logits allow."""
+    assert measured.slices.keys() == wanted.slices.keys()
+    for found, kl in [
+        (measured.mean, wanted.mean),
+        *((measured.slices[name], wanted.slices[name]) for name in wanted.slices),
+    ]:
+        assert found == pytest.approx(kl, rel=0, abs=rel * kl + reference.rounding(kl))
 
 
 class Counter:
@@ -175,9 +179,9 @@ def test_movement_equals_the_oracle(name, control, seed, size, batch) -> None:
 
 
 @EVERY
-def test_movement_of_1e_minus_8_is_right_to_1e_minus_3(name) -> None:
-    """In float32 a movement as small as 1e-8 is still a figure, through every readout."""
-    control, errors = ragged_control(), []
+def test_movement_of_1e_minus_8_is_right_to_rounding(name) -> None:
+    """In float32 a movement as small as 1e-8 is still a figure, to some 1e-3 of itself, through every readout."""
+    control = ragged_control()
     for seed in range(3):
         model = build(name, seed)
         previous = reference.policy_of(model, control)
@@ -189,10 +193,9 @@ def test_movement_of_1e_minus_8_is_right_to_1e_minus_3(name) -> None:
         kl = TokenKL(model, control)
         kl.anchor()
         nudge(model, 0.05 * math.sqrt(1e-8 / probe), seed)
-        wanted = expected(model, previous, control).mean
-        assert 0.3e-8 < wanted < 3e-8
-        errors.append(abs(kl().mean / wanted - 1))
-    assert max(errors) < 1e-3
+        wanted = expected(model, previous, control)
+        assert 0.3e-8 < wanted.mean < 3e-8
+        close(kl(), wanted, rel=1e-5)
 
 
 @EVERY

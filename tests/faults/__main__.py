@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from tests.faults import campaign
 from tests.faults.campaign import Size
 from tests.faults.groups import GROUPS
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups = [group for group in GROUPS if options.case.startswith(f"{group.name}/")]
         for group in groups:
             group.cases = lambda *_, name=group.name: [options.case.removeprefix(f"{name}/")]
+    torch.set_num_threads(1)  # as in the tests: the models are tiny
     tally = campaign.run(groups, size, options.seed)
     print(tally)
     return bool(tally.failures or not tally.cases)

@@ -13,8 +13,6 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 
 class Size(IntEnum):
     """How much of a group is run."""
@@ -54,7 +52,6 @@ class Tally:
 def run(groups: Iterable[Group], size: Size, seed: int, *, quiet: bool = False) -> Tally:
     """Run groups of cases."""
     tally = Tally()
-    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
     with tempfile.TemporaryDirectory() as folder:

@@ -101,6 +101,7 @@ def in_a_child(work: Callable[[], Any], result: Path) -> int:
         child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # a fork has none of the threads that its parent would share the work with
             torch.save(work(), result)
             os._exit(0)
         except BaseException:
