@@ -146,7 +146,9 @@ class Weights:
             return
         distinct = {memory(tensor): tensor for tensor in self._captured}  # somebody has put `.data` somewhere else
         for tensor in distinct.values():
-            yield tensor.detach(), self._store.saved(tensor), self._shards(tensor)
+            now, previous = tensor.detach(), self._store.saved(tensor)
+            _check_kind(now, previous)
+            yield now, previous, self._shards(tensor)
 
     @torch.no_grad()
     def keep_candidate(self, *, aside: bool = False) -> None:
@@ -201,6 +203,17 @@ class Weights:
             self._store.restore()
 
 
+def _check_kind(now: Tensor, previous: Tensor) -> None:
+    """Refuse `.data` between which and theta_t there is no line."""
+    kinds = [(str(t.dtype).removeprefix("torch."), tuple(t.shape), str(t.device)) for t in (previous, now)]
+    if kinds[0] != kinds[1]:
+        was, became = (f"{dtype} of shape {shape} on {device}" for dtype, shape, device in kinds)
+        raise RuntimeError(
+            f"the inner step put a weight's .data from {was} to {became}: no part of such a step can be taken. Change "
+            "dtype, shape or device of weights between two steps, or make the optimizer write into them"
+        )
+
+
 IN_CACHE = 2**17
 """Elements that a CPU subtracts at once: a temporary of the size of all weights costs more than the arithmetic."""
 
@@ -216,6 +229,8 @@ def _square(now: Tensor, previous: Tensor) -> Tensor:
 def _square_of(now: Tensor, previous: Tensor) -> Tensor:
     if now.is_floating_point() and now.element_size() < 4:
         now, previous = now.float(), previous.float()
+    elif not (now.is_floating_point() or now.is_complex()):
+        now, previous = now.double(), previous.double()
     wide: Any = torch.complex128 if now.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(now - previous, dtype=wide)
     if not at_once(now) or not bool(norm.isfinite()):
