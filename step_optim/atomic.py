@@ -34,7 +34,7 @@ class Atomic:
         self._transaction, self._run, self._sink = transaction, run, sink
         self._rejects = on_error == "reject"
         self._depth, self._grad = depth(), torch.is_grad_enabled()
-        self._controller = copy.deepcopy(run.controller.state_dict())
+        self._controller, self._memory = copy.deepcopy((run.controller.state_dict(), run.memory))
 
     def __enter__(self) -> None:
         """Nothing has happened yet."""
@@ -59,7 +59,7 @@ class Atomic:
         if record is None:
             assert error is not None
             record = self._undo(error, fatal=not settled)
-        notes, warm_start = dict(run.notes), run.warm_start and record.success
+        notes, warm_start = dict(run.notes), run.warm_start and stands  # an exception says nothing about the rate
         record = replace(
             record,
             seconds=dict(transaction.seconds),
@@ -86,5 +86,6 @@ class Atomic:
         self._transaction.restore()
         self._run.drift = None
         self._run.controller.load_state_dict(self._controller)
+        self._run.memory = copy.deepcopy(self._memory)
         self._transaction.ranks.confess(error, fatal=fatal)
         return self._transaction.failed(error)

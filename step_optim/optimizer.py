@@ -143,8 +143,12 @@ class STEPOptimizer(OptimizerWrapper):
 
     @property
     def budget(self) -> Budget:
-        """The budget; `set_budget` replaces it."""
+        """The budget; to assign another one is `set_budget`."""
         return self._run.budget
+
+    @budget.setter
+    def budget(self, budget: Budget | Bound) -> None:
+        self.set_budget(budget)
 
     @property
     def controller(self) -> Controller:
@@ -157,7 +161,8 @@ class STEPOptimizer(OptimizerWrapper):
         check_line(self._inner, check_controller(controller), self._shrink, self.budget)
         if self._run.kl is not None:
             check_measures(self._run.kl, controller, self._inner, self._parts.ranks)
-        self._run.controller = controller
+        if controller is not self.controller:
+            self._run.controller, self._run.memory = controller, {}
 
     @property
     def last(self) -> StepRecord | None:
@@ -333,7 +338,8 @@ class STEPOptimizer(OptimizerWrapper):
         if not math.isfinite(transaction.update_norm):
             return Outcome(Action.REJECT)  # no part of it is finite either
         with transaction.clock("search"):
-            return self.controller.decide(transaction.trial(candidate, self._run.progress.rejected_in_a_row))
+            run = self._run
+            return self.controller.decide(transaction.trial(candidate, run.progress.rejected_in_a_row, run.memory))
 
     def _drift_of(self, transaction: Transaction) -> Movement | None:
         """Movement of the committed policy from pi_ref; measured again only if the policy changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,8 @@ class Run:
     kl_state: Mapping[str, Any] = field(default_factory=dict)
     """Of a checkpoint that was loaded before there was a KL closure."""
     progress: Progress = field(default_factory=Progress)
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What the controller remembers of this run; see `Trial.memory`."""
     notes: dict[str, Any] = field(default_factory=dict)
     """For the record of the step to come."""
     open: Transaction | None = None
@@ -93,7 +96,14 @@ class Run:
 
     def without_model(self) -> Run:
         """Return what a copy of the optimizer goes on with; the KL closure holds a model, so it stays behind."""
-        return Run(self.budget, self.controller, self.warm_start, kl_state=self._kl_state(), progress=self.progress)
+        return Run(
+            self.budget,
+            self.controller,
+            self.warm_start,
+            kl_state=self._kl_state(),
+            progress=self.progress,
+            memory=copy.deepcopy(self.memory),
+        )
 
     def _kl_state(self) -> dict[str, Any]:
         return dict(self.kl_state) if self.kl is None else self.kl.state_dict()
@@ -105,7 +115,7 @@ class Run:
             "step": self.progress.step,
             "rejected_in_a_row": self.progress.rejected_in_a_row,
             "summary": self.progress.summary.state_dict(),
-            "controller": self.controller.state_dict(),
+            "controller": copy.deepcopy(self.memory) | self.controller.state_dict(),
             "kl": self._kl_state(),
             **({"scale": self.progress.scale} if self.warm_start else {}),
         }
@@ -120,6 +130,8 @@ class Run:
         if state is not None and self.kl is not None:
             self.kl.check_state_dict(kl_state)
 
+        remembered = {} if state is None else copy.deepcopy(dict(state["controller"]))
+
         def take_over() -> None:
             self.progress, self.kl_state, self.anchored = progress, kl_state, None
             if state is None:
@@ -128,6 +140,8 @@ class Run:
                 self.kl.load_state_dict(kl_state)
                 self.kl_state = {}
             self.controller.load_state_dict(dict(state["controller"]))
+            own = self.controller.state_dict()
+            self.memory = {name: value for name, value in remembered.items() if name not in own}
 
         return take_over
 

@@ -72,11 +72,11 @@ class StepRecord:
     reward: float | None = None
     """From `note(reward=...)`."""
     success: bool = True
-    """False if the step ended in an error; or from `note(success=...)`."""
+    """False if something went wrong (see ``error``); or from `note(success=...)`."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Time by phase: inner, snapshot, audit (candidate and drift), search (trials)."""
     error: str | None = None
-    """What went wrong, if something did."""
+    """What went wrong, if something did: an exception, or a candidate that is not finite."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Anything else from `note(...)`."""
 

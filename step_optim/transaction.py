@@ -206,7 +206,7 @@ class Transaction:
         self.trials.append(TrialRecord(point.alpha, point.movement, point.feasible))
         return point
 
-    def trial(self, candidate: Point, rejected_in_a_row: int) -> Trial:
+    def trial(self, candidate: Point, rejected_in_a_row: int, memory: dict[str, Any]) -> Trial:
         """What a controller is given."""
         self.line.keep_candidate()
         self._candidate = candidate
@@ -220,6 +220,7 @@ class Transaction:
             self._at_weights,
             self._distill,
             self.ranks.agree,
+            memory,
         )
 
     def _at(self, alpha: float) -> Point:
@@ -292,6 +293,7 @@ class Transaction:
             projection=outcome.projection,
             reference_drift=drift,
             error=None if proposed.is_finite else self._not_finite(proposed),
+            success=proposed.is_finite,
         )
 
     def stand(self, record: StepRecord) -> None:

@@ -78,7 +78,7 @@ def test_a_step_that_measured_no_slice_is_a_step_like_any_other(gradient):
     optimizer.step()
     assert optimizer.last.triggered
     assert optimizer.last.action is Action.REJECT
-    assert optimizer.last.scale == (1.0 if not gradient else 0.5)
+    assert optimizer.last.scale == (1.0 if not gradient else 0.5)  # an update that is not finite halves it
     assert weight.item() == 0.0
 
 
