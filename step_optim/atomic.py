@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -60,15 +61,17 @@ class Atomic:
             assert error is not None
             record = self._undo(error, fatal=not settled)
         notes, warm_start = dict(run.notes), run.warm_start and stands  # an exception says nothing about the rate
+        now = time.perf_counter()
+        elapsed = {} if run.ended is None else {"elapsed": now - run.ended}
         record = replace(
             record,
-            seconds=dict(transaction.seconds),
+            seconds=transaction.seconds | elapsed,
             reward=notes.pop("reward", None),
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
         progress = run.progress.after(record, warm_start=warm_start)
-        run.progress, run.open, run.notes, transaction.over = progress, None, {}, True
+        run.progress, run.open, run.notes, run.ended, transaction.over = progress, None, {}, now, True
         if stands:
             run.remember(transaction)
         transaction.release()

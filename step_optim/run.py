@@ -80,6 +80,8 @@ class Run:
     """A fingerprint of the policy that is the KL closure's reference; None if that has to be taken anew."""
     drift: Movement | None = None
     """Of the committed policy from pi_ref; None if it has to be measured."""
+    ended: float | None = None
+    """When this process ended the latest step, on its own clock."""
     warned: bool = False
     """Whether a budget below the audit's noise was warned of."""
     modules: Sequence[nn.Module] = ()

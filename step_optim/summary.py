@@ -8,6 +8,11 @@ from typing import Any
 from step_optim.controllers.base import Action
 from step_optim.telemetry import StepRecord
 
+OWN = ("snapshot", "audit", "search")
+"""Phases of a step that a bare optimizer does not have."""
+
+PHASES = ("inner", *OWN)
+
 
 class Summary:
     """Running totals of a run.
@@ -45,8 +50,10 @@ class Summary:
             add("candidate_sum", record.candidate.mean)
             add("candidate_count", 1)
         add("accepted_sum", record.accepted.mean)
-        for name in ("inner", "snapshot", "audit", "search"):
+        for name in (*PHASES, "elapsed"):
             add(f"{name}_seconds", seconds.get(name, 0.0))
+        if "elapsed" in seconds:
+            add("own_of_elapsed_seconds", sum(seconds.get(name, 0.0) for name in OWN))
         sums["accepted_max"] = max(sums.get("accepted_max", 0.0), record.accepted.mean)
         sums["worst_slice_max"] = max(sums.get("worst_slice_max", 0.0), record.accepted.worst[1])
         if record.reference_drift is not None:
@@ -57,10 +64,11 @@ class Summary:
         """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds.
 
         Audits per trigger are those beyond the candidate's: what a controller spends on one decision.
+        The overhead's share is that of snapshots, audits and searches in the time between two steps: without them the
+        training loop, generation included, would take 1 - share of its time.
         """
         total = self._sums.get
         steps = total("steps", 0)
-        own = sum(total(f"{name}_seconds", 0.0) for name in ("snapshot", "audit", "search"))
         return {
             "steps": int(steps),
             **{f"{action.value}s": int(total(action.value, 0)) for action in Action if action is not Action.UNCHANGED},
@@ -77,9 +85,10 @@ class Summary:
             "max_accepted_kl": total("accepted_max", 0.0),
             "max_accepted_slice_kl": total("worst_slice_max", 0.0),
             "reference_drift": total("drift", None),
-            "inner_seconds": total("inner_seconds", 0.0),
-            "overhead_seconds": own,
-            "overhead_per_inner_second": _per(own, total("inner_seconds", 0.0)),
+            **{f"{name}_seconds": total(f"{name}_seconds", 0.0) for name in PHASES},
+            "overhead_seconds": sum(total(f"{name}_seconds", 0.0) for name in OWN),
+            "elapsed_seconds": total("elapsed_seconds", 0.0),
+            "overhead_share": _per(total("own_of_elapsed_seconds", 0.0), total("elapsed_seconds", 0.0)),
         }
 
     def state_dict(self) -> dict[str, float]:

@@ -74,7 +74,8 @@ class StepRecord:
     success: bool = True
     """False if something went wrong (see ``error``); or from `note(success=...)`."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Time by phase: inner, snapshot, audit (candidate and drift), search (trials)."""
+    """Time by phase: inner, snapshot, audit (reference, candidate and drift), search (trials). And elapsed: from the
+    end of the step before to the end of this one, with all that the training loop did; not in a process's first."""
     error: str | None = None
     """What went wrong, if something did: an exception, or a candidate that is not finite."""
     notes: Mapping[str, Any] = field(default_factory=dict)
