@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -25,6 +24,8 @@ WIDE = (torch.float32, torch.float64)
 
 OPTIONS = ("on_reject", "on_shrink")
 """Options that every controller has."""
+
+ALLOWED = " or ".join(map(repr, STATES))
 
 NEARLY = 0.85
 """Likeness from which on a name is taken for a misspelt option: on_rejct, onreject, on_rejects, on_shrinks."""
@@ -89,23 +90,21 @@ def check_controller(controller: Any) -> Controller:
         raise TypeError(
             f"controller={controller!r} is no Controller; use Gate(), Interpolate(), Project() or a subclass"
         )
-    for option in OPTIONS:
-        if getattr(controller, option) not in STATES:
-            raise ValueError(
-                f"{type(controller).__name__}.{option}={getattr(controller, option)!r} is unknown; use {_either(STATES)}"
-            )
+    for name in OPTIONS:
+        if getattr(controller, name) not in STATES:
+            raise ValueError(f"{_named(controller, name)} is unknown; use {ALLOWED}")
     for name in dir(controller):
         meant = get_close_matches(name, OPTIONS, n=1, cutoff=NEARLY)
         if meant and name not in OPTIONS and isinstance(getattr(controller, name), str):
             raise ValueError(
-                f"{type(controller).__name__}.{name}={getattr(controller, name)!r}: there is no such option; if "
-                f"{meant[0]} is meant, call it so, with {_either(STATES)}"
+                f"{_named(controller, name)}: there is no such option; if {meant[0]} is meant, call it that, "
+                f"with {ALLOWED}"
             )
     return controller
 
 
-def _either(values: Sequence[str]) -> str:
-    return " or ".join(map(repr, values))
+def _named(controller: Controller, name: str) -> str:
+    return f"{type(controller).__name__}.{name}={getattr(controller, name)!r}"
 
 
 def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, ranks: Ranks) -> None:

@@ -154,7 +154,7 @@ class Ranks:
         with inserted(knock, _global_forward_pre_hooks):  # left behind, it would make training forwards knock
             yield
 
-    def same(self, value: Any, vote: bool) -> list[bool]:
+    def same(self, value: Any, vote: T) -> list[T]:
         """Exchange votes among processes that have the same value.
 
         Raises:

@@ -14,8 +14,10 @@ from step_optim.budget import Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
 from step_optim.radius import next_scale
+from step_optim.stall import STALL
 from step_optim.summary import Summary
 from step_optim.telemetry import StepRecord
+from step_optim.told import Told
 
 if TYPE_CHECKING:
     from step_optim.transaction import Transaction
@@ -36,22 +38,29 @@ class Progress:
     last: StepRecord | None = None
     scale: float = 1.0
     """On the learning rates of the next proposal, under ``warm_start``."""
+    latest: tuple[str, ...] = ()
+    """The constraints that bound the latest `STALL` of the rejections in a row."""
 
     def after(self, record: StepRecord, *, warm_start: bool = False) -> Progress:
         """Count one step."""
-        rejected = self.rejected_in_a_row
-        if record.triggered:
-            rejected = rejected + 1 if record.action is Action.REJECT else 0
-        elif record.action is Action.COMMIT:
-            rejected = 0
+        rejected, latest = self.rejected_in_a_row, self.latest
+        if record.constraint is not None and record.action is Action.REJECT:
+            rejected, latest = rejected + 1, self.bound_by(record.constraint)
+        elif record.triggered or record.action is Action.COMMIT:
+            rejected, latest = 0, ()
         return replace(
             self,
             step=self.step + 1,
             rejected_in_a_row=rejected,
+            latest=latest,
             summary=self.summary.plus(record),
             last=record,
             scale=next_scale(self.scale, record) if warm_start else self.scale,
         )
+
+    def bound_by(self, constraint: str) -> tuple[str, ...]:
+        """Return the constraints of the latest rejections, if one more is added."""
+        return (*self.latest, constraint)[-STALL:]
 
 
 @dataclass
@@ -84,12 +93,16 @@ class Run:
     """When this process ended the latest step, on its own clock."""
     warned: bool = False
     """Whether a budget below the audit's noise was warned of."""
+    told: Told = field(default_factory=Told)
+    """What else was warned of."""
     modules: Sequence[nn.Module] = ()
     """Whose buffers are part of the policy."""
 
     def remember(self, transaction: Transaction) -> None:
         """Keep what the next step begins with, to see whether somebody else writes weights until then."""
         record = transaction.record
+        if record is not None and record.action not in (Action.REJECT, Action.UNCHANGED):
+            self.told.fixed.weights_moved()
         transaction.weights.remember(as_proposed=record is not None and record.action is Action.COMMIT)
         self.modules = transaction.kl.used or self.modules
         # Without an audit, a forward in a loss closure or a window may have moved buffers away from the reference.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from step_optim.store import TensorStore
-from step_optim.tensors import TensorCopy, at_once, differs, memory, plain_tensors, shard_count
+from step_optim.tensors import TensorCopy, at_once, differs, digest, memory, plain_tensors, shard_count
 
 
 class Update:
@@ -107,6 +107,10 @@ class Weights:
 
     def _shards(self, parameter: Tensor) -> int:
         return self._shards_of[id(parameter)]
+
+    def digest(self) -> int:
+        """A number that tells these weights, as they are now, from others; see `tensors.digest`."""
+        return digest(parameter.detach() for parameter in self._parameters())
 
     def _parameters(self) -> Iterator[Tensor]:
         self._shards_of = {}

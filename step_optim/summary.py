@@ -13,6 +13,9 @@ OWN = ("snapshot", "audit", "search")
 
 PHASES = ("inner", *OWN)
 
+BOUND = "bound:"
+"""Before the name of a constraint, where steps are counted by what bound them."""
+
 
 class Summary:
     """Running totals of a run.
@@ -38,6 +41,9 @@ class Summary:
         add(str(record.action), 1)
         add("triggered", record.triggered)
         add("errors", record.error is not None)
+        add("references_renewed", record.reference_renewed)
+        if record.constraint is not None:
+            add(BOUND + record.constraint, 1)
         add("audits", record.audits)
         if record.triggered:
             add("trials", len(record.trials))
@@ -64,6 +70,7 @@ class Summary:
         """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds.
 
         Audits per trigger are those beyond the candidate's: what a controller spends on one decision.
+        ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, reference or "not finite".
         The overhead's share is that of snapshots, audits and searches in the time between two steps: without them the
         training loop, generation included, would take 1 - share of its time.
         """
@@ -74,6 +81,8 @@ class Summary:
             **{f"{action.value}s": int(total(action.value, 0)) for action in Action if action is not Action.UNCHANGED},
             "unchanged": int(total("unchanged", 0)),
             "errors": int(total("errors", 0)),
+            "references_renewed": int(total("references_renewed", 0)),
+            "bound": {name.removeprefix(BOUND): int(n) for name, n in self._sums.items() if name.startswith(BOUND)},
             "trigger_rate": _per(total("triggered", 0), steps),
             "rejection_rate": _per(total("reject", 0), steps),
             "mean_alpha": _per(total("alpha_sum", 0), total("alpha_count", 0)),

@@ -69,6 +69,8 @@ class StepRecord:
     """Learning rate of each parameter group at this step."""
     scale: float = 1.0
     """What the proposal multiplied them by, under ``warm_start``."""
+    reference_renewed: bool = False
+    """Whether somebody else has written weights since the last step, so that the reference was taken anew."""
     reward: float | None = None
     """From `note(reward=...)`."""
     success: bool = True
@@ -82,8 +84,15 @@ class StepRecord:
     """Anything else from `note(...)`."""
 
     @property
+    def constraint(self) -> str | None:
+        """What the controller had to deal with: ``bound``, or ``"not finite"``; None if the step was not triggered."""
+        if not self.triggered:
+            return None
+        return "not finite" if self.bound is None or not self.candidate.is_finite else self.bound
+
+    @property
     def audits(self) -> int:
-        """How often movement was measured."""
+        """How often movement was measured, at the candidate and at trials."""
         return len(self.trials) + (self.action is not Action.UNCHANGED)
 
     def to_dict(self) -> dict[str, Any]:

@@ -183,6 +183,7 @@ class Swaps(torch.optim.Optimizer):
                 weight.data.copy_((weight.data.double() + move).to(weight.dtype))
 
 
+@pytest.mark.filterwarnings("ignore:the step moved nothing")
 @given(
     shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
     dtype=st.sampled_from(ALL_DTYPES),

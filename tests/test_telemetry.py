@@ -219,11 +219,14 @@ def test_summary_counts_and_means() -> None:
 
 
 def test_the_time_between_two_steps_is_recorded(monkeypatch) -> None:
-    """From the end of one step to the end of the next, whatever became of them; a copy, as a new process, begins anew."""
+    """From the end of one step to that of the next, whatever became of them; a copy, as a new process, begins anew."""
     weight = torch.nn.Parameter(torch.zeros(2))
     seen: list[dict[str, float]] = []
     optimizer = STEPOptimizer(
-        torch.optim.SGD([weight], lr=1.0), kl=lambda: 0.0, budget=1.0, log=lambda record, _: seen.append(record["seconds"])
+        torch.optim.SGD([weight], lr=1.0),
+        kl=lambda: 0.0,
+        budget=1.0,
+        log=lambda record, _: seen.append(record["seconds"]),
     )
     weight.grad = torch.ones(2)
     ticks = itertools.count()
@@ -246,6 +249,7 @@ def test_the_time_between_two_steps_is_recorded(monkeypatch) -> None:
     assert figures["overhead_share"] == own / sum(elapsed)
     copied = copy.deepcopy(optimizer)
     copied.bind(lambda: 0.0)
+    copied.param_groups[0]["params"][0].grad = torch.ones(2)
     copied.step()
     assert "elapsed" not in copied.last.seconds
 
@@ -568,7 +572,7 @@ def test_a_killed_run_loses_the_step_in_flight_at_most(tmp_path, end, code) -> N
     path, script = tmp_path / "run.jsonl", tmp_path / "killed.py"
     script.write_text(textwrap.dedent(KILLED.format(end=end)))
     done = subprocess.run(
-        [sys.executable, str(script), str(path), "6"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(script), str(path), "7"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == code, done.stderr
     finished = [int(line) for line in done.stdout.split()]

@@ -265,7 +265,7 @@ def test_a_stalled_gate_can_raise():
 
 
 def test_a_livelock_is_warned_of_once_and_the_remedy_works():
-    """Eight rejections in a row, nothing has changed; warm_start=True, which the warning names, ends them."""
+    """Five rejections in a row, nothing has changed; warm_start=True, which the warning names, ends them."""
     optimizer, weight = line(0.25, Gate())
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -273,7 +273,7 @@ def test_a_livelock_is_warned_of_once_and_the_remedy_works():
             optimizer.step()
     assert weight.item() == 0.0
     (warning,) = told
-    assert "8 steps in a row" in str(warning.message)
+    assert "5 steps in a row" in str(warning.message)
     assert "warm_start=True" in str(warning.message)
     optimizer, weight = line(0.25, Gate(), warm_start=True)
     for _ in range(20):
@@ -427,7 +427,7 @@ def test_a_budget_can_be_assigned():
 @pytest.mark.parametrize("name", ["on_reject", "on_shrink"])
 @pytest.mark.parametrize("value", ["keep-state", "Restore", "", None, True, 0])
 def test_an_option_of_a_subclass_that_is_misspelt_is_refused(name, value):
-    """Before, anything but "keep_state" meant "restore" in silence. The message has class, option, value and choices."""
+    """Anything but "keep_state" would mean "restore" in silence. The message has class, option, value and choices."""
     wrong = type("Mine", (Half,), {name: value})
     words = rf"Mine\.{name}={value!r} is unknown; use 'restore' or 'keep_state'"
     with pytest.raises(ValueError, match=words):
@@ -498,7 +498,7 @@ class Counts(Controller):
 
 
 def test_a_failed_step_takes_back_what_a_controller_remembered():
-    """Memory of the run and state of the controller are those before the step, also where they were changed in place."""
+    """Memory of the run and state of the controller are those before the step, also if they were changed in place."""
     optimizer, _ = line(0.5, Counts())
     optimizer.step()
     optimizer.controller.fails = True

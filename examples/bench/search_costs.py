@@ -148,9 +148,7 @@ def _run(bench: Bench, workload: Workload, steps: int, progress: Progress) -> li
     return problems
 
 
-def _solve(
-    curve: Curve, part: float, controllers: dict[str, tuple[Interpolate, dict[str, Any]]]
-) -> dict[str, Any]:
+def _solve(curve: Curve, part: float, controllers: dict[str, tuple[Interpolate, dict[str, Any]]]) -> dict[str, Any]:
     """Let every search find its alpha for one candidate and one budget."""
     limits = curve.limits(part)
     found = {}

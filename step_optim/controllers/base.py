@@ -70,6 +70,12 @@ class Point:
         """KL / budget by constraint."""
         return self.verdict.ratios
 
+    @property
+    def constraint(self) -> str:
+        """What is most exceeded, or nearest: ``"mean"``, ``"slice:<name>"``, ``"reference"``; or ``"not finite"``."""
+        binding = self.verdict.binding
+        return "not finite" if binding is None or not self.movement.is_finite else binding
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -113,6 +119,8 @@ class Trial:
     memory: dict[str, Any] = field(default_factory=dict)
     """Plain values that a controller wants to find again in the next step. They belong to the run: one controller may
     serve several optimizers, a checkpoint holds them, and a step that fails takes back what it wrote."""
+    explain: Callable[[], str] = lambda: ""
+    """Say why steps are rejected in a row, and what helps; for the message of an error that ends the step."""
 
     @staticmethod
     def accept(point: Point, **record: Any) -> Outcome:
@@ -153,6 +161,9 @@ class Controller(ABC):
 
     needs_logits = False
     """Whether the KL closure must be a `LogitKL`."""
+
+    patience: int | None = None
+    """Rejections in a row after which it does something else by itself, so that nobody needs to be warned before."""
 
     shrinks = True
     """Whether `decide` may accept points on the line to the candidate."""
