@@ -68,10 +68,13 @@ class Stall:
             return self._not_finite()
         if bound == "reference":
             return self._at_the_cap()
-        name = bound.removeprefix("slice:")
-        if bound == "mean":
-            return self._too_far(self.candidate.movement.mean, self.limits.mean)
-        return self._too_far(self.candidate.movement.slices[name], self.limits.slices[name])
+        limit = self.limits.mean if bound == "mean" else self.limits.slices[bound.removeprefix("slice:")]
+        return self._too_far(self._read(self.candidate.movement), limit)
+
+    def _read(self, movement: Movement) -> float:
+        """The figure that bound."""
+        bound = self.latest[-1]
+        return movement.mean if bound == "mean" else movement.slices[bound.removeprefix("slice:")]
 
     def _not_finite(self) -> str:
         if math.isfinite(self.update_norm):
@@ -103,25 +106,30 @@ class Stall:
         told = f"The last proposal moved {kl:.3g} nats per token, and {limit:.3g} are allowed"
         if limit == 0:
             return f"{told}: a budget of 0 lets no movement through. Raise it"
+        slower = f"by about {math.sqrt(kl / limit):.3g} times (KL grows like its square)"
         if self.tried:
-            return f"{told}. {self._no_part()}"
-        slower = f"by about {math.sqrt(kl / limit):.2g} times (KL grows like its square)"
+            return f"{told}. {self._no_part(kl, slower)}"
         also = "" if self.warm_start else "pass warm_start=True to STEPOptimizer, "
         return (
             f"{told}; steps that stay as long are rejected for ever. Lower the learning rate {slower}, raise the "
             f"budget, {also}or shrink: Interpolate() in the place of Gate()"
         )
 
-    def _no_part(self) -> str:
+    def _no_part(self, kl: float, slower: str) -> str:
         """Why a controller that shrinks found nothing, although theta_t itself is feasible."""
         on_line = [trial for trial in self.tried if trial.alpha is not None]
         least = min(on_line or self.tried, key=lambda trial: trial.alpha or 0.0)
         where = "off the line" if least.alpha is None else f"alpha = {least.alpha:.3g}"
-        said = f"The smallest part of it that was tried ({where}) read {least.movement.worst[1]:.3g}"
+        said = f"The smallest part of it that was tried ({where}) read {self._read(least.movement):.3g}"
         if least.feasible:
             return (
                 f"{said}, which is allowed, but in the dtype of the weights it is no step at all. Raise the budget, or "
                 "keep the trained weights in float32"
+            )
+        if self._read(least.movement) <= (least.alpha or 0.0) * kl:  # most curves fall like alpha² near theta_t
+            return (
+                f"{said}: KL falls with alpha as it should, and is not yet small enough. Lower the learning rate "
+                f"{slower}, raise the budget, or let the search go on (max_trials, min_alpha)"
             )
         start = "its movement at the weights before the step is 0 by definition"
         if self.still is not None:

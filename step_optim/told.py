@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
+from step_optim.audit import FunctionKL
 from step_optim.controllers.base import Point
 from step_optim.fixed_reference import FixedReference
 from step_optim.stall import Stall, is_told
@@ -61,7 +62,7 @@ class Told:
         self, progress: Progress, transaction: Transaction, candidate: Point, rejected: int, warm_start: bool
     ) -> Stall:
         """Put together what is known about rejections in a row; the weights are theta_t."""
-        if self.fixed.is_open(transaction.kl):
+        if isinstance(transaction.kl, FunctionKL):
             transaction.look()
             self.fixed.judge(transaction.kl, transaction.still, candidate, transaction.limits)
         constraint = candidate.constraint
