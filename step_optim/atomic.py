@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -34,7 +35,7 @@ class Atomic:
         self._transaction, self._run, self._sink = transaction, run, sink
         self._rejects = on_error == "reject"
         self._depth, self._grad = depth(), torch.is_grad_enabled()
-        self._controller = copy.deepcopy(run.controller.state_dict())
+        self._controller, self._memory = copy.deepcopy((run.controller.state_dict(), run.memory))
 
     def __enter__(self) -> None:
         """Nothing has happened yet."""
@@ -59,16 +60,18 @@ class Atomic:
         if record is None:
             assert error is not None
             record = self._undo(error, fatal=not settled)
-        notes, warm_start = dict(run.notes), run.warm_start and record.success
+        notes, warm_start = dict(run.notes), run.warm_start and stands  # an exception says nothing about the rate
+        now = time.perf_counter()
+        elapsed = {} if run.ended is None else {"elapsed": now - run.ended}
         record = replace(
             record,
-            seconds=dict(transaction.seconds),
+            seconds=transaction.seconds | elapsed,
             reward=notes.pop("reward", None),
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
         progress = run.progress.after(record, warm_start=warm_start)
-        run.progress, run.open, run.notes, transaction.over = progress, None, {}, True
+        run.progress, run.open, run.notes, run.ended, transaction.over = progress, None, {}, now, True
         if stands:
             run.remember(transaction)
         transaction.release()
@@ -86,5 +89,6 @@ class Atomic:
         self._transaction.restore()
         self._run.drift = None
         self._run.controller.load_state_dict(self._controller)
+        self._run.memory = copy.deepcopy(self._memory)
         self._transaction.ranks.confess(error, fatal=fatal)
         return self._transaction.failed(error)

@@ -21,13 +21,25 @@ class Fingerprint:
     Args:
         plain: identities, places, versions.
         sums: of bits, [n] int64 for each device.
+        buffers: the same of the buffers, apart from the weights.
     """
 
-    def __init__(self, plain: Any, sums: Sequence[Tensor]) -> None:
-        self._plain, self._sums = plain, sums
+    def __init__(self, plain: Any, sums: Sequence[Tensor], buffers: Fingerprint | None = None) -> None:
+        self._plain, self._sums, self._buffers = plain, sums, buffers
 
     def differs(self, other: Any) -> bool | Tensor:
         """Whether another one is of another policy; a tensor if only an accelerator can tell."""
+        if not isinstance(other, Fingerprint) or (self._buffers is None) != (other._buffers is None):
+            return True
+        return any_of(
+            [
+                self.weights_differ(other),
+                self._buffers is not None and self._buffers.weights_differ(other._buffers),
+            ]
+        )
+
+    def weights_differ(self, other: Any) -> bool | Tensor:
+        """Whether another one is of other weights, whatever became of the buffers."""
         if not isinstance(other, Fingerprint) or self._plain != other._plain or len(self._sums) != len(other._sums):
             return True
         return any_of(
@@ -56,7 +68,13 @@ def fingerprint(modules: Iterable[nn.Module], own: Collection[int] = ()) -> Fing
     """
     modules = list(modules)
     children = [id(child) for module in modules for child in module._modules.values()]
-    tensors = list(_tensors(modules))
+    buffers = _of((buffer for module in modules for buffer in module._buffers.values()), own)
+    weights = _of((weight for module in modules for weight in module._parameters.values()), own)
+    return Fingerprint((children, weights._plain), weights._sums, buffers)
+
+
+def _of(parts: Iterable[Tensor | None], own: Collection[int]) -> Fingerprint:
+    tensors = list(_tensors(parts))
     marks = [
         (id(tensor), tensor.data_ptr(), tensor._version, needs_grad)
         for tensor, needs_grad, _ in tensors
@@ -75,16 +93,15 @@ def fingerprint(modules: Iterable[nn.Module], own: Collection[int] = ()) -> Fing
     found = [torch.stack(parts) for parts in sums.values()]
     # One operation for all samples of a kind, where there may be hundreds of tensors.
     found += [torch.cat(parts).view(len(parts), SAMPLE).sum(1, dtype=torch.int64) for parts in samples.values()]
-    return Fingerprint((children, marks), found)
+    return Fingerprint(marks, found)
 
 
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[Tensor, bool, int]]:
+def _tensors(parts: Iterable[Tensor | None]) -> Iterator[tuple[Tensor, bool, int]]:
     """The tensors that hold the data; whether what they belong to is trained; its id."""
-    for module in modules:
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                for plain in plain_tensors(tensor):
-                    yield plain, tensor.requires_grad, id(tensor)
+    for tensor in parts:
+        if tensor is not None:
+            for plain in plain_tensors(tensor):
+                yield plain, tensor.requires_grad, id(tensor)
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -43,8 +43,14 @@ class Line:
 
     def propose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the inner step: theta~ = OptStep(theta_t, gradient). Its arguments go to it untouched."""
-        with scaled_rates(self._optimizer, self.scale), inner_step(self._optimizer):
+        with self.proposing():
             return self._optimizer.step(*args, **kwargs)
+
+    @contextmanager
+    def proposing(self) -> Iterator[None]:
+        """While the inner optimizer moves weights, its rates are scaled, and global hooks pass over it."""
+        with scaled_rates(self._optimizer, self.scale), inner_step(self._optimizer):
+            yield
 
     def keep_candidate(self) -> None:
         """Remember the candidate, which is where the weights are."""

@@ -76,6 +76,12 @@ class Movement:
         return max(self.slices.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
 
     @property
+    def largest(self) -> float:
+        """The largest figure, mean or slice; NaN if one of them is."""
+        figures = (self.mean, *self.slices.values())
+        return math.nan if any(map(math.isnan, figures)) else max(figures)
+
+    @property
     def is_finite(self) -> bool:
         """Whether every figure is a finite number."""
         return all(math.isfinite(kl) for kl in (self.mean, *self.slices.values()))

@@ -28,7 +28,7 @@ from step_optim.controllers.interpolate import Interpolate
 from step_optim.line import Line, Restep, check_rates, loss_closure
 from step_optim.movement import Movement
 from step_optim.param_like import Copies, ParamLike, known_copies
-from step_optim.ranks import WORLD, Ranks
+from step_optim.ranks import WORLD, PeerFailed, Ranks
 from step_optim.run import Run
 from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
@@ -143,8 +143,12 @@ class STEPOptimizer(OptimizerWrapper):
 
     @property
     def budget(self) -> Budget:
-        """The budget; `set_budget` replaces it."""
+        """The budget; to assign another one is `set_budget`."""
         return self._run.budget
+
+    @budget.setter
+    def budget(self, budget: Budget | Bound) -> None:
+        self.set_budget(budget)
 
     @property
     def controller(self) -> Controller:
@@ -157,7 +161,8 @@ class STEPOptimizer(OptimizerWrapper):
         check_line(self._inner, check_controller(controller), self._shrink, self.budget)
         if self._run.kl is not None:
             check_measures(self._run.kl, controller, self._inner, self._parts.ranks)
-        self._run.controller = controller
+        if controller is not self.controller:
+            self._run.controller, self._run.memory = controller, {}
 
     @property
     def last(self) -> StepRecord | None:
@@ -174,6 +179,7 @@ class STEPOptimizer(OptimizerWrapper):
         closure = self._fitting(kl)
         closure.load_state_dict(self._run.kl_state)
         self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
+        self._run.told.fixed.forget(closure)
         self._run.warned = not self.budget.is_scheduled and below_noise(
             self.budget.at(0, closure.slices or ()), closure
         )
@@ -201,8 +207,10 @@ class STEPOptimizer(OptimizerWrapper):
         """
         self._refuse_inside_window("refresh()")
         self._run.anchored = None
-        if restart_drift and self._run.kl is not None:
-            self._run.kl.forget_origin()
+        if self._run.kl is not None:
+            self._run.kl.forget_attributes()
+            if restart_drift:
+                self._run.kl.forget_origin()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its movement counts from the next step on."""
@@ -215,6 +223,7 @@ class STEPOptimizer(OptimizerWrapper):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._run.anchored = None  # more weights are watched from now on
 
     def _refuse_inside_window(self, what: str) -> None:
         if self._run.open is not None:
@@ -285,7 +294,9 @@ class STEPOptimizer(OptimizerWrapper):
         transaction.rewind = False  # the body's dropout and data have drawn from the same random streams
         with self._atomic(transaction), self._atomic(transaction):
             self._begin(transaction)
+            transaction.in_body = True
             yield
+            transaction.in_body = False
             self._decide(transaction)
 
     def _transaction(self, kl: KLClosure | Callable[[], Any] | None, *, patient: bool) -> Transaction:
@@ -303,24 +314,44 @@ class STEPOptimizer(OptimizerWrapper):
         anchored, run.anchored = run.anchored, None  # until it is certain again
         known = transaction.begin(anchored)
         run.warned = run.warned or below_noise(transaction.limits, closure)  # a schedule may come down to it
-        if not all(ranks.same(transaction.limits, known)):
+        votes = ranks.same(transaction.limits, (known, transaction.renewed))
+        transaction.renewed = any(renewed for _, renewed in votes)
+        if not all(known for known, _ in votes):
             with transaction.clock("audit"), ranks.together():
                 closure.anchor()
             run.drift = None
         run.modules = closure.used or run.modules
         transaction.capture_state(run.modules)
+        if run.told.fixed.is_due(closure):
+            self._look(transaction)
+
+    def _look(self, transaction: Transaction) -> None:
+        """Measure theta_t by a plain function: `FixedReference` judges what it reads."""
+        try:
+            transaction.look()
+        except Exception as error:
+            if self._on_error == "raise" or (isinstance(error, PeerFailed) and error.fatal):
+                raise
+            transaction.ranks.confess(error, fatal=False)
+            transaction.late = error
 
     def _decide(self, transaction: Transaction) -> None:
         """Commit a feasible candidate; otherwise do what the controller says."""
         transaction.proposed = True
+        if transaction.late is not None:
+            raise transaction.late
         candidate = transaction.candidate()  # K_global and K_s on the control set
         if transaction.anchored_again:
             self._run.drift = None
+        self._run.told.fixed.judge(transaction.kl, transaction.still, candidate, transaction.limits)
         if candidate is None:
             outcome = Outcome(Action.UNCHANGED)
+            self._run.told.no_gradient(transaction)
         else:
             outcome = self._judge(transaction, candidate)
             outcome = transaction.settle(outcome, self.controller.on_reject, self.controller.on_shrink)
+            if outcome.action is Action.REJECT:
+                self._run.told.stall(self._run, transaction, candidate)
         if outcome.point is not None:
             with transaction.clock("audit"):
                 transaction.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference
@@ -333,7 +364,14 @@ class STEPOptimizer(OptimizerWrapper):
         if not math.isfinite(transaction.update_norm):
             return Outcome(Action.REJECT)  # no part of it is finite either
         with transaction.clock("search"):
-            return self.controller.decide(transaction.trial(candidate, self._run.progress.rejected_in_a_row))
+            run = self._run
+            rejected = run.progress.rejected_in_a_row
+
+            def explain() -> str:
+                transaction.go_back()
+                return str(run.told.why(run.progress, transaction, candidate, rejected, run.warm_start))
+
+            return self.controller.decide(transaction.trial(candidate, rejected, run.memory, explain))
 
     def _drift_of(self, transaction: Transaction) -> Movement | None:
         """Movement of the committed policy from pi_ref; measured again only if the policy changed."""
@@ -358,6 +396,18 @@ class STEPOptimizer(OptimizerWrapper):
         closure.check_parameters([p for group in self.param_groups for p in group["params"]])
         check_measures(closure, self.controller, self._inner, self._parts.ranks)
         return closure
+
+    @contextmanager
+    def _calling(self, name: str) -> Iterator[None]:
+        """Around a call of the inner optimizer's own (`first_step`, ...): what moves weights belongs into a step."""
+        if self._run.open is not None:
+            with self._run.open.part():
+                yield
+            return
+        before = self._parts.weights.digest()
+        yield
+        if self._parts.weights.digest() != before:
+            self._run.told.outside(self._inner, name)
 
     def _own_state(self) -> dict[str, Any]:
         return self._run.state_dict()

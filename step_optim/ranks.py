@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from step_optim.undo import inserted
+from step_optim.watchdog import WATCHDOG
 
 T = TypeVar("T")
 
@@ -87,8 +88,13 @@ class Ranks:
         if members is None or self._given != WORLD:
             return members
         if self._own is None or self._own[0] is not members:  # the world may be made anew
-            self._own = (members, dist.new_group(backend="gloo"))
+            with self._waiting("making the group that all processes talk in"):
+                self._own = (members, dist.new_group(backend="gloo"))
         return self._own[1]
+
+    @staticmethod
+    def _waiting(doing: str) -> AbstractContextManager[None]:
+        return WATCHDOG.waiting(f"rank {dist.get_rank()}, {doing},")
 
     @property
     def size(self) -> int:
@@ -120,7 +126,8 @@ class Ranks:
             raise self._failed
         group = self._group()
         heard: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(heard, message, group)
+        with self._waiting("exchanging what each process has measured"):
+            dist.all_gather_object(heard, message, group)
         failures = {rank: failure for rank, failure in enumerate(heard) if isinstance(failure, _Failure)}
         if failures:
             self._failed = PeerFailed(
@@ -154,7 +161,7 @@ class Ranks:
         with inserted(knock, _global_forward_pre_hooks):  # left behind, it would make training forwards knock
             yield
 
-    def same(self, value: Any, vote: bool) -> list[bool]:
+    def same(self, value: Any, vote: T) -> list[T]:
         """Exchange votes among processes that have the same value.
 
         Raises:
@@ -190,7 +197,8 @@ class Ranks:
         parts = [(tensor * (weight / total)).cpu() for tensor in tensors]
         self.exchange(None)  # all have come so far; nobody can tell of a failure in between the following
         for part in parts:
-            dist.all_reduce(torch.view_as_real(part) if part.is_complex() else part, group=group)
+            with self._waiting("averaging"):
+                dist.all_reduce(torch.view_as_real(part) if part.is_complex() else part, group=group)
         return [part.to(tensor.device) for part, tensor in zip(parts, tensors, strict=True)]
 
     def __deepcopy__(self, memo: Any) -> Ranks:

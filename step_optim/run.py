@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from step_optim.budget import Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
 from step_optim.radius import next_scale
+from step_optim.stall import STALL
 from step_optim.summary import Summary
 from step_optim.telemetry import StepRecord
+from step_optim.told import Told
 
 if TYPE_CHECKING:
     from step_optim.transaction import Transaction
@@ -35,22 +38,29 @@ class Progress:
     last: StepRecord | None = None
     scale: float = 1.0
     """On the learning rates of the next proposal, under ``warm_start``."""
+    latest: tuple[str, ...] = ()
+    """The constraints that bound the latest `STALL` of the rejections in a row."""
 
     def after(self, record: StepRecord, *, warm_start: bool = False) -> Progress:
         """Count one step."""
-        rejected = self.rejected_in_a_row
-        if record.triggered:
-            rejected = rejected + 1 if record.action is Action.REJECT else 0
-        elif record.action is Action.COMMIT:
-            rejected = 0
+        rejected, latest = self.rejected_in_a_row, self.latest
+        if record.constraint is not None and record.action is Action.REJECT:
+            rejected, latest = rejected + 1, self.bound_by(record.constraint)
+        elif record.triggered or record.action is Action.COMMIT:
+            rejected, latest = 0, ()
         return replace(
             self,
             step=self.step + 1,
             rejected_in_a_row=rejected,
+            latest=latest,
             summary=self.summary.plus(record),
             last=record,
             scale=next_scale(self.scale, record) if warm_start else self.scale,
         )
+
+    def bound_by(self, constraint: str) -> tuple[str, ...]:
+        """Return the constraints of the latest rejections, if one more is added."""
+        return (*self.latest, constraint)[-STALL:]
 
 
 @dataclass
@@ -69,6 +79,8 @@ class Run:
     kl_state: Mapping[str, Any] = field(default_factory=dict)
     """Of a checkpoint that was loaded before there was a KL closure."""
     progress: Progress = field(default_factory=Progress)
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What the controller remembers of this run; see `Trial.memory`."""
     notes: dict[str, Any] = field(default_factory=dict)
     """For the record of the step to come."""
     open: Transaction | None = None
@@ -77,14 +89,20 @@ class Run:
     """A fingerprint of the policy that is the KL closure's reference; None if that has to be taken anew."""
     drift: Movement | None = None
     """Of the committed policy from pi_ref; None if it has to be measured."""
+    ended: float | None = None
+    """When this process ended the latest step, on its own clock."""
     warned: bool = False
     """Whether a budget below the audit's noise was warned of."""
+    told: Told = field(default_factory=Told)
+    """What else was warned of."""
     modules: Sequence[nn.Module] = ()
     """Whose buffers are part of the policy."""
 
     def remember(self, transaction: Transaction) -> None:
         """Keep what the next step begins with, to see whether somebody else writes weights until then."""
         record = transaction.record
+        if record is not None and record.action not in (Action.REJECT, Action.UNCHANGED):
+            self.told.fixed.weights_moved()
         transaction.weights.remember(as_proposed=record is not None and record.action is Action.COMMIT)
         self.modules = transaction.kl.used or self.modules
         # Without an audit, a forward in a loss closure or a window may have moved buffers away from the reference.
@@ -93,7 +111,14 @@ class Run:
 
     def without_model(self) -> Run:
         """Return what a copy of the optimizer goes on with; the KL closure holds a model, so it stays behind."""
-        return Run(self.budget, self.controller, self.warm_start, kl_state=self._kl_state(), progress=self.progress)
+        return Run(
+            self.budget,
+            self.controller,
+            self.warm_start,
+            kl_state=self._kl_state(),
+            progress=self.progress,
+            memory=copy.deepcopy(self.memory),
+        )
 
     def _kl_state(self) -> dict[str, Any]:
         return dict(self.kl_state) if self.kl is None else self.kl.state_dict()
@@ -105,7 +130,7 @@ class Run:
             "step": self.progress.step,
             "rejected_in_a_row": self.progress.rejected_in_a_row,
             "summary": self.progress.summary.state_dict(),
-            "controller": self.controller.state_dict(),
+            "controller": copy.deepcopy(self.memory) | self.controller.state_dict(),
             "kl": self._kl_state(),
             **({"scale": self.progress.scale} if self.warm_start else {}),
         }
@@ -120,6 +145,8 @@ class Run:
         if state is not None and self.kl is not None:
             self.kl.check_state_dict(kl_state)
 
+        remembered = {} if state is None else copy.deepcopy(dict(state["controller"]))
+
         def take_over() -> None:
             self.progress, self.kl_state, self.anchored = progress, kl_state, None
             if state is None:
@@ -128,6 +155,8 @@ class Run:
                 self.kl.load_state_dict(kl_state)
                 self.kl_state = {}
             self.controller.load_state_dict(dict(state["controller"]))
+            own = self.controller.state_dict()
+            self.memory = {name: value for name, value in remembered.items() if name not in own}
 
         return take_over
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from step_optim.store import TensorStore
-from step_optim.tensors import TensorCopy, at_once, differs, memory, plain_tensors, shard_count
+from step_optim.tensors import TensorCopy, at_once, differs, digest, memory, plain_tensors, shard_count
 
 
 class Update:
@@ -108,6 +108,10 @@ class Weights:
     def _shards(self, parameter: Tensor) -> int:
         return self._shards_of[id(parameter)]
 
+    def digest(self) -> int:
+        """A number that tells these weights, as they are now, from others; see `tensors.digest`."""
+        return digest(parameter.detach() for parameter in self._parameters())
+
     def _parameters(self) -> Iterator[Tensor]:
         self._shards_of = {}
         for group in self._optimizer.param_groups:
@@ -146,7 +150,9 @@ class Weights:
             return
         distinct = {memory(tensor): tensor for tensor in self._captured}  # somebody has put `.data` somewhere else
         for tensor in distinct.values():
-            yield tensor.detach(), self._store.saved(tensor), self._shards(tensor)
+            now, previous = tensor.detach(), self._store.saved(tensor)
+            _check_kind(now, previous)
+            yield now, previous, self._shards(tensor)
 
     @torch.no_grad()
     def keep_candidate(self, *, aside: bool = False) -> None:
@@ -201,6 +207,17 @@ class Weights:
             self._store.restore()
 
 
+def _check_kind(now: Tensor, previous: Tensor) -> None:
+    """Refuse `.data` between which and theta_t there is no line."""
+    kinds = [(str(t.dtype).removeprefix("torch."), tuple(t.shape), str(t.device)) for t in (previous, now)]
+    if kinds[0] != kinds[1]:
+        was, became = (f"{dtype} of shape {shape} on {device}" for dtype, shape, device in kinds)
+        raise RuntimeError(
+            f"the inner step put a weight's .data from {was} to {became}: no part of such a step can be taken. Change "
+            "dtype, shape or device of weights between two steps, or make the optimizer write into them"
+        )
+
+
 IN_CACHE = 2**17
 """Elements that a CPU subtracts at once: a temporary of the size of all weights costs more than the arithmetic."""
 
@@ -216,6 +233,8 @@ def _square(now: Tensor, previous: Tensor) -> Tensor:
 def _square_of(now: Tensor, previous: Tensor) -> Tensor:
     if now.is_floating_point() and now.element_size() < 4:
         now, previous = now.float(), previous.float()
+    elif not (now.is_floating_point() or now.is_complex()):
+        now, previous = now.double(), previous.double()
     wide: Any = torch.complex128 if now.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(now - previous, dtype=wide)
     if not at_once(now) or not bool(norm.isfinite()):

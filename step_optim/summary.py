@@ -8,6 +8,14 @@ from typing import Any
 from step_optim.controllers.base import Action
 from step_optim.telemetry import StepRecord
 
+OWN = ("snapshot", "audit", "search")
+"""Phases of a step that a bare optimizer does not have."""
+
+PHASES = ("inner", *OWN)
+
+BOUND = "bound:"
+"""Before the name of a constraint, where steps are counted by what bound them."""
+
 
 class Summary:
     """Running totals of a run.
@@ -33,6 +41,9 @@ class Summary:
         add(str(record.action), 1)
         add("triggered", record.triggered)
         add("errors", record.error is not None)
+        add("references_renewed", record.reference_renewed)
+        if record.constraint is not None:
+            add(BOUND + record.constraint, 1)
         add("audits", record.audits)
         if record.triggered:
             add("trials", len(record.trials))
@@ -45,8 +56,10 @@ class Summary:
             add("candidate_sum", record.candidate.mean)
             add("candidate_count", 1)
         add("accepted_sum", record.accepted.mean)
-        for name in ("inner", "snapshot", "audit", "search"):
+        for name in (*PHASES, "elapsed"):
             add(f"{name}_seconds", seconds.get(name, 0.0))
+        if "elapsed" in seconds:
+            add("own_of_elapsed_seconds", sum(seconds.get(name, 0.0) for name in OWN))
         sums["accepted_max"] = max(sums.get("accepted_max", 0.0), record.accepted.mean)
         sums["worst_slice_max"] = max(sums.get("worst_slice_max", 0.0), record.accepted.worst[1])
         if record.reference_drift is not None:
@@ -57,15 +70,19 @@ class Summary:
         """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds.
 
         Audits per trigger are those beyond the candidate's: what a controller spends on one decision.
+        ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, reference or "not finite".
+        The overhead's share is that of snapshots, audits and searches in the time between two steps: without them the
+        training loop, generation included, would take 1 - share of its time.
         """
         total = self._sums.get
         steps = total("steps", 0)
-        own = sum(total(f"{name}_seconds", 0.0) for name in ("snapshot", "audit", "search"))
         return {
             "steps": int(steps),
             **{f"{action.value}s": int(total(action.value, 0)) for action in Action if action is not Action.UNCHANGED},
             "unchanged": int(total("unchanged", 0)),
             "errors": int(total("errors", 0)),
+            "references_renewed": int(total("references_renewed", 0)),
+            "bound": {name.removeprefix(BOUND): int(n) for name, n in self._sums.items() if name.startswith(BOUND)},
             "trigger_rate": _per(total("triggered", 0), steps),
             "rejection_rate": _per(total("reject", 0), steps),
             "mean_alpha": _per(total("alpha_sum", 0), total("alpha_count", 0)),
@@ -77,9 +94,10 @@ class Summary:
             "max_accepted_kl": total("accepted_max", 0.0),
             "max_accepted_slice_kl": total("worst_slice_max", 0.0),
             "reference_drift": total("drift", None),
-            "inner_seconds": total("inner_seconds", 0.0),
-            "overhead_seconds": own,
-            "overhead_per_inner_second": _per(own, total("inner_seconds", 0.0)),
+            **{f"{name}_seconds": total(f"{name}_seconds", 0.0) for name in PHASES},
+            "overhead_seconds": sum(total(f"{name}_seconds", 0.0) for name in OWN),
+            "elapsed_seconds": total("elapsed_seconds", 0.0),
+            "overhead_share": _per(total("own_of_elapsed_seconds", 0.0), total("elapsed_seconds", 0.0)),
         }
 
     def state_dict(self) -> dict[str, float]:

@@ -72,20 +72,30 @@ class StepRecord:
     """Learning rate of each parameter group at this step."""
     scale: float = 1.0
     """What the proposal multiplied them by, under ``warm_start``."""
+    reference_renewed: bool = False
+    """Whether somebody else has written weights since the last step, so that the reference was taken anew."""
     reward: float | None = None
     """From `note(reward=...)`."""
     success: bool = True
-    """False if the step ended in an error; or from `note(success=...)`."""
+    """False if something went wrong (see ``error``); or from `note(success=...)`."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Time by phase: inner, snapshot, audit (candidate and drift), search (trials)."""
+    """Time by phase: inner, snapshot, audit (reference, candidate and drift), search (trials). And elapsed: from the
+    end of the step before to the end of this one, with all that the training loop did; not in a process's first."""
     error: str | None = None
-    """What went wrong, if something did."""
+    """What went wrong, if something did: an exception, or a candidate that is not finite."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Anything else from `note(...)`."""
 
     @property
+    def constraint(self) -> str | None:
+        """What the controller had to deal with: ``bound``, or ``"not finite"``; None if the step was not triggered."""
+        if not self.triggered:
+            return None
+        return "not finite" if self.bound is None or not self.candidate.is_finite else self.bound
+
+    @property
     def audits(self) -> int:
-        """How often movement was measured."""
+        """How often movement was measured, at the candidate and at trials."""
         return len(self.trials) + (self.action is not Action.UNCHANGED)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,6 +78,19 @@ class Transaction:
         """Whether the reference is another policy, if that is still being computed."""
         self.anchored_again = False
         """Whether the reference turned out not to be the policy of theta_t, and was taken anew in the middle."""
+        self.renewed = False
+        """Whether somebody else has written weights since the last step."""
+        self._edited: Callable[[], bool] = lambda: False
+        """Find that out."""
+        self.in_body = False
+        """Whether the body of a window runs."""
+        self.idle: bool | None = None
+        """Whether all inner steps so far had neither a gradient nor a loss closure to make one; None before the first.
+        """
+        self.still: Movement | None = None
+        """What the KL closure reads at theta_t, if that was measured."""
+        self.late: Exception | None = None
+        """What that failed with, to be raised where an audit's failure is expected."""
         self.ranks.begin()
 
     def begin(self, anchored: Any) -> bool:
@@ -90,11 +103,18 @@ class Transaction:
         self.lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr") is not None)
         with self.clock("snapshot"):
             changed = self.weights.capture()
+        if anchored is None:
+            return False
+        then, now, own = anchored[1], None, anchored[0] is self.kl
         with self.clock("audit"):
-            stale = any_of([changed, True if anchored is None else _differ(anchored, self.fingerprint())])
+            if own:
+                now = self.fingerprint()[1]
+            stale = any_of([changed, not own or _differ(then, now)])
+            self._edited = lambda: bool(any_of([changed, own and _weights_differ(then, now)]))
         if isinstance(stale, Tensor) and self._patient and self.kl.takes_any_weights and self.ranks.size == 1:
             self._doubt = stale
             return True
+        self.renewed = bool(stale) and self._edited()
         return not bool(stale)
 
     def capture_state(self, modules: Iterable[nn.Module]) -> None:
@@ -120,9 +140,47 @@ class Transaction:
 
     def propose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the inner step: theta~ = OptStep(theta_t, gradient)."""
-        self.rewind = self.rewind and loss_closure(args, kwargs) is None
-        with self.clock("inner"), self.state.watch_groups():
+        closure = loss_closure(args, kwargs)
+        self.rewind = self.rewind and closure is None
+        self.idle = self.idle is not False and closure is None and not self._has_gradient()
+        with self._proposing():
             return self.line.propose(args, kwargs)
+
+    @contextmanager
+    def _proposing(self) -> Iterator[None]:
+        in_body, self.in_body = self.in_body, False
+        try:
+            with self.clock("inner"), self.state.watch_groups():
+                yield
+        finally:
+            self.in_body = in_body
+
+    def _has_gradient(self) -> bool:
+        return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Around a call of the inner optimizer that may move weights: in a window's body, one more part of it."""
+        if not self.in_body:
+            yield
+            return
+        self.idle = False
+        with self._proposing(), self.line.proposing():
+            yield
+
+    def go_back(self) -> None:
+        """Leave the candidate for theta_t in the middle of a decision that ends in an error."""
+        self.line.go(0)
+        self._here = None
+
+    def look(self) -> Movement:
+        """Measure theta_t, where the weights are, by a plain function: its movement should be 0."""
+        try:
+            with self.clock("audit"):
+                self.still = self._audit().movement
+        finally:
+            self.weights.restore()  # the function may write into them
+        return self.still
 
     def candidate(self) -> Point | None:
         """Audit the weights that the inner step proposed; None if no bit of them, on any rank, is another one.
@@ -172,7 +230,7 @@ class Transaction:
 
     def _anchor_again(self) -> None:
         self.kl.anchor()
-        self.anchored_again = True
+        self.anchored_again, self.renewed = True, self._edited()
 
     def _audit(self, *, drift: bool = False) -> Audit:
         kl = self.kl
@@ -206,7 +264,9 @@ class Transaction:
         self.trials.append(TrialRecord(point.alpha, point.movement, point.feasible))
         return point
 
-    def trial(self, candidate: Point, rejected_in_a_row: int) -> Trial:
+    def trial(
+        self, candidate: Point, rejected_in_a_row: int, memory: dict[str, Any], explain: Callable[[], str]
+    ) -> Trial:
         """What a controller is given."""
         self.line.keep_candidate()
         self._candidate = candidate
@@ -220,6 +280,8 @@ class Transaction:
             self._at_weights,
             self._distill,
             self.ranks.agree,
+            memory,
+            explain,
         )
 
     def _at(self, alpha: float) -> Point:
@@ -292,6 +354,7 @@ class Transaction:
             projection=outcome.projection,
             reference_drift=drift,
             error=None if proposed.is_finite else self._not_finite(proposed),
+            success=proposed.is_finite,
         )
 
     def stand(self, record: StepRecord) -> None:
@@ -323,6 +386,7 @@ class Transaction:
             "update_norm": self.update_norm,
             "lr": self.lr,
             "scale": self.line.scale,
+            "reference_renewed": self.renewed,
         }
 
     def _everywhere(self, kl: float) -> Movement:
@@ -360,9 +424,11 @@ class Transaction:
         uninterrupted(undo)
 
 
-def _differ(anchored: tuple[KLClosure, Any], now: tuple[KLClosure, Any]) -> bool | Tensor:
-    """Whether two fingerprints are not of one policy; a tensor if only an accelerator can tell."""
-    (kl, then), (kl_now, print_now) = anchored, now
-    if kl is not kl_now:
-        return True
-    return then.differs(print_now) if isinstance(then, Fingerprint) else bool(then != print_now)
+def _differ(then: Any, now: Any) -> bool | Tensor:
+    """Whether two fingerprints of one KL closure are not of one policy; a tensor if only an accelerator can tell."""
+    return then.differs(now) if isinstance(then, Fingerprint) else bool(then != now)
+
+
+def _weights_differ(then: Any, now: Any) -> bool | Tensor:
+    """The same of the weights alone, without buffers, which training forwards write."""
+    return then.weights_differ(now) if isinstance(then, Fingerprint) else bool(then != now)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
 from typing import Any
 
 from torch._compile import _disable_dynamo
@@ -28,6 +31,45 @@ def _of_the_inner(name: str) -> property:
         lambda self, value: setattr(self._inner, name, value),
         lambda self: delattr(self._inner, name),
     )
+
+
+class Watched:
+    """A method of the inner optimizer (`first_step`, `swap_swa_sgd`, ...) that is called inside a context.
+
+    In all else it is that method: ``__func__`` and ``__self__``, equality, its
+    signature; a pickle or a copy is one of the method.
+
+    Args:
+        method: a bound method.
+        calling: makes the context, given the method's name.
+    """
+
+    def __init__(self, method: MethodType, calling: Callable[[str], AbstractContextManager[None]]) -> None:
+        functools.update_wrapper(self, method)
+        self._method, self._calling = method, calling
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method."""
+        with self._calling(self._method.__name__):
+            return self._method(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Read what the method has (`__func__`, `__self__`, ...)."""
+        if name == "_method":  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._method, name)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._method == (other._method if isinstance(other, Watched) else other))
+
+    def __hash__(self) -> int:
+        return hash(self._method)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._method.__self__, self._method.__name__)
+
+    def __repr__(self) -> str:
+        return repr(self._method)
 
 
 class OptimizerWrapper(Optimizer):
@@ -90,7 +132,12 @@ class OptimizerWrapper(Optimizer):
         inner = self.__dict__.get("_inner")
         if inner is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(inner, name)
+        value = getattr(inner, name)
+        return Watched(value, self._calling) if isinstance(value, MethodType) else value
+
+    def _calling(self, name: str) -> AbstractContextManager[None]:
+        """Return what a method of the inner optimizer that the wrapper does not have is called in."""
+        return nullcontext()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Write a public attribute that only the inner optimizer has (`rho`, `d0`, ...) where it is read."""

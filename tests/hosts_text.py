@@ -95,7 +95,7 @@ def counters(optimizer: Any) -> dict[str, Any]:
     """What `summary` says about the whole run, but for times."""
     while not isinstance(optimizer, STEPOptimizer):
         optimizer = optimizer.optimizer
-    return {name: value for name, value in optimizer.summary().items() if "second" not in name}
+    return {name: value for name, value in optimizer.summary().items() if not name.endswith(("_seconds", "_share"))}
 
 
 # -- trainers --------------------------------------------------------------------------------------------------------

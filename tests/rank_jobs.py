@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL
+from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL, watchdog
 from step_optim.ranks import Ranks
 from step_optim.transaction import Transaction
 from tests.rank_training import INF, Training, local, story
@@ -330,3 +334,26 @@ def broadcasting() -> list[str]:
         optimizer.step()
         actions.append(str(optimizer.last.action))
     return actions
+
+
+def late(folder: str) -> list[str]:
+    """Rank 1 comes to the first step, and to the third, only when rank 0 has said twice that it waits; what it said."""
+    said: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            Path(folder, f"said{len(said)}").touch()
+
+    handler = Handler()
+    watchdog.LOGGER.addHandler(handler)
+    run = Training("plain", budget=INF)
+    with mock.patch.multiple(watchdog, PATIENCE=0.2, AGAIN=0.2):
+        for step in range(4):
+            run.loss(step)
+            if dist.get_rank() == 1 and step in (0, 2):
+                while not Path(folder, f"said{step + 2}").exists():
+                    time.sleep(0.01)
+            run.optimizer.step()
+    watchdog.LOGGER.removeHandler(handler)
+    return said

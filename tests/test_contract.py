@@ -28,8 +28,8 @@ class Part(Controller):
 
 
 def over_once():
-    """KL closure: over a budget of 0.5 at the candidate, within it at whatever is tried next."""
-    return iter([1.0, 0.0]).__next__
+    """KL closure: 0 at theta_t, over a budget of 0.5 at the candidate, within it at whatever is tried next."""
+    return iter([0.0, 1.0, 0.0]).__next__
 
 
 def weights(*shapes, dtype=torch.float32):
@@ -283,7 +283,10 @@ def test_gradients_that_a_step_overwrites_come_back():
 
 
 def test_under_a_gate_a_committed_step_calls_the_kl_closure_once():
-    """A closure that samples sees one call a step, and what it draws is put back."""
+    """A closure that samples sees one call a step, and what it draws is put back.
+
+    The first two steps look besides at what it reads where nothing has moved (`FixedReference`).
+    """
     parameters = weights()
     calls = []
 
@@ -293,9 +296,9 @@ def test_under_a_gate_a_committed_step_calls_the_kl_closure_once():
 
     optimizer = STEPOptimizer(torch.optim.SGD(parameters, lr=0.1), kl=kl, budget=1.0, controller=Gate())
     stream = torch.get_rng_state()
-    for step in range(3):
+    for step in range(5):
         give_gradients(parameters, step)
         optimizer.step()
-    assert len(calls) == 3
+    assert len(calls) == 5 + 2
     assert torch.equal(torch.get_rng_state(), stream)
     assert math.isclose(float(calls[0]), float(calls[1]))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from step_optim import read_log
+from step_optim import read_log, watchdog
 from tests import rank_jobs as jobs
 from tests import reference
 from tests.ranks import on_ranks
@@ -197,3 +197,46 @@ def test_on_nccl(kind):
     assert "shrink" in {record["action"] for record in records}
     assert all(record["accepted"]["mean"] <= 4e-3 for record in records)
     same([result["weights"] for result in held])
+
+
+def test_a_process_that_waits_long_says_for_what(tmp_path):
+    """While the group is made, and in an exchange: who waits since when, and what may be the matter; again and again.
+
+    The other process goes on only when it has been said twice.
+    """
+    first, second = on_ranks(jobs.late, 2, folder=str(tmp_path))
+    assert len(first) >= 4
+    assert second == []
+    for text in first:
+        assert text.startswith("rank 0, ")
+        assert "has been waiting since" in text
+        assert "the other processes have not reached this step" in text
+        assert "wrap its optimizer in STEPOptimizer and call step() equally often?" in text
+    assert "making the group" in first[0]
+    assert "exchanging" in first[-1]
+
+
+def test_a_wait_is_told_after_the_patience_and_again(caplog):
+    """On a clock of our own: nothing before the patience is over, then once every `AGAIN` seconds."""
+    wait = watchdog._Wait("rank 3, counting,", since=0.0)
+    told = []
+    for second in range(int(watchdog.PATIENCE + 2 * watchdog.AGAIN) + 2):
+        caplog.clear()
+        wait.tell(float(second))
+        told += [second] * len(caplog.records)
+    assert told == [watchdog.PATIENCE, watchdog.PATIENCE + watchdog.AGAIN, watchdog.PATIENCE + 2 * watchdog.AGAIN]
+    assert caplog.records == []
+
+
+def test_a_wait_that_ends_is_forgotten_and_one_thread_watches_all():
+    """Also one that ends in an error."""
+    dog = watchdog.Watchdog()
+    with pytest.raises(ZeroDivisionError), dog.waiting("rank 0"):
+        assert len(dog._waits) == 1
+        thread = dog._thread
+        with dog.waiting("rank 0"):
+            assert dog._thread is thread
+            assert len(dog._waits) == 2
+        raise ZeroDivisionError
+    assert dog._waits == {}
+    assert thread.daemon

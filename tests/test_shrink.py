@@ -91,8 +91,8 @@ def weights(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 
 
 def over_once():
-    """KL closure: over a budget of 0.5 at the candidate, within it at whatever is tried next."""
-    return iter([1.0, 0.0]).__next__
+    """KL closure: 0 at theta_t, over a budget of 0.5 at the candidate, within it at whatever is tried next."""
+    return iter([0.0, 1.0, 0.0]).__next__
 
 
 # Rprop's step does not depend on lr after the first; ASGD's lr is a state of its own.

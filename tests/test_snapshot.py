@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_optim import Budget, Gate, Interpolate, PolicyKL, Project, STEPOptimizer
+from step_optim import Action, Budget, Gate, Interpolate, PolicyKL, Project, STEPOptimizer
 from step_optim import store as stores
 from step_optim.snapshot import Weights
 from tests.strategies import bits
@@ -155,6 +155,98 @@ def test_a_snapshot_on_the_host_changes_nothing(controller):
         return seen
 
     assert run("cpu") == run("device")
+
+
+LAYOUTS = {
+    "clone": lambda data: data.clone(),
+    "elsewhere": lambda data: torch.empty(data.numel() + 1, dtype=data.dtype)[1:].view(data.shape).copy_(data),
+    "transposed": lambda data: data.clone() if data.dim() < 2 else data.transpose(0, -1).contiguous().transpose(0, -1),
+    "gaps": lambda data: torch.zeros(*data.shape, 2, dtype=data.dtype)[..., 0].copy_(data),
+}
+"""Ways to give a weight other memory that holds the same values."""
+
+ALL_DTYPES = [*DTYPES, torch.complex128, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
+
+
+class Swaps(torch.optim.Optimizer):
+    """Puts `.data` of its weights somewhere else, and adds what is in `moves` to them."""
+
+    def __init__(self, weights: list[torch.nn.Parameter], layout: str, moves: list[torch.Tensor | None]) -> None:
+        super().__init__(weights, {"lr": 1.0})
+        self._layout, self._moves = LAYOUTS[layout], moves
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for weight, move in zip(self.param_groups[0]["params"], self._moves, strict=True):
+            weight.data = self._layout(weight.data)
+            if move is not None:
+                weight.data.copy_((weight.data.double() + move).to(weight.dtype))
+
+
+@pytest.mark.filterwarnings("ignore:the step moved nothing")
+@given(
+    shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
+    dtype=st.sampled_from(ALL_DTYPES),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+)
+def test_data_that_was_only_put_elsewhere_has_not_moved(shape, dtype, layout):
+    """Whatever shape, dtype and layout: no bit moved, so the step is unchanged and its norm is zero."""
+    values = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.nn.Parameter(values, requires_grad=False)
+    optimizer = STEPOptimizer(Swaps([weight], layout, [None]), kl=lambda: 0.0, budget=1.0)
+    for _ in range(2):
+        optimizer.step()
+        assert (optimizer.last.action, optimizer.last.update_norm) == (Action.UNCHANGED, 0.0)
+        assert bits(weight.detach().clone(memory_format=torch.contiguous_format)) == bits(values)
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), max_size=4).map(tuple),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    controller=st.sampled_from([Gate, Interpolate]),
+    seed=st.integers(0, 1000),
+)
+def test_data_that_was_put_elsewhere_and_moved(shape, dtype, layout, controller, seed):
+    """The norm is that of the difference; half of the step is half way; a rejection leaves no trace, nor other memory.
+
+    The other weight is put elsewhere and stays what it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(shape, generator=generator).to(dtype)
+    move = 1 + torch.rand(shape, generator=generator).double()
+    weight, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(2, 3, dtype=dtype))
+    address, before = weight.data_ptr(), bits(weight)
+    target = (start.double() + move).to(dtype)
+    length = float((target.double() - start.double()).square().sum())
+    optimizer = STEPOptimizer(
+        Swaps([weight, other], layout, [move, None]),
+        kl=lambda: float((weight.double() - start.double()).square().sum()) / length,
+        budget=0.25,
+        controller=controller(),
+    )
+    optimizer.step()
+    assert optimizer.last.update_norm == pytest.approx(math.sqrt(length), rel=1e-6)
+    if controller is Gate:
+        assert (optimizer.last.action, bits(weight), weight.data_ptr()) == (Action.REJECT, before, address)
+        return
+    part = optimizer.last.alpha
+    expected = torch.lerp(start, target, part).double()
+    assert (weight.double() - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
+    assert optimizer.last.accepted.mean <= 0.25
+    assert bits(other) == bits(torch.ones(2, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("change", [lambda data: data.half(), lambda data: data.flatten(), lambda data: data[:1]])
+def test_data_of_another_kind_is_refused_in_the_step(change):
+    """There is no line between weights of two dtypes or shapes: the message has both, and nothing has changed."""
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    inner = Swaps([weight], "clone", [None])
+    inner._layout = change
+    optimizer = STEPOptimizer(inner, kl=lambda: 0.0, budget=1.0)
+    with pytest.raises(RuntimeError, match=r"\.data from float32 of shape \(2, 3\) on cpu to"):
+        optimizer.step()
+    assert bits(weight) == bits(torch.ones(2, 3))
 
 
 def test_an_unknown_snapshot_is_refused():

@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -168,7 +170,7 @@ def test_summary_survives_a_checkpoint(trace, cut) -> None:
 
 def timeless(figures: dict[str, object]) -> dict[str, object]:
     """Figures that equal runs have in common."""
-    return {name: value for name, value in figures.items() if "second" not in name}
+    return {name: value for name, value in figures.items() if not name.endswith(("_seconds", "_share"))}
 
 
 def test_summary_counts_and_means() -> None:
@@ -186,7 +188,7 @@ def test_summary_counts_and_means() -> None:
             alpha=alpha,
             trials=(TrialRecord(0.5, Movement(0.1), True),) if action is Action.SHRINK else (),
             reference_drift=Movement(0.25 * step),
-            seconds={"inner": 1.0, "audit": 2.0, "search": 1.0, "snapshot": 0.5},
+            seconds={"inner": 1.0, "audit": 2.0, "search": 1.0, "snapshot": 0.5} | ({"elapsed": 7.0} if step else {}),
         )
 
     figures = summarise(
@@ -210,8 +212,46 @@ def test_summary_counts_and_means() -> None:
     assert figures["max_accepted_slice_kl"] == 0.2
     assert figures["reference_drift"] == 0.75
     assert figures["inner_seconds"] == 4.0
+    assert [figures[f"{name}_seconds"] for name in ("snapshot", "audit", "search")] == [2.0, 8.0, 4.0]
     assert figures["overhead_seconds"] == 14.0
-    assert figures["overhead_per_inner_second"] == 3.5
+    assert figures["elapsed_seconds"] == 21.0
+    assert figures["overhead_share"] == 0.5  # of three steps: the time before the first is not known
+
+
+def test_the_time_between_two_steps_is_recorded(monkeypatch) -> None:
+    """From the end of one step to that of the next, whatever became of them; a copy, as a new process, begins anew."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    seen: list[dict[str, float]] = []
+    optimizer = STEPOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        kl=lambda: 0.0,
+        budget=1.0,
+        log=lambda record, _: seen.append(record["seconds"]),
+    )
+    weight.grad = torch.ones(2)
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    optimizer.step()
+    assert "elapsed" not in optimizer.last.seconds
+    begun = next(ticks)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(kl=lambda: 1 / 0)
+    with optimizer.window():
+        for _ in range(40):  # the training loop looks at the clock, too
+            next(ticks)
+        optimizer.step()
+    elapsed = [record["elapsed"] for record in seen[1:]]
+    assert elapsed[1] > 40 > elapsed[0]
+    assert sum(elapsed) == next(ticks) - begun
+    figures = optimizer.summary()
+    own = sum(record[name] for record in seen[1:] for name in ("snapshot", "audit", "search"))
+    assert figures["elapsed_seconds"] == sum(elapsed)
+    assert figures["overhead_share"] == own / sum(elapsed)
+    copied = copy.deepcopy(optimizer)
+    copied.bind(lambda: 0.0)
+    copied.param_groups[0]["params"][0].grad = torch.ones(2)
+    copied.step()
+    assert "elapsed" not in copied.last.seconds
 
 
 def test_a_summary_of_nothing() -> None:
@@ -491,7 +531,7 @@ def test_record_of_a_shrunk_step() -> None:
     assert record.update_norm == pytest.approx(math.hypot(0.2, 0.02), rel=1e-5)
     assert record.lr == (1.0,)
     assert record.budget == Limits(mean=0.06)
-    assert set(record.seconds) == {"inner", "snapshot", "audit", "search"}
+    assert set(record.seconds) == {"inner", "snapshot", "audit", "search", "elapsed"}
     assert record.seconds["search"] > 0
     assert record.reference_drift is None
     assert record.reward == 4.0
@@ -532,7 +572,7 @@ def test_a_killed_run_loses_the_step_in_flight_at_most(tmp_path, end, code) -> N
     path, script = tmp_path / "run.jsonl", tmp_path / "killed.py"
     script.write_text(textwrap.dedent(KILLED.format(end=end)))
     done = subprocess.run(
-        [sys.executable, str(script), str(path), "6"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(script), str(path), "7"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == code, done.stderr
     finished = [int(line) for line in done.stdout.split()]

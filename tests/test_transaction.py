@@ -265,7 +265,7 @@ def test_a_stalled_gate_can_raise():
 
 
 def test_a_livelock_is_warned_of_once_and_the_remedy_works():
-    """Eight rejections in a row, nothing has changed; warm_start=True, which the warning names, ends them."""
+    """Five rejections in a row, nothing has changed; warm_start=True, which the warning names, ends them."""
     optimizer, weight = line(0.25, Gate())
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -273,7 +273,7 @@ def test_a_livelock_is_warned_of_once_and_the_remedy_works():
             optimizer.step()
     assert weight.item() == 0.0
     (warning,) = told
-    assert "8 steps in a row" in str(warning.message)
+    assert "5 steps in a row" in str(warning.message)
     assert "warm_start=True" in str(warning.message)
     optimizer, weight = line(0.25, Gate(), warm_start=True)
     for _ in range(20):
@@ -406,3 +406,152 @@ def test_low_precision_logs_the_alpha_that_rounding_left():
     candidate = float((torch.ones(1, dtype=torch.bfloat16) + torch.tensor(0.02, dtype=torch.bfloat16)).float()) - 1
     assert optimizer.last.alpha_realised == pytest.approx(moved / candidate)
     assert optimizer.last.accepted.mean <= 1e-3
+
+
+def test_a_budget_can_be_assigned():
+    """It is `set_budget`: the next step is judged by it, and a bad one is refused with the old one in force."""
+    optimizer, weight = line(5.0, Gate())
+    optimizer.budget = 0.5
+    assert optimizer.budget == Budget(mean=0.5)
+    optimizer.step()
+    assert optimizer.last.action is Action.REJECT
+    for bad, error in ((-1.0, ValueError), ("0.1", TypeError)):
+        with pytest.raises(error, match="budget"):
+            optimizer.budget = bad
+    assert optimizer.budget == Budget(mean=0.5)
+    optimizer.budget = Budget(mean=2.0)
+    optimizer.step()
+    assert weight.item() == 1.0
+
+
+@pytest.mark.parametrize("name", ["on_reject", "on_shrink"])
+@pytest.mark.parametrize("value", ["keep-state", "Restore", "", None, True, 0])
+def test_an_option_of_a_subclass_that_is_misspelt_is_refused(name, value):
+    """Anything but "keep_state" would mean "restore" in silence. The message has class, option, value and choices."""
+    wrong = type("Mine", (Half,), {name: value})
+    words = rf"Mine\.{name}={value!r} is unknown; use 'restore' or 'keep_state'"
+    with pytest.raises(ValueError, match=words):
+        line(1.0, wrong())
+    optimizer, _ = line(1.0)
+    with pytest.raises(ValueError, match=words):
+        optimizer.controller = wrong()
+    assert isinstance(optimizer.controller, Interpolate)
+
+
+@pytest.mark.parametrize("name", ["on_rejct", "on_rejects", "onreject", "on_shrinks", "on_shrunk"])
+def test_the_name_of_an_option_that_is_misspelt_is_refused(name):
+    """Nobody would ever read it. Methods and other options of a subclass are its own business."""
+    with pytest.raises(ValueError, match=rf"Mine\.{name}='keep_state': there is no such option; if on_(reject|shrink)"):
+        line(1.0, type("Mine", (Half,), {name: "keep_state"})())
+    line(1.0, type("Mine", (Half,), {name: lambda self: None, "on_start": "keep_state"})())
+
+
+def steep(budget: float, controller: Controller) -> tuple[STEPOptimizer, torch.nn.Parameter]:
+    """As `line`, with a KL that is no parabola, so that a search has something to remember."""
+    optimizer, weight = line(budget, controller)
+    flat = optimizer._run.kl.fn
+    optimizer.bind(lambda: torch.expm1(3 * flat()))
+    return optimizer, weight
+
+
+def history(optimizers: list[STEPOptimizer], steps: int = 6) -> list[list[object]]:
+    """What each of some optimizers does, in turns."""
+    seen: list[list[object]] = [[] for _ in optimizers]
+    for _ in range(steps):
+        for optimizer, records in zip(optimizers, seen, strict=True):
+            optimizer.step()
+            records.append((optimizer.last.alpha, optimizer.last.trials, optimizer.state_dict()["step_optim"]))
+    return seen
+
+
+@pytest.mark.parametrize("make", [Interpolate, lambda: Interpolate("bisect")])
+def test_one_controller_in_two_optimizers_is_two_controllers(make):
+    """What a search remembers belongs to the run: trials, memories and checkpoints are those of two controllers."""
+    shared = make()
+    together = history([steep(0.5, shared)[0], steep(7.0, shared)[0]])
+    apart = history([steep(0.5, make())[0], steep(7.0, make())[0]])
+    assert [[step[:2] for step in run] for run in together] == [[step[:2] for step in run] for run in apart]
+    kept = [[[step[2]["controller"] for step in run] for run in runs] for runs in (together, apart)]
+    assert kept[0] == kept[1]
+    if shared.search == "model":
+        assert kept[0][0][-1] != kept[0][1][-1]
+
+
+class Counts(Controller):
+    """Counts its decisions, in the run's memory and in an attribute, and may fail afterwards."""
+
+    def __init__(self) -> None:
+        self.own, self.fails = 0, False
+
+    def decide(self, trial: Trial):
+        trial.memory.setdefault("seen", []).append(trial.candidate.movement.mean)
+        self.own += 1
+        if self.fails:
+            raise ArithmeticError
+        return trial.reject()
+
+    def state_dict(self):
+        return {"own": self.own}
+
+    def load_state_dict(self, state):
+        self.own = state["own"]
+
+
+def test_a_failed_step_takes_back_what_a_controller_remembered():
+    """Memory of the run and state of the controller are those before the step, also if they were changed in place."""
+    optimizer, _ = line(0.5, Counts())
+    optimizer.step()
+    optimizer.controller.fails = True
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    assert optimizer._run.memory == {"seen": [1.0]}
+    assert optimizer.controller.own == 1
+
+
+def test_memory_and_state_of_a_controller_survive_a_checkpoint():
+    """Both lie under the key "controller", as ever; a copy of the optimizer has a memory of its own."""
+    optimizer, _ = line(0.5, Counts())
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["step_optim"]["controller"] == {"seen": [1.0], "own": 1}
+    again, _ = line(0.5, Counts())
+    again.load_state_dict(saved)
+    assert (again._run.memory, again.controller.own) == ({"seen": [1.0]}, 1)
+    again.step()
+    assert saved["step_optim"]["controller"] == {"seen": [1.0], "own": 1}
+    assert again.state_dict()["step_optim"]["controller"] == {"seen": [1.0, 1.0], "own": 2}
+    other = copy.copy(again)
+    other._run.memory["seen"].append(3.0)
+    assert again._run.memory["seen"] == [1.0, 1.0]
+
+
+def test_another_controller_begins_without_a_memory():
+    """What the one before it has left there may mean something else."""
+    optimizer, _ = steep(0.5, Interpolate())
+    history([optimizer])
+    assert optimizer._run.memory
+    same = optimizer.controller
+    optimizer.controller = same
+    assert optimizer._run.memory
+    optimizer.controller = Interpolate()
+    assert not optimizer._run.memory
+
+
+@pytest.mark.parametrize("budget", [0.5, math.inf])
+@pytest.mark.parametrize("what", ["gradient", "KL"])
+def test_what_is_not_finite_is_an_error_everywhere_or_nowhere(what, budget):
+    """An error is set exactly where the step is no success, and counted; `note(success=True)` cannot hide it."""
+    optimizer, weight = line(budget)
+    optimizer.note(success=True)
+    if what == "gradient":
+        weight.grad = torch.tensor([math.nan])
+        optimizer.step()
+    else:
+        optimizer.step(kl=lambda: math.nan)
+    record = optimizer.last
+    assert (record.action, record.success) == (Action.REJECT, False)
+    assert "not finite" in record.error
+    assert optimizer.summary()["errors"] == 1
+    weight.grad = torch.tensor([-0.1])
+    optimizer.step()
+    assert (optimizer.last.success, optimizer.last.error, optimizer.summary()["errors"]) == (True, None, 1)

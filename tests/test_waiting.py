@@ -63,7 +63,7 @@ def history(controller: object, budget: Budget) -> list:
                 record.action,
                 record.candidate,
                 record.accepted,
-                record.reference_drift,
+                (record.reference_drift, record.reference_renewed),
                 record.update_norm,
                 [trial.alpha for trial in record.trials],
                 [bits(p) for p in model.parameters()],
@@ -88,8 +88,9 @@ def test_the_steps_are_the_same_and_edits_are_noticed(controller, budget) -> Non
     with mock.patch.object(stores, "AT_ONCE", ()):
         late = history(controller(), budget)
     early = history(controller(), budget)
-    for a, b in zip(late, early, strict=True):
+    for step, (a, b) in enumerate(zip(late, early, strict=True)):
         assert a[:4] == b[:4]
+        assert a[3][1] == (step in (2, 4))
         assert a[4] == pytest.approx(b[4], rel=1e-12)
         assert a[5:] == b[5:]
 
@@ -99,13 +100,17 @@ def test_nothing_moved(behind) -> None:
     model, optimizer = make(Interpolate(), Budget(mean=1e-3))
     push(model, 0)
     optimizer.step()
-    for p in model.parameters():
-        p.grad = None
+    assert not optimizer.last.reference_renewed
+    push(model, 0)
+    optimizer.param_groups[0]["lr"] = 0.0
     nudge(model, 0.1)
     optimizer.step()
     assert optimizer.last.action == "unchanged"
+    assert optimizer.last.reference_renewed
     push(model, 1, 1e-9)
+    optimizer.param_groups[0]["lr"] = 0.02
     optimizer.step()
+    assert not optimizer.last.reference_renewed
     assert optimizer.last.accepted.mean <= 1e-3
     kl = optimizer._run.kl
     assert kl().mean == 0.0  # the reference is the policy that stands

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -74,12 +75,13 @@ def by_slice(gradient: float | None) -> tuple[STEPOptimizer, nn.Parameter]:
 def test_a_step_that_measured_no_slice_is_a_step_like_any_other(gradient):
     """Nothing moved, or nothing was finite: the next step is audited, under the budget that names a slice."""
     optimizer, weight = by_slice(gradient)
-    optimizer.step()
+    with pytest.warns(UserWarning, match="none of the optimizer's 1") if gradient is None else nullcontext():
+        optimizer.step()
     weight.grad = torch.tensor([5.0])
     optimizer.step()
     assert optimizer.last.triggered
     assert optimizer.last.action is Action.REJECT
-    assert optimizer.last.scale == (1.0 if not gradient else 0.5)
+    assert optimizer.last.scale == (1.0 if not gradient else 0.5)  # an update that is not finite halves it
     assert weight.item() == 0.0
 
 
@@ -122,7 +124,7 @@ def problem(controller=None, budget=1e-3, lr=0.3, **options):
 def test_a_gate_that_rejects_for_ever_comes_free():
     """Adam's step does not depend on the gradient's size: a gate alone never accepts, and a warm start soon does."""
     _, _, step = problem(Gate())
-    with pytest.warns(UserWarning, match="8 steps in a row were over budget"):
+    with pytest.warns(UserWarning, match="5 steps in a row were rejected, by the budget of the mean"):
         assert {step().action for _ in range(20)} == {Action.REJECT}
     _, optimizer, step = problem(Gate(), warm_start=True)
     actions = [step().action for _ in range(20)]

@@ -14,6 +14,7 @@ from today import KLPenalty, LineSearch, TargetKL
 from torch import Tensor, nn
 
 from step_optim import Budget, Controller, ControlSet, Gate, Interpolate, STEPOptimizer, TokenKL
+from step_optim.summary import PHASES
 
 CANDIDATE_KL = 0.05
 """Nats per token that the measured step proposes to move: the learning rate is set to that."""
@@ -124,7 +125,7 @@ class Bench:
         record = self.optimizer.last
         assert record is not None
         alpha = {} if record.alpha is None else {"alpha": record.alpha}
-        return {"trials": len(record.trials), **alpha, **record.seconds}
+        return {"trials": len(record.trials), **alpha, **{phase: record.seconds[phase] for phase in PHASES}}
 
     def naive(self, name: str, part: float, kind: type[NaiveSTEP] = NaiveSTEP) -> Method:
         """Algorithm 1 as written, or the line search."""

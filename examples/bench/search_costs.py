@@ -93,8 +93,8 @@ class Curve:
         return low
 
 
-def trial_over(curve: Curve, limits: Limits, asked: list[float]) -> Trial:
-    """What a controller sees; ``asked`` collects the alphas that it has audited."""
+def trial_over(curve: Curve, limits: Limits, asked: list[float], memory: dict[str, Any]) -> Trial:
+    """What a controller sees; ``asked`` collects the alphas that it has audited, ``memory`` what it remembers."""
 
     def point(alpha: float) -> Point:
         moved = curve.at(alpha)
@@ -107,7 +107,7 @@ def trial_over(curve: Curve, limits: Limits, asked: list[float]) -> Trial:
     def refuse(*_: Any) -> Any:
         raise NotImplementedError("a search along the line only")
 
-    return Trial(point(1.0), limits, 0, None, None, at, refuse, refuse)  # type: ignore[arg-type]
+    return Trial(point(1.0), limits, 0, None, None, at, refuse, refuse, memory=memory)  # type: ignore[arg-type]
 
 
 def measure_searches(workload: Workload, steps: int, progress: Progress) -> dict[str, Any]:
@@ -128,9 +128,9 @@ def measure_searches(workload: Workload, steps: int, progress: Progress) -> dict
 
 
 def _run(bench: Bench, workload: Workload, steps: int, progress: Progress) -> list[dict[str, Any]]:
-    """Some steps in a row; a controller keeps what it remembers from one to the next."""
-    controllers = {
-        (part, name): made
+    """Some steps in a row; each controller has a memory that goes from one to the next."""
+    controllers: dict[tuple[float, str], tuple[Interpolate, dict[str, Any]]] = {
+        (part, name): (made, {})
         for part in BUDGETS
         for name, options in SEARCHES.items()
         if (made := interpolate(**options)) is not None
@@ -148,13 +148,13 @@ def _run(bench: Bench, workload: Workload, steps: int, progress: Progress) -> li
     return problems
 
 
-def _solve(curve: Curve, part: float, controllers: dict[str, Interpolate]) -> dict[str, Any]:
+def _solve(curve: Curve, part: float, controllers: dict[str, tuple[Interpolate, dict[str, Any]]]) -> dict[str, Any]:
     """Let every search find its alpha for one candidate and one budget."""
     limits = curve.limits(part)
     found = {}
-    for name, controller in controllers.items():
+    for name, (controller, memory) in controllers.items():
         asked: list[float] = []
-        point = controller.search_alpha(trial_over(curve, limits, asked))
+        point = controller.search_alpha(trial_over(curve, limits, asked, memory))
         found[name] = {"audits": len(asked), "alpha": 0.0 if point is None else point.alpha}
     return {"kl": curve.known[1.0].mean, "part": part, "best": curve.best(limits), "found": found}
 

@@ -70,6 +70,12 @@ class Point:
         """KL / budget by constraint."""
         return self.verdict.ratios
 
+    @property
+    def constraint(self) -> str:
+        """What is most exceeded, or nearest: ``"mean"``, ``"slice:<name>"``, ``"reference"``; or ``"not finite"``."""
+        binding = self.verdict.binding
+        return "not finite" if binding is None or not self.movement.is_finite else binding
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -110,6 +116,11 @@ class Trial:
     agree: Callable[[Any], Any] = lambda value: value
     """With several processes: the first one's value, everywhere. What a controller computes by itself, and decides on,
     goes through this; points agree already."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Plain values that a controller wants to find again in the next step. They belong to the run: one controller may
+    serve several optimizers, a checkpoint holds them, and a step that fails takes back what it wrote."""
+    explain: Callable[[], str] = lambda: ""
+    """Say why steps are rejected in a row, and what helps; for the message of an error that ends the step."""
 
     @staticmethod
     def accept(point: Point, **record: Any) -> Outcome:
@@ -122,8 +133,16 @@ class Trial:
         return Outcome(Action.REJECT, **record)
 
 
+STATES = ("restore", "keep_state")
+"""Values of ``on_reject`` and ``on_shrink``: the optimizer state of theta_t, or that of the candidate."""
+
+
 class Controller(ABC):
     """Decides what happens to an infeasible candidate. It never writes weights itself.
+
+    What it has to remember from step to step it puts into ``trial.memory``. A
+    controller that keeps it in attributes instead serves one optimizer alone,
+    and returns it in `state_dict`.
 
     Write one by subclassing::
 
@@ -143,6 +162,9 @@ class Controller(ABC):
     needs_logits = False
     """Whether the KL closure must be a `LogitKL`."""
 
+    patience: int | None = None
+    """Rejections in a row after which it does something else by itself, so that nobody needs to be warned before."""
+
     shrinks = True
     """Whether `decide` may accept points on the line to the candidate."""
 
@@ -151,14 +173,18 @@ class Controller(ABC):
         """Return the outcome of a step whose candidate is infeasible."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; plain values."""
+        """What a resumed run needs of the controller's own attributes, besides ``trial.memory``; plain values."""
         return {}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that cannot be read, by any exception, before anything has changed."""
+        """Refuse a state that cannot be read, by any exception, before anything has changed.
+
+        Args:
+            state: what `state_dict` returned, and with it what was in ``trial.memory``.
+        """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Take over what `state_dict` returned; entries of ``trial.memory`` come with it and need no care."""
 
 
 def checked_on_reject(value: str) -> str:
@@ -172,6 +198,6 @@ def checked_on_shrink(value: str) -> str:
 
 
 def _checked(option: str, value: str) -> str:
-    if value not in ("restore", "keep_state"):
+    if value not in STATES:
         raise ValueError(f"{option}={value!r} is unknown; use 'restore' or 'keep_state'")
     return value

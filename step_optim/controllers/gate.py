@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-
 from step_optim.controllers.base import Controller, Outcome, Trial, checked_on_reject
 from step_optim.controllers.interpolate import Interpolate
-
-LIVELOCK = 8
-"""Rejections in a row that are warned of."""
-
-REMEDIES = (
-    "Lower the learning rate, raise the budget, pass warm_start=True to STEPOptimizer, or shrink: Interpolate(), or "
-    "Gate(patience=..., on_stall='shrink')"
-)
 
 
 class Gate(Controller):
@@ -24,8 +14,8 @@ class Gate(Controller):
     back everything can reject for ever: an Adam-like step is as long as its
     learning rate says, so that the next candidate moves as far as the last
     (examples/study/REPORT.md: 11 of 12 updates at a rate that is too high).
-    `LIVELOCK` (8) rejections in a row without a patience are warned of.
-    ``warm_start=True`` of the optimizer shortens the proposals until they fit;
+    Many rejections in a row are warned of, as of any controller (`stall`), but
+    not while a patience lasts. ``warm_start=True`` of the optimizer shortens the proposals until they fit;
     ``patience`` ends the row by shrinking one, and the record says so
     (``stalled``).
 
@@ -50,16 +40,9 @@ class Gate(Controller):
     def decide(self, trial: Trial) -> Outcome:
         """Reject, unless the patience is used up."""
         if self.patience is None or trial.rejected_in_a_row < self.patience:
-            if self.patience is None and trial.rejected_in_a_row + 1 == LIVELOCK:
-                warnings.warn(
-                    f"{LIVELOCK} steps in a row were over budget and rejected (now {trial.candidate.movement}); steps "
-                    f"that stay as long are rejected for ever. {REMEDIES}",
-                    stacklevel=2,
-                )
             return trial.reject()
         if self.on_stall == "raise":
-            count, movement = trial.rejected_in_a_row, trial.candidate.movement
-            raise GateStalled(f"{count} steps in a row were over budget (now {movement}). {REMEDIES}")
+            raise GateStalled(trial.explain())
         found = Interpolate(memory=False).search_alpha(trial)
         return trial.reject(stalled=True) if found is None else trial.accept(found, stalled=True)
 

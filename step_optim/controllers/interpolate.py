@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject, checked_on_shrink
-from step_optim.controllers.search import Profile, largest_feasible, read_profile
+from step_optim.controllers.search import largest_feasible, read_profile
 
 SEARCHES = ("model", "bisect", "backtrack")
 
@@ -39,7 +39,8 @@ class Interpolate(Controller):
     within ``tol`` was seen, which costs about one more audit."""
 
     memory: bool = True
-    """Whether the model search begins with what the last two searches found of the curve. Part of a checkpoint."""
+    """Whether the model search begins with what the last two searches of the same run found of the curve
+    (``trial.memory["profile"]``, part of a checkpoint)."""
 
     min_alpha: float = 1e-4
     """The smallest alpha worth committing: below it the step is rejected, for it would spend the optimizer's moments
@@ -52,9 +53,6 @@ class Interpolate(Controller):
     """The optimizer state of a step that was shrunk: ``"keep_state"`` the candidate's, ``"restore"`` theta_t's. In a
     window, gradients that were taken far beyond the budget stay in the candidate's moments; without them the next
     update gained more held-out reward, on 8 of 9 occasions (the branches in examples/study/REPORT.md)."""
-
-    profile: Profile = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Of the last two searches; empty before the first, and without ``memory``."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -76,7 +74,7 @@ class Interpolate(Controller):
 
     def search_alpha(self, trial: Trial) -> Point | None:
         """Find the best feasible point on the line; None if there is none."""
-        profile = dict(self.profile) if self.memory and self.search == "model" else None
+        profile = dict(trial.memory.get("profile", {})) if self.memory and self.search == "model" else None
         found = largest_feasible(
             trial.at,
             trial.candidate,
@@ -87,17 +85,11 @@ class Interpolate(Controller):
             min_alpha=self.min_alpha,
             profile=profile,
         )
-        self.profile = profile or {}
+        trial.memory.pop("profile", None)
+        if profile:
+            trial.memory["profile"] = profile
         return None if found is None else found[1]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The profile of the last searches."""
-        return {"profile": {name: list(slopes) for name, slopes in self.profile.items()}} if self.profile else {}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse what is no profile."""
         read_profile(state.get("profile", {}))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self.profile = read_profile(state.get("profile", {}))

@@ -74,17 +74,9 @@ class Project(Controller):
         checked_on_reject(self.on_reject)
         checked_on_shrink(self.on_shrink)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The profile of the last line search."""
-        return self._line.state_dict()
-
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse what is no profile."""
         self._line.check_state_dict(state)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self._line.load_state_dict(state)
 
     def decide(self, trial: Trial) -> Outcome:
         """Interpolate, distil, keep the best feasible point."""

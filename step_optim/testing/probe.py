@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from step_optim.audit import Audit, KLClosure
 from step_optim.controllers import Action, Gate
+from step_optim.movement import Movement
 from step_optim.optimizer import STEPOptimizer
 from step_optim.tensors import same_bits
 from step_optim.testing.picture import Picture
@@ -61,15 +63,15 @@ class Net(nn.Module):
         return out
 
 
-class Switch:
-    """A KL closure: over budget at its next call once it is armed."""
+class Switch(KLClosure):
+    """Over budget at its next audit once it is armed."""
 
     armed = False
 
-    def __call__(self) -> float:
-        """Return 1, over the budget, if armed; else 0."""
+    def audit(self) -> Audit:
+        """Read 1, over the budget, if armed; else 0."""
         armed, self.armed = self.armed, False
-        return float(armed)
+        return Audit(Movement(float(armed)))
 
 
 class Probe:

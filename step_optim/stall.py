@@ -1,0 +1,152 @@
+"""Why steps are rejected in a row, and what helps in that case."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from step_optim.budget import Limits
+from step_optim.controllers.base import Point
+from step_optim.movement import Movement
+from step_optim.telemetry import TrialRecord
+
+STALL = 5
+"""Rejections in a row that are told of; then ten times as many, and so on."""
+
+AT_THE_CAP = 0.9
+"""Part of the cap on drift from which on there is no room left for a useful step."""
+
+
+def is_told(rejected_in_a_row: int) -> bool:
+    """Whether to tell of a streak at this length: 5, 50, 500, ...
+
+    >>> [count for count in range(1, 1000) if is_told(count)]
+    [5, 50, 500]
+    """
+    while rejected_in_a_row > STALL and rejected_in_a_row % 10 == 0:
+        rejected_in_a_row //= 10
+    return rejected_in_a_row == STALL
+
+
+@dataclass(frozen=True)
+class Stall:
+    """What is known when the latest of several steps in a row was rejected; as a text, what to do about it."""
+
+    rejected: int
+    """How many there were."""
+    latest: Sequence[str]
+    """The constraints that bound the latest of them, this one last."""
+    candidate: Point
+    """What this step proposed."""
+    limits: Limits
+    """The budgets in force."""
+    update_norm: float
+    """L2 norm of the proposed update."""
+    tried: Sequence[TrialRecord] = ()
+    """The parts of it that were tried."""
+    drift: Movement | None = None
+    """Of theta_t from pi_ref, if the cap on it is what bound."""
+    still: Movement | None = None
+    """What a plain function reads at theta_t, if that was looked at."""
+    warm_start: bool = False
+    """Whether proposals follow what was over budget already."""
+
+    def __str__(self) -> str:
+        return f"{self.rejected} steps in a row were rejected, {self._by()}. {self._because()}"
+
+    def _by(self) -> str:
+        counts = Counter(self.latest)
+        if len(counts) == 1:
+            return f"by {_named(self.latest[-1])}"
+        return f"the last {len(self.latest)} by " + ", ".join(f"{_named(name)} ({n})" for name, n in counts.items())
+
+    def _because(self) -> str:
+        bound = self.latest[-1]
+        if bound == "not finite":
+            return self._not_finite()
+        if bound == "reference":
+            return self._at_the_cap()
+        limit = self.limits.mean if bound == "mean" else self.limits.slices[bound.removeprefix("slice:")]
+        return self._too_far(self._read(self.candidate.movement), limit)
+
+    def _read(self, movement: Movement) -> float:
+        """The figure that bound."""
+        bound = self.latest[-1]
+        return movement.mean if bound == "mean" else movement.slices[bound.removeprefix("slice:")]
+
+    def _not_finite(self) -> str:
+        if math.isfinite(self.update_norm):
+            return (
+                f"The last update was finite, and its KL was not ({self.candidate.movement}). Look at what the KL "
+                "closure evaluates; where a policy gives probability 0 to what the one before may do, no KL is finite"
+            )
+        return (
+            "No part of an update with NaN or inf in it can be taken. Look at the loss and the gradients; clip them "
+            "(torch.nn.utils.clip_grad_norm_), and in float16 use a GradScaler, which skips steps that overflow"
+        )
+
+    def _at_the_cap(self) -> str:
+        assert self.drift is not None
+        assert self.candidate.drift is not None
+        cap, here, there = self.limits.reference, self.drift.mean, self.candidate.drift.mean
+        told = (
+            f"The last proposal was {there:.3g} nats per token from pi_ref, the cap is {cap:.3g}, and the policy "
+            f"before the step is {here:.3g} from it"
+        )
+        if here < AT_THE_CAP * cap and not self.tried:
+            return f"{told}: there is room for smaller steps. Lower the learning rate, or shrink with Interpolate()"
+        return (
+            f"{told}. Smaller steps cannot help a policy that sits at the cap: raise the cap, Budget(reference=...); "
+            "pull the policy back by a KL penalty in the loss; or restart from an earlier checkpoint"
+        )
+
+    def _too_far(self, kl: float, limit: float) -> str:
+        told = f"The last proposal moved {kl:.3g} nats per token, and {limit:.3g} are allowed"
+        if limit == 0:
+            return f"{told}: a budget of 0 lets no movement through. Raise it"
+        slower = f"by about {math.sqrt(kl / limit):.3g} times (KL grows like its square)"
+        if self.tried:
+            return f"{told}. {self._no_part(kl, slower)}"
+        also = "" if self.warm_start else "pass warm_start=True to STEPOptimizer, "
+        return (
+            f"{told}; steps that stay as long are rejected for ever. Lower the learning rate {slower}, raise the "
+            f"budget, {also}or shrink: Interpolate() in the place of Gate()"
+        )
+
+    def _no_part(self, kl: float, slower: str) -> str:
+        """Why a controller that shrinks found nothing, although theta_t itself is feasible."""
+        on_line = [trial for trial in self.tried if trial.alpha is not None]
+        least = min(on_line or self.tried, key=lambda trial: trial.alpha or 0.0)
+        where = "off the line" if least.alpha is None else f"alpha = {least.alpha:.3g}"
+        said = f"The smallest part of it that was tried ({where}) read {self._read(least.movement):.3g}"
+        if least.feasible:
+            return (
+                f"{said}, which is allowed, but in the dtype of the weights it is no step at all. Raise the budget, or "
+                "keep the trained weights in float32"
+            )
+        if self._read(least.movement) <= (least.alpha or 0.0) * kl:  # most curves fall like alpha² near theta_t
+            return (
+                f"{said}: KL falls with alpha as it should, and is not yet small enough. Lower the learning rate "
+                f"{slower}, raise the budget, or let the search go on (max_trials, min_alpha)"
+            )
+        start = "its movement at the weights before the step is 0 by definition"
+        if self.still is not None:
+            start = f"the KL function reads {self.still.largest:.3g} at the weights before the step"
+        return (
+            f"{said}, and {start}. Either the KL closure does not measure from the weights before the step (a function "
+            "has to take its reference before every step), or its rounding is above the budget (raise that, or audit "
+            "in float32), or the KL jumps near theta_t: then lower the learning rate"
+        )
+
+
+def _named(constraint: str) -> str:
+    """A constraint in words."""
+    if constraint == "not finite":
+        return "an update or a KL that is not finite"
+    if constraint == "reference":
+        return "the cap on the drift from pi_ref"
+    if constraint == "mean":
+        return "the budget of the mean"
+    return f"the budget of slice {constraint.removeprefix('slice:')!r}"
