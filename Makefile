@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# Two processes. Stealing keeps both busy to the end, where one slow file would keep one of them, and mostly leaves the
+# tests of a file, and what they share, together. ARGS="-n 0" is one process, for a debugger.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo quickstart optimizers bench study study-smoke test test-all check fmt clean help
+.PHONY: demo quickstart optimizers bench study study-smoke test test-all test-processors check fmt clean help
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -25,10 +28,13 @@ quickstart: .venv/.installed  ## the smallest complete example, seconds
 	$(BIN)/python examples/quickstart.py
 
 test: check  ## lint, types, doctests and every test that is not slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: check  ## the slow tests too
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-processors: .venv/.tested  ## as on other processors: capabilities, 1 and 2 threads, random order (half an hour)
+	$(BIN)/python -m tests.processors -n 2 --dist worksteal $(ARGS)
 
 optimizers: .venv/.tested  ## examples/optimizer_table.md: what STEP does for every optimizer
 	$(BIN)/python examples/optimizer_table.py $(ARGS)

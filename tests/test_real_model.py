@@ -21,10 +21,7 @@ def smollm():
     """SmolLM2-135M-Instruct and its tokenizer, from the packaged weights if there is no network."""
     from smollm import DEFAULT_MODEL, find, load
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield load(find(DEFAULT_MODEL))
-    torch.set_num_threads(threads)
+    return load(find(DEFAULT_MODEL))
 
 
 def test_commit_reject_shrink_and_project_on_a_pretrained_model(smollm):
