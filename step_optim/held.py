@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -35,17 +35,23 @@ class Held:
     Args:
         module: whose it is; in eval mode.
         kept: ids of the containers that another module holds too; this one's are added.
-        thorough: whether to copy small tensors inside of attributes, and not only those that are attributes.
+        memory: addresses of the memory of parameters and buffers. A tensor among the attributes that is a view of such
+            memory is not copied: it changes with what training does to them.
     """
 
-    def __init__(self, module: nn.Module, kept: set[int], *, thorough: bool) -> None:
+    def __init__(self, module: nn.Module, kept: set[int], memory: Collection[int]) -> None:
         self.module = module
         own = vars(module)
         self._structure: list[Part] = [(own[name], own[name].copy()) for name in STRUCTURE if name in own]
         self._attributes: list[Part] = [(part, part.copy()) for part in _parts(module, kept)]
-        plain = [(part is own, t) for part, copy in self._attributes for t in _members(copy) if _is_plain(t)]
-        self._tensors = [Copied(t, bits=t.numel() <= SMALL) for direct, t in plain if direct]
-        self._inside = [Copied(t, bits=thorough and t.numel() <= SMALL) for direct, t in plain if not direct]
+        plain = [
+            (part is own, name, tensor)
+            for part, copy in self._attributes
+            for name, tensor in (copy.items() if isinstance(copy, dict) else enumerate(copy))
+            if _is_plain(tensor) and address(tensor) not in memory
+        ]
+        self._tensors = [(name, Copied(t, bits=t.numel() <= SMALL)) for direct, name, t in plain if direct]
+        self._inside = [(name, Copied(t, bits=t.numel() <= SMALL)) for direct, name, t in plain if not direct]
 
     @property
     def parts(self) -> list[Part]:
@@ -65,7 +71,7 @@ class Held:
     @property
     def same_tensors(self) -> bool:
         """Whether the tensors among the attributes have their bits, and those further inside were not written."""
-        return not any(t.changed for t in self._tensors) and not any(t.written for t in self._inside)
+        return not any(t.changed for _, t in self._tensors) and not any(t.written for _, t in self._inside)
 
     def changes(self) -> Iterator[tuple[str, Any, Any]]:
         """Attributes, and what is inside them, that are others now: (name, then, now)."""
@@ -79,12 +85,12 @@ class Held:
                 old, new = saved.get(key, _ABSENT), part.get(key, _ABSENT)
                 if old is not new and key not in INTERNAL:
                     yield str(key), old, new
-        for copied in self._tensors:
+        for name, copied in self._tensors:
             if copied.changed:
-                yield "a tensor", copied.tensor, copied.tensor
-        for copied in self._inside:
+                yield str(name), copied.tensor, copied.tensor
+        for name, copied in self._inside:
             if copied.written:
-                yield "a tensor", copied.tensor, copied.tensor
+                yield str(name), copied.tensor, copied.tensor
 
     def put_back_attributes(self) -> list[str]:
         """Put the attributes back, and what is inside them; what cannot be, in words."""
@@ -92,8 +98,8 @@ class Held:
             if not _same_members(part, saved):
                 refill(part, _with_internals(part, saved))
         return [
-            f"has written into an attribute that is a tensor {tuple(t.tensor.shape)} and no buffer; register it as one"
-            for t in (*self._tensors, *self._inside)
+            f"has written into {name!r}, a tensor {tuple(t.tensor.shape)} that is no buffer; register it as one"
+            for name, t in (*self._tensors, *self._inside)
             if not t.put_back()
         ]
 
@@ -169,6 +175,14 @@ class Membership:
             and all(map(is_, now, self._members))
             and all(part == saved for part, saved in self._sets)
         )
+
+
+def address(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins; 0 of one that has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, a wrapper around other tensors
+        return 0
 
 
 def keeps_state(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from step_optim.held import Copied, Held, Membership, alike, is_left_behind, keeps_state
+from step_optim.held import Copied, Held, Membership, address, alike, is_left_behind, keeps_state
 from step_optim.tensors import Memory, is_plain_memory, same_bits
 
 Name = tuple[nn.Module, str]
@@ -44,13 +44,16 @@ class ModuleState:
         self._resets = resets
         self._first: dict[nn.Module, Held] = {}
         self._first_buffers: dict[Name, Copied] = {}
+        self._entered: set[nn.Module] = set()
         self._now: dict[nn.Module, Held] = {}
         self._buffers: list[tuple[Name, Copied]] = []
         self._weights: list[_Weight] = []
         self._volatile: set[nn.Module] = set()
         self._written: set[Name] = set()
         self._rewritten: set[int] = set()
+        self._moved: set[int] = set()
         self._kept: set[int] = set()
+        self._memory: set[int] = set()
         self._examining = True
         self._tree: tuple[list[nn.Module], list[nn.Module], Membership] | None = None
         self._all: Membership | None = None
@@ -64,7 +67,8 @@ class ModuleState:
 
     def begin(self) -> None:
         """Begin a reading; an earlier one may have been given up."""
-        self._now, self._buffers, self._weights, self._kept = {}, [], [], set()
+        self._now, self._buffers, self._weights, self._kept, self._memory = {}, [], [], set(), set()
+        self._entered = set()
         self.learned = self._unchanged = False
 
     def forget(self) -> None:
@@ -84,18 +88,19 @@ class ModuleState:
         """Note what these modules hold, as `enter` does, but in a few operations if nothing has changed."""
         if self._examining or self._all is None or not self._all.same:
             for module in modules:
-                self.enter(module)
+                self._enter_tensors(module)
+            for module in modules:
+                self._enter_attributes(module)
             self._all = None if self._examining else self._membership(modules)
             return
         self._unchanged = self._same_tensors
         if not self._unchanged:
             self._all = None
         for module in modules:
-            if not self._unchanged or module in self._volatile:
-                self.enter(module)
-            elif module._parameters or module._buffers:
+            if module._parameters or module._buffers:
                 self._enter_tensors(module)
-                self._reset_written(module)
+        for module in modules if not self._unchanged or self._written else self._volatile.intersection(modules):
+            self._enter_attributes(module)
 
     @property
     def _same_tensors(self) -> bool:
@@ -114,19 +119,25 @@ class ModuleState:
 
     def enter(self, module: nn.Module) -> None:
         """Note what a module holds, before it runs; then let it hold what it held at first."""
-        if module in self._now or isinstance(module, torch.jit.ScriptModule):
-            return
-        self._enter_tensors(module)
-        if self._examining or self._may_change(module):
-            self._enter_attributes(module)
-        self._reset_written(module)
+        if module not in self._entered:  # it may write into those below it before they run
+            for below in module.modules():
+                self._enter_tensors(below)
+        self._enter_attributes(module)
 
     def _enter_attributes(self, module: nn.Module) -> None:
+        unchanged = self._unchanged and module not in self._volatile
+        if not (unchanged or isinstance(module, torch.jit.ScriptModule)) and self._may_change(module):
+            self._note_attributes(module)
+        if self._resets and self._written:
+            self._reset_buffers(name for name in self._written if name[0] is module)
+
+    def _note_attributes(self, module: nn.Module) -> None:
         volatile, first = module in self._volatile, self._first.get(module) if self._resets else None
         if first is not None and not self._examining and not volatile and first.same:
             self._now[module] = first
             return
-        held = Held(module, self._kept, thorough=first is None or self._examining or volatile)
+        self._memory.update(address(p) for p in module.parameters())  # those of children that have not run yet, too
+        held = Held(module, self._kept, self._memory)
         self._now[module] = held
         if first is None:
             self._first[module] = held
@@ -137,14 +148,19 @@ class ModuleState:
             self._first[module] = held
 
     def _enter_tensors(self, module: nn.Module) -> None:
+        if module in self._entered:
+            return
+        self._entered.add(module)
         renormed = getattr(module, "max_norm", None) is not None
         for name, parameter in module._parameters.items():
             if parameter is not None and is_plain_memory(parameter):
                 copied = self._examining or renormed or id(parameter) in self._rewritten
                 self._weights.append(_Weight((module, name), parameter, copied=copied))
+                self._memory.add(self._weights[-1].address)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 copy = Copied(buffer, bits=True)
+                self._memory.add(address(buffer))
                 self._buffers.append(((module, name), copy))
                 self._first_buffers.setdefault((module, name), copy)
 
@@ -163,18 +179,22 @@ class ModuleState:
             if first is not None and now is not None and now is not first.tensor and alike(now, first.tensor):
                 self._reset_buffers([(module, name)])
 
-    def _reset_written(self, module: nn.Module) -> None:
-        if self._resets and self._written:
-            self._reset_buffers(name for name in self._written if name[0] is module)
-
     def _reset_buffers(self, names: Iterable[Name]) -> None:
         for module, name in names:
             first = self._first_buffers[module, name]
             module._buffers[name] = first.tensor
             first.put_back()
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether forwards write into parameters, or give them other memory."""
+        return bool(self._rewritten or self._moved)
+
     def reset(self) -> None:
         """Let every module hold what it held at first; before a further forward of the same reading."""
+        for weight in self._weights if self.rewrites else ():
+            if id(weight.parameter) in self._rewritten | self._moved:
+                weight.put_back()
         if self._resets:
             for module in self._volatile.intersection(self._now):
                 self._first[module].put_back_attributes()
@@ -190,13 +210,14 @@ class ModuleState:
                 failed = error
         if failed is not None:
             raise failed
-        if self._examining:
+        examined, self._examining = self._examining, False
+        if examined:
             self._first = {module: held for module, held in self._first.items() if self._may_change(module)}
         self._now, self._buffers, self._weights, self._kept = {}, [], [], set()
-        self._examining = self._unchanged = False
+        self._unchanged = False
 
     def _may_change(self, module: nn.Module) -> bool:
-        return module in self._volatile or keeps_state(module)
+        return self._examining or module in self._volatile or keeps_state(module)
 
     def _everything(self) -> Iterator[Callable[[], None]]:
         if self._unchanged and not (self._all is not None and self._all.same and self._same_tensors):
@@ -233,14 +254,17 @@ class ModuleState:
         buffer.put_back()
 
     def _put_back_weight(self, weight: _Weight) -> None:
-        if not weight.put_back():
-            return
-        if id(weight.parameter) not in self._rewritten and weight.bits is None:
-            module, name = weight.name
-            self._problems.append(
-                f"{type(module).__name__} has written into its parameter {name!r}, for the first time"
-            )
-        self._rewritten.add(id(weight.parameter))
+        key = id(weight.parameter)
+        moved, rewritten = weight.put_back()
+        if moved:
+            self._moved.add(key)
+        if rewritten and key not in self._rewritten:
+            self._rewritten.add(key)
+            if weight.bits is None:
+                module, name = weight.name
+                self._problems.append(
+                    f"{type(module).__name__} has written into its parameter {name!r} for the first time"
+                )
 
 
 class _Weight:
@@ -252,22 +276,27 @@ class _Weight:
         copied: whether to copy its bits: to the host, since there may be no room beside a whole model.
     """
 
-    __slots__ = ("_memory", "_version", "bits", "name", "parameter")
+    __slots__ = ("_memory", "_version", "address", "bits", "name", "parameter")
 
     def __init__(self, name: Name, parameter: Tensor, *, copied: bool) -> None:
         self.name, self.parameter = name, parameter
         self._memory, self._version = Memory(parameter), parameter._version
+        self.address = self._memory.address
         self.bits = parameter.detach().to("cpu", copy=True) if copied else None
 
-    def put_back(self) -> bool:
-        """Let it be where it was, with the bits that it had, as far as they were copied; whether it had others."""
+    def put_back(self) -> tuple[bool, bool]:
+        """Let it be where it was, with the bits that it had, as far as they were copied.
+
+        Returns:
+            Whether it was somewhere else; whether what is in its memory was written.
+        """
         parameter, moved = self.parameter, not self._memory.is_of(self.parameter)
         if moved:
             parameter.data = self._memory.tensor()
         if self.bits is None:
-            return not moved and parameter._version != self._version
-        if same_bits(parameter, self.bits.to(parameter.device)):
-            return False
-        with torch.no_grad():
-            parameter.copy_(self.bits)
-        return True
+            return moved, not moved and parameter._version != self._version
+        rewritten = not same_bits(parameter, self.bits.to(parameter.device))
+        if rewritten:
+            with torch.no_grad():
+                parameter.copy_(self.bits)
+        return moved, rewritten

@@ -155,6 +155,7 @@ class PolicyKL(LogitKL):
         return f"mean over {self._over} sums of {self._factors} KLs" if several else f"mean over {self._over} KLs"
 
     def _evaluate(self) -> Output:
+        self._state.reset()
         return Output.of(self.fn())
 
     def _policy(self) -> Any:

@@ -255,6 +255,9 @@ def refill(container: Any, members: Any) -> None:
         for key in [key for key in container if key not in members]:
             del container[key]
         container.update(members)
+        if list(container) != list(members):  # what was away is at the end now
+            for key in members:
+                container[key] = container.pop(key)
     elif isinstance(container, set):
         # Only what differs: a set that was emptied and refilled would iterate in another order.
         container.difference_update(container.difference(members))

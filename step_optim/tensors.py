@@ -104,6 +104,11 @@ class Memory:
         self._storage, self._offset = tensor.untyped_storage(), tensor.storage_offset()
         self._place = place(tensor)
 
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+        return self._storage.data_ptr()
+
     def is_of(self, tensor: Tensor) -> bool:
         """Whether a tensor has this memory."""
         return place(tensor) == self._place

@@ -146,7 +146,8 @@ class TokenKL(LogitKL):
     def _find_ways(self) -> None:
         """Find the shortest way to read the model that agrees with its own logits, wherever training may lead it."""
         self.fallbacks, self._modules = (), self._structure()
-        moved = {} if self._reading.sharded else moved_away(trained_weights(self.model.parameters()))
+        still = self._reading.sharded or self._state.rewrites  # stand-ins would be written over and over
+        moved = {} if still else moved_away(trained_weights(self.model.parameters()))
         self._measured(lambda: self._compare_ways(moved))
 
     def _compare_ways(self, moved: Mapping[int, Tensor]) -> None:
@@ -192,7 +193,7 @@ class TokenKL(LogitKL):
                 "model's forward draws random numbers in eval mode (dropout?), keeps a state, or is not deterministic "
                 "(torch.use_deterministic_algorithms). Repair it, or accept that much noise with noise_floor=False"
             )
-        weights = trained_weights(self.model.parameters())
+        weights = [] if self._state.rewrites else trained_weights(self.model.parameters())
         start = moved_away(weights)
         here = self._policy(start)
 
