@@ -224,7 +224,8 @@ def describe(record: StepRecord) -> str:
 def report(optimizer: STEPOptimizer, args: Args) -> None:
     """Print the figures of the run, and the sentence that matters."""
     summary = optimizer.summary()
-    print("\n" + "\n".join(f"{name:26} {value:.4g}" for name, value in summary.items() if value is not None))
+    figures = {name: value for name, value in summary.items() if isinstance(value, (int, float))}
+    print("\n" + "\n".join(f"{name:26} {value:.4g}" for name, value in figures.items()))
     print(
         f"\nNo update moved the policy by more than {summary['max_accepted_kl']:.4f} nats on average (budget "
         f"{args.budget_mean:g}) or {summary['max_accepted_slice_kl']:.4f} in any slice "

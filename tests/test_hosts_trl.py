@@ -126,7 +126,7 @@ def test_a_trainer_whose_every_step_is_rejected_trains_nothing(host, tmp_path):
 
 @HOSTS
 def test_an_optimizer_made_before_trl_adds_the_lora_trains_nothing_and_the_record_says_so(host, tmp_path):
-    """With peft_config= the parameters that `optimizers=` was given are frozen: every step is `unchanged`."""
+    """With peft_config= the parameters that `optimizers=` was given are frozen: every step is `unchanged`, and told."""
 
     def build() -> Any:
         model = policy(vocab=len(byte_tokenizer()))
@@ -140,6 +140,7 @@ def test_an_optimizer_made_before_trl_adds_the_lora_trains_nothing_and_the_recor
         return host(tmp_path, model, (optimizer, None), max_steps=2, save_strategy="no"), records
 
     trainer, actions = seeded(build)
-    trainer.train()
+    with pytest.warns(UserWarning, match=r"none of the optimizer's 12 parameters has a gradient, and 12 of them"):
+        trainer.train()
     assert actions == ["unchanged", "unchanged"]
     assert not any(p.any() for name, p in trainer.model.named_parameters() if "lora_B" in name)

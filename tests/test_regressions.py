@@ -294,7 +294,7 @@ def test_gate_stalled_is_raised_whatever_on_error_says():
 def test_only_controlled_rejections_use_up_patience():
     """A step that moves nothing, or whose audit fails, says nothing about the budget."""
     weight = nn.Parameter(torch.zeros(1))
-    readings = [1.0, ValueError("audit"), 1.0, 1.0]
+    readings = [0.0, 1.0, ValueError("audit"), 1.0, 1.0]  # the first is of the weights before the first step
 
     def kl():
         value = readings.pop(0)

@@ -129,7 +129,8 @@ def test_the_error_of_a_fused_step_on_meta_parameters_is_the_inner_optimizers():
     with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    optimizer.step()
+    with pytest.warns(UserWarning, match="none of the optimizer's 2 parameters has a gradient"):
+        optimizer.step()
     assert optimizer.last.action is Action.UNCHANGED
 
 
