@@ -84,6 +84,7 @@ class Interpolate(Controller):
             strict=self.strict,
             min_alpha=self.min_alpha,
             profile=profile,
+            realised=trial.realised if self.search == "model" else None,
         )
         trial.memory.pop("profile", None)
         if profile:
