@@ -71,6 +71,11 @@ class Line:
         self._weights.write(values)
         self._copies.follow()
 
+    @property
+    def is_lerp(self) -> bool:
+        """Whether the weights at a point are theta_t + alpha (candidate - theta_t), rounded once."""
+        return not self.restarts and not self._copies.round_weights
+
     def release(self) -> None:
         """The step is over."""
 

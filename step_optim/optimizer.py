@@ -49,7 +49,9 @@ class STEPOptimizer(OptimizerWrapper):
         optimizer: any torch optimizer; it stays reachable as ``.optimizer``.
         kl: the KL closure: `TokenKL`, `PolicyKL`, or any function without
             arguments that returns the movement of the current weights from
-            the weights before the step. It may come later, through `bind`.
+            the weights before the step: it has to take that reference before
+            every ``step()``, as in the example; one that measures from a fixed
+            policy is warned of. It may come later, through `bind`.
         budget: a `Budget`, or a number for ``Budget(mean=number)``.
         controller: `Interpolate` (default), `Gate`, `Project`, or your own `Controller`.
         log: a path for JSON lines, a tracker with ``log(dict, step=...)``, or
@@ -86,16 +88,19 @@ class STEPOptimizer(OptimizerWrapper):
             the backward pass, or whose weights cannot be interpolated.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> start = weight.detach().clone()
+    >>> before = torch.zeros(2)
     >>> optimizer = STEPOptimizer(
     ...     torch.optim.SGD([weight], lr=1.0),
-    ...     kl=lambda: ((weight - start) ** 2).sum(),
+    ...     kl=lambda: ((weight - before) ** 2).sum(),
     ...     budget=0.25,
     ... )
-    >>> weight.grad = torch.tensor([-1.0, 0.0])
-    >>> optimizer.step()
-    >>> optimizer.last.action, round(optimizer.last.alpha, 2)
-    (<Action.SHRINK: 'shrink'>, 0.5)
+    >>> for gradient in (-1.0, -2.0):
+    ...     weight.grad = torch.tensor([gradient, 0.0])
+    ...     _ = before.copy_(weight.detach())  # the function's reference: the weights before this step
+    ...     optimizer.step()
+    ...     print(optimizer.last.action, round(optimizer.last.alpha, 2), round(weight[0].item(), 2))
+    shrink 0.5 0.5
+    shrink 0.25 1.0
     """
 
     def __init__(

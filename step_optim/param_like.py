@@ -162,6 +162,11 @@ class Copies:
         for copy in self._copies:
             copy.go(alpha)
 
+    @property
+    def round_weights(self) -> bool:
+        """Whether a weight is nothing but such a copy in a narrower dtype; known with the candidate."""
+        return any(copy.is_master for copy in self._copies)
+
     @torch.no_grad()
     def follow(self) -> None:
         """Follow the weights to where they are now, off that line."""

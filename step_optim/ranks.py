@@ -51,7 +51,7 @@ class Ranks:
     rests on goes through `exchange`, and a failure that one process has by
     itself reaches the others at their next exchange: nobody waits for ever,
     and nobody commits. A step ends with one more exchange, which commits
-    everywhere or nowhere.
+    everywhere or nowhere. One that waits for long says so (`watchdog`).
 
     Args:
         process_group: ``"world"``, a ProcessGroup whose backend takes CPU

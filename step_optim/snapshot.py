@@ -187,6 +187,17 @@ class Weights:
         for live, value in zip(self.live, values, strict=True):
             live.copy_(value)
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether some weights are of a dtype that has few numbers between theta_t and the candidate."""
+        return any(copy.tensor.is_floating_point() and copy.tensor.element_size() < 4 for copy in self._copies)
+
+    def ends(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Yield (theta_t, the candidate, shards) of each piece of memory."""
+        assert self._has_candidate
+        for copy in self._copies:
+            yield self._store.saved(copy.tensor), copy.saved, self._shards(copy.tensor)
+
     @torch.no_grad()
     def alignment(self) -> tuple[float, float]:
         """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖², counted as in `update`."""

@@ -15,6 +15,8 @@ from step_optim.telemetry import TrialRecord
 STALL = 5
 """Rejections in a row that are told of; then ten times as many, and so on."""
 
+FINER = "Raise the budget, or keep the trained weights in float32"
+
 AT_THE_CAP = 0.9
 """Part of the cap on drift from which on there is no room left for a useful step."""
 
@@ -50,6 +52,8 @@ class Stall:
     """Of theta_t from pi_ref, if the cap on it is what bound."""
     still: Movement | None = None
     """What a plain function reads at theta_t, if that was looked at."""
+    rounded: bool = False
+    """Whether a search asked what rounding makes of smaller steps."""
     warm_start: bool = False
     """Whether proposals follow what was over budget already."""
 
@@ -109,6 +113,8 @@ class Stall:
         slower = f"by about {math.sqrt(kl / limit):.3g} times (KL grows like its square)"
         if self.tried:
             return f"{told}. {self._no_part(kl, slower)}"
+        if self.rounded:
+            return f"{told}. In the dtype of the weights no smaller part of it is a step at all. {FINER}"
         also = "" if self.warm_start else "pass warm_start=True to STEPOptimizer, "
         return (
             f"{told}; steps that stay as long are rejected for ever. Lower the learning rate {slower}, raise the "
@@ -122,10 +128,7 @@ class Stall:
         where = "off the line" if least.alpha is None else f"alpha = {least.alpha:.3g}"
         said = f"The smallest part of it that was tried ({where}) read {self._read(least.movement):.3g}"
         if least.feasible:
-            return (
-                f"{said}, which is allowed, but in the dtype of the weights it is no step at all. Raise the budget, or "
-                "keep the trained weights in float32"
-            )
+            return f"{said}, which is allowed, but in the dtype of the weights it is no step at all. {FINER}"
         if self._read(least.movement) <= (least.alpha or 0.0) * kl:  # most curves fall like alpha² near theta_t
             return (
                 f"{said}: KL falls with alpha as it should, and is not yet small enough. Lower the learning rate "

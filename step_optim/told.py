@@ -75,5 +75,6 @@ class Told:
             tried=transaction.trials[1:],
             drift=transaction.drift() if constraint == "reference" else None,
             still=transaction.still,
+            rounded=transaction.rounded,
             warm_start=warm_start,
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +21,7 @@ from step_optim.isolation import RNGState, isolated
 from step_optim.line import Line, loss_closure
 from step_optim.movement import Movement
 from step_optim.ranks import Ranks
+from step_optim.rounding import Rounding
 from step_optim.snapshot import Update, Weights
 from step_optim.state import OptimizerState
 from step_optim.telemetry import StepRecord, TrialRecord
@@ -71,6 +72,11 @@ class Transaction:
         self.record: StepRecord | None = None
         """What was decided. From here on the step stands."""
         self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
+        self._known: WeakValueDictionary[tuple[int, ...], Point] = WeakValueDictionary()
+        """Audited points by the digest of their weights, in every process."""
+        self._infeasible: dict[tuple[int, ...], Point] = {}
+        """Those that will not be committed, without their policies."""
+        self._rounding: Rounding | None = None
         self._here: Point | None = None
         self._rng: RNGState | None = None
         self._patient = patient
@@ -258,10 +264,13 @@ class Transaction:
         return self._measure(Point(audit, verdict, drift=drift, **where))
 
     def _measure(self, point: Point) -> Point:
+        self.trials.append(TrialRecord(point.alpha, point.movement, point.feasible))
+        return self._taken(point)
+
+    def _taken(self, point: Point) -> Point:
         # A plain function may have written weights: what is committed are the weights that it was given.
         self._here = None if isinstance(self.kl, FunctionKL) else point
         self._measured.add(point)
-        self.trials.append(TrialRecord(point.alpha, point.movement, point.feasible))
         return point
 
     def trial(
@@ -270,6 +279,10 @@ class Transaction:
         """What a controller is given."""
         self.line.keep_candidate()
         self._candidate = candidate
+        if self._here is None:
+            self.weights.go(1)  # a plain function may have written into them
+        bits = tuple(self.ranks.exchange(self.weights.digest()))
+        self._known[bits], self._infeasible[bits] = candidate, candidate
         return Trial(
             candidate,
             self.limits,
@@ -282,7 +295,19 @@ class Transaction:
             self.ranks.agree,
             memory,
             explain,
+            self._realised if self.weights.is_coarse and self.line.is_lerp else None,
         )
+
+    @property
+    def rounded(self) -> bool:
+        """Whether a search asked what rounding makes of smaller steps."""
+        return self._rounding is not None
+
+    def _realised(self, alphas: Sequence[float]) -> list[float]:
+        """Which part of the update rounding leaves of each of these alphas, about."""
+        if self._rounding is None:
+            self._rounding = Rounding(self.weights)
+        return self._rounding.realised(alphas, self.ranks)
 
     def _at(self, alpha: float) -> Point:
         if not 0 <= alpha <= 1:
@@ -290,11 +315,24 @@ class Transaction:
         self.line.go(alpha)
         # A step that is made again may round differently on some devices: what was audited is kept.
         values = [live.clone() for live in self.weights.live] if self.line.restarts and alpha > 0 else None
-        return self._point(self._audit(), alpha=float(alpha), weights=values)
+        return self._audited_once(alpha=float(alpha), weights=values)
 
     def _at_weights(self, values: Sequence[Tensor]) -> Point:
         values = self._write(values)
-        return self._point(self._audit(), weights=values)
+        return self._audited_once(weights=values)
+
+    def _audited_once(self, **where: Any) -> Point:
+        """Audit these weights, unless that was done in this step: rounding makes one point of many."""
+        bits = tuple(self.ranks.exchange(self.weights.digest()))
+        known = self._known.get(bits) or (self._infeasible.get(bits) if where.get("alpha") is not None else None)
+        if known is None:
+            point = self._point(self._audit(), **where)
+        else:
+            point = self._taken(replace(known, again=True, **({"alpha": None, "weights": None} | where)))
+        self._known[bits] = point
+        if not point.feasible:
+            self._infeasible[bits] = replace(point, audit=replace(point.audit, policy=None))
+        return point
 
     def _write(self, values: Sequence[Tensor]) -> list[Tensor]:
         values = [value.detach().clone() for value in values]

@@ -87,7 +87,7 @@ def test_it_is_part_of_a_checkpoint(kind) -> None:
     weights = {name: p.clone() for name, p in saved.policy.state_dict().items()}
     whole, resumed = run(kind()), run(kind(), start=(weights, copy.deepcopy(state), 2))
     assert [t.alpha for t in resumed.last.trials] == [t.alpha for t in whole.last.trials]
-    assert resumed.controller.state_dict() == whole.controller.state_dict()
+    assert resumed._run.memory == whole._run.memory
     state["step_optim"]["controller"] = {}
     assert run(kind(), start=(weights, state, 2)).last.accepted.mean <= 0.01
 
@@ -95,7 +95,7 @@ def test_it_is_part_of_a_checkpoint(kind) -> None:
 def test_it_can_be_left_out() -> None:
     """With memory=False nothing is kept, nor is it for searches that have no use for it."""
     for controller in (Interpolate(memory=False), Interpolate(search="bisect"), Project(memory=False)):
-        assert run(controller, 2).controller.state_dict() == {}
+        assert run(controller, 2)._run.memory == {}
     assert Interpolate() == Interpolate()
     assert "profile" not in repr(Interpolate())
 
@@ -103,7 +103,7 @@ def test_it_can_be_left_out() -> None:
 def test_a_step_that_fails_is_not_remembered() -> None:
     """An error after the search, in the rest of the step, puts the profile back with everything else."""
     optimizer = run(Interpolate(), 2)
-    before = copy.deepcopy(optimizer.state_dict()["step_optim"]["controller"])
+    before = copy.deepcopy(optimizer._run.memory)
     decide = Interpolate.decide
 
     class Fails(RuntimeError):
@@ -111,7 +111,7 @@ def test_a_step_that_fails_is_not_remembered() -> None:
 
     def fail(trial):
         decide(optimizer.controller, trial)
-        assert trial.memory != before
+        assert optimizer._run.memory != before
         raise Fails
 
     optimizer.controller.decide = fail
@@ -119,7 +119,7 @@ def test_a_step_that_fails_is_not_remembered() -> None:
         p.grad = torch.ones_like(p) * torch.linspace(-1, 1, p.numel()).view_as(p)
     with pytest.raises(Fails):
         optimizer.step()
-    assert optimizer.state_dict()["step_optim"]["controller"] == before != {}
+    assert optimizer._run.memory == before
 
 
 def test_audits_per_trigger_are_counted() -> None:
@@ -137,8 +137,8 @@ def test_audits_per_trigger_are_counted() -> None:
 def test_a_damaged_profile_is_refused_before_anything_changes(damage) -> None:
     """The checkpoint is named as damaged; controller and counters are those before."""
     optimizer = run(Interpolate(), 2)
-    state, before = map(copy.deepcopy, (optimizer.state_dict(), optimizer.controller.state_dict()))
+    state, before = map(copy.deepcopy, (optimizer.state_dict(), optimizer._run.memory))
     state["step_optim"]["controller"]["profile"] = damage
     with pytest.raises(ValueError, match="the checkpoint's entry 'step_optim' is damaged"):
         optimizer.load_state_dict(state)
-    assert optimizer.controller.state_dict() == before
+    assert optimizer._run.memory == before

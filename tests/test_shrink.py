@@ -22,13 +22,6 @@ class Half(Controller):
         return trial.accept(trial.at(0.5))
 
 
-class Whole(Controller):
-    """All of a step."""
-
-    def decide(self, trial):
-        return trial.accept(trial.at(1.0))
-
-
 class Distance:
     """KL closure: the squared distance from where the step began; half of the step has a quarter of it."""
 
@@ -221,13 +214,13 @@ def build(family: str):
     return parameters, inner, Distance(parameters), {} if param_like is None else {"param_like": param_like}
 
 
-def ten_steps_after(family: str, controller: Controller, before: int, **options) -> Tensor:
-    """The weights ten steps without gradient after a step that a controller decided about."""
+def ten_steps_after(family: str, controller: Controller, before: int, budget: float = 0.5, **options) -> Tensor:
+    """The weights ten steps without gradient after a step that a controller decided about, or that was committed."""
     parameters, inner, _, known = build(family)
     for step in range(before):
         gradients(parameters, step)
         inner.step()
-    optimizer = STEPOptimizer(inner, kl=over_once(), budget=0.5, controller=controller, **known | options)
+    optimizer = STEPOptimizer(inner, kl=over_once(), budget=budget, controller=controller, **known | options)
     gradients(parameters, 50)
     optimizer.step()
     for step in range(10):
@@ -244,7 +237,7 @@ def comes_back(family: str, before: int, **options) -> float:
     the whole step lead.
     """
     none = ten_steps_after(family, Gate(on_reject="keep_state"), before)
-    whole = ten_steps_after(family, Whole(), before)
+    whole = ten_steps_after(family, Half(), before, budget=1.0)
     half = ten_steps_after(family, Half(), before, **options)
     return float(torch.dot(half - (none + whole) / 2, whole - none) / torch.dot(whole - none, whole - none)) * 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 
 import pytest
@@ -182,18 +183,24 @@ def test_where_no_part_of_a_step_is_feasible_the_smallest_that_was_tried_is_name
     assert "(alpha = 0.0001) read 0.25, and the KL function reads 0.25 at the weights before the step" in text
 
 
-def test_a_step_that_the_dtype_cannot_hold_is_named() -> None:
+@pytest.mark.parametrize("search", ["model", "bisect"])
+def test_a_step_that_the_dtype_cannot_hold_is_named(search) -> None:
     """Every feasible part rounds to the weights before the step."""
     weight, before = nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), torch.ones(4)
     optimizer = STEPOptimizer(
-        torch.optim.SGD([weight], lr=1.0), kl=lambda: (weight.float() - before).abs().sum(), budget=1e-6
+        torch.optim.SGD([weight], lr=1.0),
+        kl=lambda: (weight.float() - before).abs().sum(),
+        budget=1e-6,
+        controller=Interpolate(search),
     )
     weight.grad = torch.full((4,), -0.0078125, dtype=torch.bfloat16)
     for _ in range(STALL - 1):
         optimizer.step()
     with pytest.warns(UserWarning, match="5 steps in a row") as caught:
         optimizer.step()
-    assert "in the dtype of the weights it is no step at all" in str(caught[0].message)
+    assert re.search(
+        "(?i)in the dtype of the weights (it|no smaller part of it) is (no|a) step", str(caught[0].message)
+    )
 
 
 def test_a_budget_of_zero_is_named() -> None:

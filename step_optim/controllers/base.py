@@ -55,6 +55,10 @@ class Point:
     drift: Movement | None = None
     """Movement from pi_ref, if it was measured along with it."""
 
+    again: bool = False
+    """Whether the very same weights were audited before in this step, so that nothing was measured: rounding makes one
+    point of many alphas."""
+
     @property
     def movement(self) -> Movement:
         """K_global and K_s [nats per token]."""
@@ -121,6 +125,9 @@ class Trial:
     serve several optimizers, a checkpoint holds them, and a step that fails takes back what it wrote."""
     explain: Callable[[], str] = lambda: ""
     """Say why steps are rejected in a row, and what helps; for the message of an error that ends the step."""
+    realised: Callable[[Sequence[float]], list[float]] | None = None
+    """Which part of the update would be left of each of some alphas, about; None where rounding leaves nearly all.
+    Nothing is measured for it. bf16 weights take few steps between theta_t and a candidate one ulp away."""
 
     @staticmethod
     def accept(point: Point, **record: Any) -> Outcome:

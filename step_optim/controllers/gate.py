@@ -14,8 +14,9 @@ class Gate(Controller):
     back everything can reject for ever: an Adam-like step is as long as its
     learning rate says, so that the next candidate moves as far as the last
     (examples/study/REPORT.md: 11 of 12 updates at a rate that is too high).
-    Many rejections in a row are warned of, as of any controller (`stall`), but
-    not while a patience lasts. ``warm_start=True`` of the optimizer shortens the proposals until they fit;
+    Many rejections in a row are warned of, as of any controller (see `stall`),
+    but not while a patience lasts. ``warm_start=True`` of the optimizer
+    shortens the proposals until they fit;
     ``patience`` ends the row by shrinking one, and the record says so
     (``stalled``).
 

@@ -18,7 +18,9 @@ class Interpolate(Controller):
 
     The optimizer state stays the candidate's: for Adam-like optimizers the
     result is a step at lr * alpha. If no alpha is feasible within
-    ``max_trials``, the step is rejected.
+    ``max_trials``, the step is rejected. Where the weights have few numbers
+    between theta_t and the candidate (bf16), the model search works with the
+    alpha that rounding leaves (`Trial.realised`): K is a parabola in that.
 
     Raises:
         ValueError: an argument out of range, or an unknown option.
@@ -84,6 +86,7 @@ class Interpolate(Controller):
             strict=self.strict,
             min_alpha=self.min_alpha,
             profile=profile,
+            realised=trial.realised if self.search == "model" else None,
         )
         trial.memory.pop("profile", None)
         if profile:

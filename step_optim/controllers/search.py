@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 MODEL_TRIALS = 4
 """Model-guided trials before bisection steps in whenever one did not halve the bracket; real steps need 2 to 3."""
+
+MAX_REPEATS = 64
+"""Alphas at most whose weights turn out to be known; they cost no audit, but rounding the weights."""
+
+PROBES, ZOOMS = 32, 4
+"""Alphas whose realised parts are looked at at once, and how often: to 1e-6 of the bracket."""
 
 BOLDEST = 0.1
 """Smallest part of the bracket's upper end that a measured slope may jump to while nothing feasible is known."""
@@ -54,6 +60,9 @@ class Ratios(Protocol):
 
 P = TypeVar("P", bound=Ratios)
 
+Realised: TypeAlias = "Callable[[Sequence[float]], list[float]]"
+"""alphas -> which part of the update rounding leaves of each."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -69,22 +78,37 @@ class Found:
         return max(self.roots.values(), default=math.nan)
 
 
+class _Step(NamedTuple):
+    asked: float
+    """alpha."""
+    realised: float
+    """What rounding makes of it."""
+
+
 class Bracket:
     """The evaluated points, and the interval that the largest feasible alpha lies in."""
 
     def __init__(self, at_one: Found, slopes: Mapping[str, float]) -> None:
         self.found, self.slopes = [at_one], slopes
         self.low, self.high = 0.0, 1.0
+        self.asked = (0.0, 1.0)
+        """The alphas that were asked for to get there: other ones where rounding leaves another part of a step."""
         self.halved = False
 
-    def add(self, found: Found) -> None:
-        """Narrow the interval."""
+    def add(self, found: Found, asked: float) -> None:
+        """Narrow the interval by a point that was audited."""
         self.found.append(found)
+        self.narrow(found.alpha, found.feasible)
+        low, high = self.asked
+        self.asked = (max(low, asked), high) if found.feasible else (low, min(high, asked))
+
+    def narrow(self, alpha: float, feasible: bool) -> None:
+        """Narrow the interval by what is known of an alpha."""
         width = self.high - self.low
-        if found.feasible:
-            self.low = max(self.low, found.alpha)
+        if feasible:
+            self.low = max(self.low, alpha)
         else:
-            self.high = min(self.high, found.alpha)
+            self.high = min(self.high, alpha)
         self.halved = self.high - self.low <= 0.5 * width
 
     def closed(self, tol: float) -> bool:
@@ -107,11 +131,12 @@ def largest_feasible(
     strict: bool = False,
     min_alpha: float = 0.0,
     profile: Profile | None = None,
+    realised: Realised | None = None,
 ) -> tuple[float, P] | None:
     """Find the largest alpha in (0, 1) whose audit is feasible, to a relative tolerance.
 
     Args:
-        measure: audits an alpha.
+        measure: audits an alpha. Points that say that their weights were audited before (`Point.again`) cost no trial.
         at_one: the audit of alpha = 1, infeasible.
         search: ``"bisect"`` halves the bracket. ``"backtrack"`` halves alpha
             until it is feasible, then bisects what it jumped over (with
@@ -123,27 +148,62 @@ def largest_feasible(
         min_alpha: give up below this.
         profile: of the searches before this one, for ``"model"`` to begin
             with; this one's slopes are put into it, if something was found.
+        realised: what rounding would make of some alphas. The search then
+            works with what is realised, in which K is a parabola still, and
+            ends when no step lies between the ends of its bracket.
 
     Returns:
         (alpha, its point), or None if no feasible alpha was found.
     """
     remembered = {name: _agreed(slopes) for name, slopes in (profile or {}).items()}
     bracket = Bracket(_found(1.0, at_one), remembered)
-    best: tuple[float, P] | None = None
-    for trial in range(max_trials):
+    best: tuple[_Step, P] | None = None
+    trials = repeats = 0
+    known = False
+    while trials < max_trials and repeats < MAX_REPEATS:
         if bracket.closed(tol) or (search == "model" and not strict and model_is_done(bracket, tol)):
             break
-        alpha = max(_next(search, bracket, tol, trial), min_alpha)
+        alpha = max(bracket.middle if known else _next(search, bracket, tol, trials), min_alpha)
         if alpha >= bracket.high:
             break  # even the smallest alpha was infeasible
-        point = measure(alpha)
-        bracket.add(_found(alpha, point))
-        if point.feasible and (best is None or alpha > best[0]):
-            best = alpha, point
-    if profile is not None and best is not None:
-        for name, slope in _slopes(bracket.found[0], _found(*best)).items():
+        step = _Step(alpha, alpha) if realised is None else _nearest_step(realised, alpha, bracket, tol)
+        if step is None:
+            break  # there is nothing between the ends
+        point = measure(step.asked)
+        found, again = _found(step.realised, point), getattr(point, "again", False)
+        known = again and any(found.roots == other.roots for other in bracket.found)
+        if known:  # it is one of the bracket's ends: go on to where the weights are other ones
+            bracket.narrow(step.realised, point.feasible)
+            repeats += 1
+            continue
+        bracket.add(found, step.asked)
+        trials += not again
+        if point.feasible and (best is None or step.realised > best[0].realised):
+            best = step, point
+    if best is None:
+        return None
+    if profile is not None:
+        for name, slope in _slopes(bracket.found[0], _found(best[0].realised, best[1])).items():
             profile[name] = [*profile.get(name, []), max(-STEEPEST, min(slope, STEEPEST))][-2:]
-    return best
+    return best[0].asked, best[1]
+
+
+def _nearest_step(realised: Realised, aim: float, bracket: Bracket, tol: float) -> _Step | None:
+    """The alpha of which rounding leaves most that is not more than the aim; else the least that is more.
+
+    None if neither lies inside of the bracket, by a small part of the tolerance.
+    """
+    low, high = _Step(bracket.asked[0], bracket.low), _Step(bracket.asked[1], bracket.high)
+    for _ in range(ZOOMS):
+        alphas = [low.asked + (high.asked - low.asked) * i / PROBES for i in range(1, PROBES)]
+        steps = [_Step(alpha, part) for alpha, part in zip(alphas, realised(alphas), strict=True)]
+        low = max([low, *(step for step in steps if step.realised <= aim)], key=lambda step: step.asked)
+        high = min([high, *(step for step in steps if step.realised > aim)], key=lambda step: step.asked)
+        if low.realised >= (1 - 0.1 * tol) * aim or low.asked >= high.asked:
+            break
+    if low.realised > (1 + 0.1 * tol) * bracket.low:
+        return low
+    return high if high.realised < (1 - 0.1 * tol) * bracket.high else None
 
 
 def _agreed(slopes: list[float]) -> float:

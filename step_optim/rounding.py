@@ -1,0 +1,63 @@
+"""What rounding makes of a part of an update, where the dtype of the weights has few numbers in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from step_optim.ranks import Ranks
+from step_optim.snapshot import Weights
+
+SAMPLE = 1024
+"""Elements of each tensor that are looked at."""
+
+
+class Rounding:
+    """The way from theta_t to the candidate, at `SAMPLE` evenly spread elements of each tensor.
+
+    Args:
+        weights: know both ends.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weights: Weights) -> None:
+        self._ends = [
+            (_sample(previous), _sample(candidate), shards * previous.numel())
+            for previous, candidate, shards in weights.ends()
+            if previous.numel() > 0 and not previous.is_meta
+        ]
+
+    @torch.no_grad()
+    def realised(self, alphas: Sequence[float], ranks: Ranks) -> list[float]:
+        """Return <point - theta_t, candidate - theta_t> / ‖candidate - theta_t‖² for each alpha, over all ranks."""
+        along, length = torch.zeros(len(alphas), dtype=torch.float64), 0.0
+        parts = torch.tensor(alphas, dtype=torch.float64)
+        for previous, candidate, size in self._ends:
+            way, weight = _wide(candidate) - _wide(previous), size / previous.numel()
+            square = float((way * way.conj()).real.sum()) * weight
+            length += square
+            if not _is_coarse(previous):
+                along += parts * square
+                continue
+            points = torch.lerp(previous.float(), candidate.float(), parts.to(previous.device).float()[:, None])
+            along += ((_wide(points.to(previous.dtype)) - _wide(previous)) * way).sum(1).cpu() * weight
+        found = ranks.exchange((along.tolist(), length))
+        total = sum(length for _, length in found)
+        return [
+            sum(values) / total if total > 0 else 0.0 for values in zip(*(along for along, _ in found), strict=True)
+        ]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLE)].clone()
+
+
+def _is_coarse(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() < 4
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
