@@ -229,7 +229,12 @@ def agree(logits: Tensor | None, truth: Tensor, tolerance: float = HEAD_TOLERANC
     if logits is None or logits.shape != truth.shape:
         return False
     rounding = max(torch.finfo(logits.dtype).eps, torch.finfo(truth.dtype).eps)
+    return difference(logits, truth) <= max(tolerance, 4 * rounding)
+
+
+def difference(logits: Tensor, truth: Tensor) -> float:
+    """The largest difference between two tensors of logits, relative to the largest logit; NaN if only one has NaN."""
     logits, truth = logits.float(), truth.float()
     same = (logits == truth) | (logits.isnan() & truth.isnan())  # masked tokens have -inf in both
-    size = torch.where(truth.isfinite(), truth, 0.0).abs().max()
-    return bool(torch.where(same, 0.0, logits - truth).abs().max() <= max(tolerance, 4 * rounding) * size)
+    size = torch.where(truth.isfinite(), truth, 0.0).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float(torch.where(same, 0.0, logits - truth).abs().max() / size)

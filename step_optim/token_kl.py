@@ -281,6 +281,8 @@ class TokenKL(LogitKL):
 
     def _why_unreadable(self, error: IndexError) -> str:
         """Tell a token id that is too large from a text that is too long: both are an index beyond some table."""
+        if not self._reads(self.control.prompts[0].new_zeros(1)):
+            return f"TokenKL cannot read {type(self.model).__name__}: its forward raises IndexError ({error})"
         texts = [torch.cat(pair) for pair in zip(self.control.prompts, self.control.responses, strict=True)]
         for i, text in enumerate(texts):
             if self._reads(text):
