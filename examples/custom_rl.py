@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from step_optim import Budget, Controller, Gate, Interpolate, PolicyKL, Project, STEPOptimizer, StepRecord
+from step_optim.summary import lines
 
 GAMMA, GAE_LAMBDA, CLIP, ENTROPY = 0.99, 0.95, 0.2, 0.005  # PPO's usual numbers
 EPOCHS, MINIBATCH, CONTROL_OBSERVATIONS = 6, 256, 512
@@ -224,8 +225,7 @@ def describe(record: StepRecord) -> str:
 def report(optimizer: STEPOptimizer, args: Args) -> None:
     """Print the figures of the run, and the sentence that matters."""
     summary = optimizer.summary()
-    figures = {name: value for name, value in summary.items() if isinstance(value, (int, float))}
-    print("\n" + "\n".join(f"{name:26} {value:.4g}" for name, value in figures.items()))
+    print("\n" + "\n".join(lines(summary)))
     print(
         f"\nNo update moved the policy by more than {summary['max_accepted_kl']:.4f} nats on average (budget "
         f"{args.budget_mean:g}) or {summary['max_accepted_slice_kl']:.4f} in any slice "

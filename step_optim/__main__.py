@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from step_optim.integrity import check
 from step_optim.paths import user_path
-from step_optim.summary import summarise
+from step_optim.summary import lines, summarise
 from step_optim.telemetry import StepRecord, read_log
 
 
@@ -43,20 +42,11 @@ def _integrity(runs: dict[str, list[StepRecord]]) -> int:
     return 0 if report.ok else 1
 
 
-def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """Yield one figure a line; counts by constraint are several."""
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name} by {part}", count) for part, count in value.items())
-        else:
-            yield name, value
-
-
 def _summary(runs: dict[str, list[StepRecord]]) -> int:
     for label, records in runs.items():
         print(label)
-        for name, value in _lines(summarise(records)):
-            print(f"  {name:26} {'-' if value is None else f'{value:.4g}'}")
+        for line in lines(summarise(records)):
+            print(f"  {line}")
     return 0
 
 

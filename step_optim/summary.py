@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from step_optim.controllers.base import Action
@@ -115,3 +115,16 @@ def summarise(records: Iterable[StepRecord]) -> dict[str, Any]:
     for record in records:
         summary = summary.plus(record)
     return summary.figures()
+
+
+def lines(figures: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the figures of `summarise`, or of `STEPOptimizer.summary()`, as lines; counts by constraint are several.
+
+    >>> list(lines({"rejects": 3, "bound": {"mean": 2, "slice:math": 1}, "mean_alpha": None}))[1:]
+    ['bound by mean              2', 'bound by slice:math        1', 'mean_alpha                 -']
+    """
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from lines({f"{name} by {part}": count for part, count in value.items()})
+        else:
+            yield f"{name:26} {'-' if value is None else f'{value:.4g}'}"
