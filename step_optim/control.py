@@ -232,7 +232,7 @@ class ControlSet:
             return self._named([held_out] if isinstance(held_out, str) else held_out)
         if not 0 < fraction < 1:
             raise ValueError(f"held_out={held_out} must lie between 0 and 1, or list prompts or slices")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         covered = {i for members in self.slices.values() for i in members}
         rest = [i for i in range(len(self)) if i not in covered]
         parts = [list(members) for members in self.slices.values()] + ([rest] if rest else [])

@@ -91,8 +91,8 @@ def _batches(control: ControlSet, micro_batch: int, prefix: int) -> Iterator[Bat
     for members in batch_members(control, micro_batch):
         texts = [torch.cat([control.prompts[i], control.responses[i]]).cpu() for i in members]
         width = max(len(text) for text in texts) - prefix
-        ids = torch.zeros(len(members), width, dtype=torch.long)
-        mask = torch.zeros(len(members), prefix + width, dtype=torch.long)
+        ids = torch.zeros(len(members), width, dtype=torch.long, device="cpu")
+        mask = torch.zeros(len(members), prefix + width, dtype=torch.long, device="cpu")
         positions: list[int] = []
         rows: list[int] = []
         for place, (i, text) in enumerate(zip(members, texts, strict=True)):
@@ -101,4 +101,9 @@ def _batches(control: ControlSet, micro_batch: int, prefix: int) -> Iterator[Bat
             start = place * width - prefix
             positions += range(start + len(control.prompts[i]) - 1, start + len(text) - 1)
             rows += range(first_row[i], first_row[i + 1])
-        yield Batch(*(part.to(control.device) for part in (ids, mask, torch.tensor(positions), torch.tensor(rows))))
+        yield Batch(
+            *(
+                part.to(control.device)
+                for part in (ids, mask, torch.tensor(positions, device="cpu"), torch.tensor(rows, device="cpu"))
+            )
+        )

@@ -32,8 +32,8 @@ class Rounding:
     @torch.no_grad()
     def realised(self, alphas: Sequence[float], ranks: Ranks) -> list[float]:
         """Return <point - theta_t, candidate - theta_t> / ‖candidate - theta_t‖² for each alpha, over all ranks."""
-        along, length = torch.zeros(len(alphas), dtype=torch.float64), 0.0
-        parts = torch.tensor(alphas, dtype=torch.float64)
+        along, length = torch.zeros(len(alphas), dtype=torch.float64, device="cpu"), 0.0
+        parts = torch.tensor(alphas, dtype=torch.float64, device="cpu")
         for previous, candidate, size in self._ends:
             way, weight = _wide(candidate) - _wide(previous), size / previous.numel()
             square = float((way * way.conj()).real.sum()) * weight

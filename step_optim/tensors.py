@@ -209,8 +209,8 @@ def digest(tensors: Iterable[Tensor]) -> int:
 @functools.cache
 def _factors(device: torch.device) -> Tensor:
     """`BLOCK` odd random numbers, always the same ones, [BLOCK] int64."""
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randint(-(2**62), 2**62, (BLOCK,), generator=generator) * 2 + 1).to(device)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return (torch.randint(-(2**62), 2**62, (BLOCK,), generator=generator, device="cpu") * 2 + 1).to(device)
 
 
 def any_of(answers: Iterable[bool | Tensor]) -> bool | Tensor:

@@ -103,8 +103,10 @@ class TokenKL(LogitKL):
         self.model, self.control = model, part.control
         self.sharded, self._spare_forwards = part.sharded, part.spare if has_fsdp(model) else 0
         self.prompts, self.members = len(self.control), part.members
-        lengths = torch.tensor([len(response) for response in self.control.responses])
-        self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts), lengths).to(control.device)
+        lengths = torch.tensor([len(response) for response in self.control.responses], device="cpu")
+        self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts, device="cpu"), lengths).to(
+            control.device
+        )
         self.fallbacks: tuple[str, ...] = ()
         """Which of the short ways this model does not allow, and why."""
         self._micro_batch, self._shared = micro_batch, self._wanted_prefix(control, prefix)

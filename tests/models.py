@@ -161,6 +161,16 @@ def ragged_control(device: str = "cpu") -> ControlSet:
     )
 
 
+def chatty_control() -> ControlSet:
+    """Four prompts behind one system prompt that is long enough to be worth sharing."""
+    system = list(range(7, 15))
+    return ControlSet.from_ids(
+        [[*system, 3, 4, 5], [*system, 6], [*system, 14, 8], [*system, 12, 10, 11]],
+        [[20, 21], [22, 23, 24, 25], [29], [30, 31, 32]],
+        {"early": [0, 1], "late": [1, 2, 3]},
+    )
+
+
 def nudge(module: nn.Module, size: float, seed: int = 1) -> None:
     """Move every trainable weight in place by about ``size`` times its own spread."""
     generator = torch.Generator().manual_seed(seed)

@@ -194,9 +194,9 @@ def mixture_strength(kl: LogitKL, candidate: Audit, limits: Limits) -> Tensor:
     smallest of its slices'. Where the global mean is still too large, a common
     cap brings it down.
     """
-    strength = torch.ones(kl.prompts)
+    strength = torch.ones(kl.prompts, device="cpu")
     if limits.slices:
-        members = [torch.tensor(kl.members[name]) for name in limits.slices]
+        members = [torch.tensor(kl.members[name], device="cpu") for name in limits.slices]
         largest = _largest_strengths(kl, candidate, members, list(limits.slices.values()))
         for prompts, value in zip(members, largest, strict=True):
             strength[prompts] = strength[prompts].clamp_max(value)
@@ -212,7 +212,10 @@ def _largest_strengths(kl: LogitKL, candidate: Audit, members: list[Tensor], lim
     roots = [_Root() for _ in members]
     for _ in range(TARGET_ROUNDS):
         strength = torch.cat(
-            [torch.full((len(prompts),), root.value) for prompts, root in zip(members, roots, strict=True)]
+            [
+                torch.full((len(prompts),), root.value, device="cpu")
+                for prompts, root in zip(members, roots, strict=True)
+            ]
         )
         moved = kl.prompt_kl(candidate, strength, torch.cat(members))
         parts = torch.split(moved, [len(prompts) for prompts in members])
