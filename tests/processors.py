@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,8 @@ CAPABILITIES: Mapping[str, Mapping[str, str]] = {
 """From the least to the most, each with what keeps MKL and oneDNN to it."""
 
 THREADS = (1, 2)
+COMPILED = Path(__file__).parent.parent / ".cache" / "compiled"
+"""What torch.compile keeps, a folder for each capability: what it has compiled for one fails to compile for another."""
 
 
 def has(best: str, capability: str) -> bool:
@@ -37,8 +40,9 @@ def environment(capability: str, threads: int, seed: int) -> dict[str, str]:
     """The variables of a run."""
     own = {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": str(threads)}
     tests = {"STEP_OPTIM_TEST_THREADS": str(threads), "STEP_OPTIM_TEST_ORDER": str(seed)}
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED / capability)}
     inherited = {name: value for name, value in os.environ.items() if name != "CI"}  # which would fix the examples
-    return inherited | CAPABILITIES[capability] | own | tests
+    return inherited | CAPABILITIES[capability] | own | tests | compiled
 
 
 def run(capability: str, threads: int, seed: int, arguments: Sequence[str]) -> bool:

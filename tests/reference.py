@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +47,11 @@ def rounding(kl: float) -> float:
     """
     off = 2 * torch.finfo(torch.float32).eps
     return off * math.sqrt(2 * kl) + off**2 / 2
+
+
+def near(kl: float, rel: float) -> Any:
+    """Equal to figures that are off by ``rel`` of this K and by its rounding, or less."""
+    return pytest.approx(kl, rel=0, abs=rel * kl + rounding(kl))
 
 
 def prompt_kl(candidate: Sequence[Row], previous: Sequence[Row]) -> float:

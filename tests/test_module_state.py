@@ -286,7 +286,7 @@ def test_a_reading_is_of_the_weights_and_of_nothing_that_was_forwarded(kind) -> 
         if len(states) % 2 == 0:
             old, new = (_fresh(kind, state, control) for state in states[-2:])
             wanted = reference.movement(new, old, {}).mean
-            assert optimizer.last.candidate.mean == pytest.approx(wanted, rel=1e-3, abs=1e-9)
+            assert optimizer.last.candidate.mean == reference.near(wanted, rel=1e-3)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

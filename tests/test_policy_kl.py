@@ -97,7 +97,7 @@ def mean(values: list[float]) -> float:
 
 def close(measured: float, wanted: float) -> None:
     """A figure is right to what float32 allows of outputs of size 1."""
-    assert measured == pytest.approx(wanted, rel=0, abs=1e-5 * wanted + reference.rounding(wanted))
+    assert measured == reference.near(wanted, rel=1e-5)
 
 
 @EVERY

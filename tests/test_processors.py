@@ -39,4 +39,6 @@ def test_a_run_is_told_its_capability_threads_and_order(monkeypatch) -> None:
         "STEP_OPTIM_TEST_ORDER": "5",
     }
     assert expected.items() <= found.items()
+    other = processors.environment("default", 2, 5)
+    assert found["TORCHINDUCTOR_CACHE_DIR"] != other["TORCHINDUCTOR_CACHE_DIR"]
     assert "CI" not in found

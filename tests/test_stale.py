@@ -69,7 +69,7 @@ class Watched:
         moved = reference.movement(self.policy(), before, {}).mean
         expected = self.step()
         assert self.anchored == anchored + 1, "the edit was not noticed"
-        assert self.optimizer.last.candidate.mean == pytest.approx(expected, rel=2e-3, abs=1e-8)
+        assert self.optimizer.last.candidate.mean == reference.near(expected, rel=2e-3)
         assert moved == 0 or abs(moved - expected) > 1e-3 * expected, "the edit says nothing"
         self.step()
         assert self.anchored == anchored + 1, "a reference was taken without need"
@@ -205,7 +205,7 @@ def test_a_merged_adapter_is_noticed(adapted) -> None:
     adapted.model.merge_adapter()
     adapted.model.unmerge_adapter()
     expected = adapted.step()
-    assert adapted.optimizer.last.candidate.mean == pytest.approx(expected, rel=2e-3, abs=1e-8)
+    assert adapted.optimizer.last.candidate.mean == reference.near(expected, rel=2e-3)
     assert adapted.anchored == anchored + 1
 
 
@@ -215,9 +215,9 @@ def test_a_disabled_adapter_is_noticed(adapted) -> None:
     extra = model.base_model.model.lm_head.weight.requires_grad_(True)
     adapted.optimizer.add_param_group({"params": [extra]})
     with model.disable_adapter():
-        assert adapted.step() == pytest.approx(adapted.optimizer.last.candidate.mean, rel=2e-3, abs=1e-8)
+        assert adapted.step() == reference.near(adapted.optimizer.last.candidate.mean, rel=2e-3)
     anchored = adapted.anchored
-    assert adapted.step() == pytest.approx(adapted.optimizer.last.candidate.mean, rel=2e-3, abs=1e-8)
+    assert adapted.step() == reference.near(adapted.optimizer.last.candidate.mean, rel=2e-3)
     assert adapted.anchored == anchored + 1
 
 
@@ -250,7 +250,7 @@ def test_the_one_edit_that_needs_refresh() -> None:
     unseen(model.embed.weight)
     watched.optimizer.refresh()
     expected = watched.step()
-    assert watched.optimizer.last.candidate.mean == pytest.approx(expected, rel=2e-3, abs=1e-8)
+    assert watched.optimizer.last.candidate.mean == reference.near(expected, rel=2e-3)
     assert "part of a frozen" in STEPOptimizer.refresh.__doc__
     assert "`.data`" in STEPOptimizer.refresh.__doc__
 
@@ -265,7 +265,7 @@ def test_a_plain_attribute_needs_refresh(adapted) -> None:
     layer.scaling["default"] /= 10
     adapted.optimizer.refresh()
     expected = adapted.step()
-    assert adapted.optimizer.last.candidate.mean == pytest.approx(expected, rel=2e-3, abs=1e-8)
+    assert adapted.optimizer.last.candidate.mean == reference.near(expected, rel=2e-3)
     assert "plain\n        attribute of a module" in STEPOptimizer.refresh.__doc__
 
 
@@ -277,7 +277,7 @@ def test_an_edit_that_is_undone_before_the_step_costs_at_most_a_reference() -> N
     model.load_state_dict(tower(1).state_dict())
     model.load_state_dict(saved)
     expected = watched.step()
-    assert watched.optimizer.last.candidate.mean == pytest.approx(expected, rel=2e-3, abs=1e-8)
+    assert watched.optimizer.last.candidate.mean == reference.near(expected, rel=2e-3)
 
 
 def test_a_module_that_a_function_calls_is_watched() -> None:
@@ -308,4 +308,4 @@ def test_a_module_that_a_function_calls_is_watched() -> None:
         step()
         edit()
         expected = step()
-        assert optimizer.last.candidate.mean == pytest.approx(expected, rel=1e-3, abs=1e-8)
+        assert optimizer.last.candidate.mean == reference.near(expected, rel=1e-3)

@@ -121,11 +121,9 @@ def expected(model: nn.Module, previous: reference.Policy, control: ControlSet) 
 def close(measured: Movement, wanted: Movement, rel: float) -> None:
     """Both figures agree, slice by slice, to ``rel`` and what float32 logits allow."""
     assert measured.slices.keys() == wanted.slices.keys()
-    for found, kl in [
-        (measured.mean, wanted.mean),
-        *((measured.slices[name], wanted.slices[name]) for name in wanted.slices),
-    ]:
-        assert found == pytest.approx(kl, rel=0, abs=rel * kl + reference.rounding(kl))
+    assert measured.mean == reference.near(wanted.mean, rel)
+    for name, kl in wanted.slices.items():
+        assert measured.slices[name] == reference.near(kl, rel)
 
 
 class Counter:

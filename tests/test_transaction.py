@@ -460,7 +460,8 @@ def history(optimizers: list[STEPOptimizer], steps: int = 6) -> list[list[object
     for _ in range(steps):
         for optimizer, records in zip(optimizers, seen, strict=True):
             optimizer.step()
-            records.append((optimizer.last.alpha, optimizer.last.trials, optimizer.state_dict()["step_optim"]))
+            own = copy.deepcopy(optimizer.state_dict()["step_optim"])
+            records.append((optimizer.last.alpha, optimizer.last.trials, own))
     return seen
 
 
