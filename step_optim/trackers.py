@@ -60,6 +60,10 @@ def takes(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
     return True
 
 
+_written: dict[int, tuple[Any, int | None]] = {}
+"""Runs that count their own steps, by id, and where the last record is in each: several optimizers may log to one."""
+
+
 class _WandB:
     """Logs to a run that counts its own steps, and drops what is logged with a smaller one.
 
@@ -70,20 +74,19 @@ class _WandB:
 
     def __init__(self, find: Callable[[], Any]) -> None:
         self._find = find  # the run may begin after the optimizer was made
-        self._run: Any = None
-        self._last: int | None = None
 
     def __call__(self, record: StepRecord) -> None:
         run = self._find()
-        if run is not self._run:
+        if id(run) not in _written:
             run.define_metric("step_optim/*", step_metric="step_optim/step")
-            self._run, self._last = run, None
+        _, last = _written.get(id(run), (run, None))
         step = _current_step(run)
         if step is None:
             run.log(record.flat())
-            return
-        self._last = step + 1 if step == self._last else step
-        run.log(record.flat(), step=self._last)
+        else:
+            step += step == last
+            run.log(record.flat(), step=step)
+        _written[id(run)] = run, step  # holds the run, so that its id is no other's
 
 
 def _current_step(run: Any) -> int | None:

@@ -68,6 +68,15 @@ def test_a_run_that_counts_its_own_steps_keeps_every_record(how, others) -> None
     assert run.metrics == [("step_optim/*", "step_optim/step")]
 
 
+def test_two_optimizers_share_a_run() -> None:
+    """Records of both are kept: neither is written over by the other's."""
+    run = Run()
+    optimizers = [train(run) for _ in range(2)]
+    for optimizer in optimizers * 3:
+        optimizer.step()
+    assert sorted(run.records) == sorted([*range(STEPS + 3)] * 2)
+
+
 def test_the_real_one(tmp_path) -> None:
     """The same with W&B itself, offline."""
     wandb = pytest.importorskip("wandb")
