@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -32,7 +33,9 @@ def table(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import optimizer_table
 
+    disabled = logging.root.manager.disable
     yield optimizer_table
+    logging.disable(disabled)  # it silences torchao for the rest of its process
     sys.modules.pop("optimizer_table")
 
 
