@@ -84,9 +84,10 @@ class _Modes:
         if module in self._flags:
             return
         reshard(module)
-        self._flags[module] = module.training
-        self.modules.append(module)
-        _set_training(module, False)
+        for each in module.modules() if isinstance(module, torch.jit.ScriptModule) else (module,):
+            self._flags[each] = each.training  # TorchScript calls those inside it out of sight
+            self.modules.append(each)
+            _set_training(each, False)
         self._state.enter(module)
 
     def _without_autocast(self, module: Any) -> None:

@@ -80,7 +80,7 @@ class ModuleState:
         roots = list(roots)
         if self._tree is None or self._tree[0] != roots or not self._tree[2].same:
             modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-            below = [module._modules for module in modules]
+            below = [module._modules for module in modules if not _is_script(module)]
             self._tree, self._all = (roots, modules, Membership([(part, part.copy()) for part in below])), None
         return self._tree[1]
 
@@ -110,6 +110,8 @@ class ModuleState:
         parts = []
         for module in modules:
             first = self._first.get(module)
+            if _is_script(module):
+                continue
             if first is None:
                 parts.append((module._parameters, module._parameters.copy()))
             elif module not in self._volatile:
@@ -126,7 +128,7 @@ class ModuleState:
 
     def _enter_attributes(self, module: nn.Module) -> None:
         unchanged = self._unchanged and module not in self._volatile
-        if not (unchanged or isinstance(module, torch.jit.ScriptModule)) and self._may_change(module):
+        if not (unchanged or _is_script(module)) and self._may_change(module):
             self._note_attributes(module)
         if self._resets and self._written:
             self._reset_buffers(name for name in self._written if name[0] is module)
@@ -246,7 +248,8 @@ class ModuleState:
 
     def _put_back_buffer(self, name: Name, buffer: Copied) -> None:
         module, key = name
-        now, first = module._buffers.get(key), self._first_buffers[name]
+        now = module._buffers[key] if key in module._buffers else None  # noqa: SIM401 - TorchScript's have no `get`
+        first = self._first_buffers[name]
         if not any(now is began.tensor and not began.changed for began in (buffer, first)):
             self.learned |= name not in self._written
             self._written.add(name)
@@ -265,6 +268,11 @@ class ModuleState:
                 self._problems.append(
                     f"{type(module).__name__} has written into its parameter {name!r} for the first time"
                 )
+
+
+def _is_script(module: nn.Module) -> bool:
+    """Whether it is TorchScript: no attributes of python, and always the same modules below it."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 class _Weight:

@@ -80,7 +80,7 @@ class Reading:
 
         def put_back() -> None:
             for module in self.model.modules():
-                module._parameters.update(originals.get(id(module), {}))
+                _hold(module, originals.get(id(module), {}))
             originals.clear()
 
         with undone(put_back):
@@ -89,7 +89,7 @@ class Reading:
                 own = {name: p for name, p in mine.items() if p is not None and (id(p) in given or self._castable(p))}
                 if own:
                     originals[id(module)] = mine
-                    module._parameters.update({name: stand_in(p) for name, p in own.items()})
+                    _hold(module, {name: stand_in(p) for name, p in own.items()})
             yield
 
     def _castable(self, parameter: Tensor) -> bool:
@@ -178,6 +178,11 @@ class Reading:
             return self.rows(batch, readout="rows")
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None  # a model that does more with its head's output than pass it on
+
+
+def _hold(module: nn.Module, parameters: Mapping[str, Any]) -> None:
+    for name, parameter in parameters.items():  # TorchScript's have no `update`
+        module._parameters[name] = parameter
 
 
 def _library(module: nn.Module) -> str:

@@ -508,3 +508,51 @@ def test_a_controller_that_acts_sees_the_same() -> None:
         policies = [_fresh(kind, state, control) for state in states]
         for old, new in zip(policies[::2], policies[1::2], strict=True):
             assert reference.movement(new, old, {}).mean <= 1e-3 * (1 + 1e-4)
+
+
+def scripted(layer: nn.Module) -> type[Model]:
+    """A model with TorchScript inside."""
+
+    class Scripted(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+                self.inside = torch.jit.script(nn.Sequential(copy.deepcopy(layer)))
+
+        def hidden(self, ids: Tensor) -> Tensor:
+            return self.inside(super().hidden(ids).transpose(1, 2)).transpose(1, 2)
+
+    return Scripted
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Tanh(), nn.Conv1d(16, 16, 1), nn.BatchNorm1d(16)], ids=["none", "weights", "buffers"]
+)
+def test_torchscript_inside_a_model_is_read_and_left_alone(layer) -> None:
+    """Its weights are measured and its buffers kept, by `TokenKL` and by `PolicyKL`."""
+    model, ids = scripted(layer)().train(), batch(0)
+    token, policy = TokenKL(model, ragged_control()), PolicyKL(lambda: model(ids)[:, -1])
+    for kl in (token, policy):
+        kl.anchor()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert token().mean == policy().mean == 0.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    old = _log_probabilities(model, ids)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.05)
+    new = _log_probabilities(model, ids)
+    true = float((new.exp() * (new - old)).sum(-1).mean())
+    assert policy().mean == pytest.approx(true, rel=1e-3)
+    assert token().mean > 0
+
+
+def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
+    """In eval mode, of the last tokens; the flags are put back."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(ids)[:, -1].double()
+    model.train()
+    return logits.log_softmax(-1)
