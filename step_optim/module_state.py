@@ -131,7 +131,15 @@ class ModuleState:
         if not (unchanged or _is_script(module)) and self._may_change(module):
             self._note_attributes(module)
         if self._resets and self._written:
-            self._reset_buffers(name for name in self._written if name[0] is module)
+            written = [name for name in self._written if name[0] is module]
+            self.stale.update(name for name in written if self._is_stale(name))
+            self._reset_buffers(written)
+
+    def _is_stale(self, name: Name) -> bool:
+        """Whether a buffer that forwards write holds another number than at first; not if it was moved elsewhere."""
+        (module, key), first = name, self._first_buffers[name]
+        now = module._buffers[key]
+        return now is not None and alike(now, first.tensor) and (first.changed or not same_bits(now, first.tensor))
 
     def _note_attributes(self, module: nn.Module) -> None:
         volatile, first = module in self._volatile, self._first.get(module) if self._resets else None

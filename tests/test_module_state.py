@@ -510,6 +510,32 @@ def test_a_controller_that_acts_sees_the_same() -> None:
             assert reference.movement(new, old, {}).mean <= 1e-3 * (1 + 1e-4)
 
 
+class RunningMeanInBuffer(Model):
+    """Statistics of every forward, in a buffer that is read before it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.hidden(input_ids)
+        logits = self.head(hidden - self.mean)
+        self.mean.mul_(0.9).add_(hidden.detach().mean((0, 1)), alpha=0.1)
+        return logits
+
+
+def test_a_buffer_that_audits_write_and_training_has_moved_is_told() -> None:
+    """Audits begin with what it was at first, and say so, once; `refresh` takes it as it is."""
+    model = RunningMeanInBuffer()
+    kl = TokenKL(model, ragged_control())
+    kl.anchor()
+    model.train()(batch(0))
+    with pytest.warns(UserWarning, match=r"RunningMeanInBuffer\.mean changed since TokenKL was made.*refresh\(\)"):
+        assert kl().mean == 0.0
+    model(batch(1))
+    assert kl().mean == 0.0
+
+
 def scripted(layer: nn.Module) -> type[Model]:
     """A model with TorchScript inside."""
 
