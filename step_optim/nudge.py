@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from step_optim.movement import Movement
 from step_optim.noise import NoiseFloor
-from step_optim.undo import undone
+from step_optim.stand_ins import standing_in
 
 SIZES = (2.0**-6, 2.0**-12, 2.0**-18, 2.0**-24)
 """Root mean square of the relative movements, from one that every policy shows to one that float32 can hardly hold."""
@@ -59,19 +59,13 @@ def nudged(weights: Sequence[Weight], size: float) -> Iterator[float]:
     Yields:
         The movement that is left of it in the weights' dtype, Σ ‖moved - weight‖².
     """
-
-    def put_back() -> None:
-        for weight in weights:
-            for module, name in weight.places:
-                module._parameters[name] = weight.tensor  # type: ignore[assignment]
-
-    with undone(put_back):
-        total = 0.0
-        for weight in weights:
-            moved = _moved(weight.tensor.detach(), size)
-            total += float((moved.double() - weight.tensor.detach().double()).square().sum())
-            for module, name in weight.places:
-                module._parameters[name] = moved  # type: ignore[assignment]
+    moved = {id(weight.tensor): _moved(weight.tensor.detach(), size) for weight in weights}
+    total = 0.0
+    for weight in weights:
+        away = moved[id(weight.tensor)].double() - weight.tensor.detach().double()
+        total += float(away.square().sum())
+    holders = dict.fromkeys(module for weight in weights for module, _ in weight.places)
+    with standing_in(holders, moved):
         yield total
 
 
