@@ -17,7 +17,7 @@ from step_optim.language_models import check_audit_dtype, check_causal, check_de
 from step_optim.layout import Batch, Layout, micro_batch_of, shared_prefix, worth_sharing
 from step_optim.logit_kl import LogitKL
 from step_optim.movement import Movement
-from step_optim.noise import NoiseFloor, measure_noise, moved_away, trained_weights
+from step_optim.noise import NoiseFloor, moved_away, narrowest, read_ladder, trained_weights
 from step_optim.reading import Reading
 from step_optim.rows import Head, Rows
 from step_optim.shard import Shard
@@ -185,30 +185,35 @@ class TokenKL(LogitKL):
             LOGGER.info("TokenKL(%s): %s", type(self.model).__name__, why)
 
     def _measure_noise(self) -> NoiseFloor | None:
-        (still,) = self._movements(self._policy(), self._policy())
+        here = self._policy()
+        (still,) = self._movements(self._policy(), here)
         if still.mean != 0:
             raise ValueError(
                 f"unmoved weights read K = {still.mean:.3g} nats per token instead of 0 (worst {still.worst}): the "
                 "model's forward draws random numbers in eval mode (dropout?), keeps a state, or is not deterministic "
                 "(torch.use_deterministic_algorithms). Repair it, or accept that much noise with noise_floor=False"
             )
-        weights = trained_weights(self.model.parameters())
-        start = moved_away(weights)
-        here = self._policy(start)
+        weights = [] if self._reading.sharded else trained_weights(self.model.parameters())
+        if not weights:
+            return None
 
-        def read(moved: Mapping[int, Tensor]) -> Movement:
-            return self._movements(self._policy(moved), here)[0]
+        def moved(now: Rows, before: Rows) -> Movement:
+            return self._movements(now, before)[0]
 
-        dtype = self._reading.dtype or (weights[0].dtype if weights else torch.float32)
-        floor = measure_noise(read, start, dtype) if weights else None
-        if weights and floor is None:
+        ladder = read_ladder(weights, self._policy, moved, here, self._reading.dtype)
+        if ladder.is_still:
             warnings.warn(
                 f"no movement of the {len(weights)} weights that are trained changes what {type(self.model).__name__} "
                 "says on the control set: K would read 0 whatever training does. Train weights that the policy reads, "
                 "or measure on prompts that reach them (images, for a vision tower)",
-                stacklevel=3,
+                stacklevel=4,
             )
-        return floor
+        return ladder.floor(self._computed_in(here))
+
+    def _computed_in(self, policy: Rows) -> torch.dtype:
+        """The narrowest dtype of an audit, as far as weights and rows tell."""
+        own = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
+        return narrowest([policy.x.dtype, *([self._reading.dtype] if self._reading.dtype else own)])
 
     def describe(self) -> dict[str, Any]:
         """How the model is read, what it does not allow, and the noise floor."""

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from step_optim import Budget, ControlSet, Gate, Project, STEPOptimizer, TokenKL
-from step_optim.noise import AWAY, FEWEST, SIZES, moved_away, moved_by, trained_weights
+from step_optim import Budget, ControlSet, Gate, Project, STEPOptimizer, TokenKL, noise
+from step_optim.movement import Movement
+from step_optim.noise import AWAY, SIZES, moved_away, moved_by, trained_weights
 from tests import reference
 from tests.models import Bigram, nudge, ragged_control, tiny_gpt2, tiny_llama
 from tests.test_token_kl import BiasedHead, build, close, expected
@@ -47,15 +48,16 @@ def test_the_known_movement_is_known(dtype) -> None:
     start = moved_away(trained_weights(model.parameters()))
 
     def oracle(size: float) -> float:
+        moved = moved_by(start, size)
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(start[id(p)])
             previous = reference.policy_of(model, control)
             for p in model.parameters():
-                p.copy_(moved_by(start[id(p)], size))
+                p.copy_(moved[id(p)])
         return expected(model, previous, control).mean
 
-    moved = {size: oracle(size) for size in (*SIZES, FEWEST * torch.finfo(dtype).eps)}
+    moved = {size: oracle(size) for size in SIZES}
     assert any(kl / 3 < floor.expected < 3 * kl for kl in moved.values()), (floor, moved)
 
 
@@ -297,18 +299,50 @@ def test_the_log_says_how_it_measured(tmp_path) -> None:
     assert audit["noise_floor"]["measured"]["mean"] == kl.noise_floor.measured.mean
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16, torch.float64])
+DTYPES = [torch.float32, BF16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_probes_move_what_they_say(dtype) -> None:
     """Every size is the root mean square of the relative movement, also below what the dtype can tell."""
-    weight = torch.randn(200, 300, dtype=torch.float64).to(dtype)
+    drawn = torch.randn(200, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = drawn.to(dtype)
     kept = weight.clone()
     for size in SIZES:
-        relative = (moved_by(weight, size).double() / weight.double() - 1)[weight != 0]
+        there = moved_by({0: weight}, size)[0]
+        relative = (there.double() / weight.double() - 1)[weight != 0]
         moved = float(relative.square().mean().sqrt())
-        chosen = min(1.0, (size / torch.finfo(dtype).eps) ** 2) * weight.numel()
-        if chosen > 100:  # by chance nothing moves where next to nothing may
+        assert moved > 0
+        assert there.dtype == dtype
+        if (size / torch.finfo(dtype).eps) ** 2 * weight.numel() > 100:  # else less than one element should move
             assert 0.6 * size < moved < 1.5 * size, (size, moved)
+        assert torch.equal(weight.signbit(), there.signbit())
     assert torch.equal(weight, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_few_movements_are_spread_over_all_weights(dtype, size) -> None:
+    """Many small tensors have as many moved elements as one large one, and a weight of zeros moves upwards."""
+    weights = {i: torch.ones(7, dtype=dtype) for i in range(1000)}
+    moved = moved_by(weights, size)
+    count = sum(int((there != 1).sum()) for there in moved.values())
+    wanted = min(7000.0, max(1.0, 7000 * (size / torch.finfo(dtype).eps) ** 2))
+    assert wanted / 1.5 - 1 <= count <= 1.5 * wanted
+    zeros = moved_by({0: torch.zeros(9, 9, dtype=dtype)}, size)[0].double()
+    assert (zeros >= 0).all()
+    assert 0 < zeros.max() <= 1.01 * size
+
+
+def test_what_is_moved_of_a_huge_weight_is_bounded(monkeypatch) -> None:
+    """`MOST` elements of one tensor, spread over it; of several, the smallest that are as many together."""
+    monkeypatch.setattr(noise, "MOST", 100)
+    huge, small = nn.Parameter(torch.randn(50, 20)), nn.Parameter(torch.randn(90))
+    for moved in (moved_away([huge])[id(huge)], moved_by({0: huge}, SIZES[0])[0]):
+        assert 50 < int((moved != huge).sum()) <= 100
+        assert (moved != huge).any(0).all()
+    assert trained_weights([huge, small]) == [small]
+    assert trained_weights([huge]) == [huge]
 
 
 def test_weights_are_moved_away_by_a_part_of_themselves_and_zeros_too() -> None:
@@ -326,3 +360,39 @@ def test_a_model_whose_embedding_is_zero_has_a_floor_all_the_same() -> None:
     with torch.no_grad():
         model.embedding.weight.zero_()
     assert TokenKL(model, ControlSet.from_ids([[1]], [[2]])).noise_floor.measured.mean < 1e-9
+
+
+def test_a_start_that_gives_no_finite_policy_is_left_for_the_weights_themselves() -> None:
+    """Movements begin where there are figures; where there are none at all, there is no floor."""
+
+    def ladder(valid) -> noise.Ladder:
+        weight = torch.ones(100)
+
+        def policy(moved) -> Tensor | None:
+            return moved[id(weight)] if valid(moved[id(weight)]) else None
+
+        return noise.read_ladder(
+            [weight], policy, lambda a, b: Movement(float((a.double() - b.double()).square().sum())), weight
+        )
+
+    near, away, never = (
+        ladder(valid) for valid in (lambda w: (w - 1).abs().max() < 2 * SIZES[0], lambda w: True, lambda w: False)
+    )
+    assert near.largest == 0.0
+    assert away.largest == pytest.approx(AWAY**2 * 100, rel=0.5)
+    for found in (near, away):
+        assert [reading.mean for reading, _ in found.readings] == pytest.approx([left for _, left in found.readings])
+        assert found.floor(torch.float32).measured.mean == pytest.approx(100 * SIZES[-1] ** 2, rel=0.5)
+        assert not found.is_still
+    assert never.floor(torch.float32) is None
+    assert not never.is_still
+
+
+def test_token_policies_that_jump_have_no_floor() -> None:
+    """What the smallest movement reads like the largest is no rounding."""
+
+    class Jumps(Bigram):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids) + 5 * torch.sin(1e12 * self.embedding.weight.double()[:1]).float()
+
+    assert TokenKL(Jumps(), ragged_control()).noise_floor is None
