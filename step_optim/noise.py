@@ -93,18 +93,22 @@ class Ladder:
             dtype: of the audit.
 
         Returns:
-            The smallest movement's reading if none is rounding. None if the
-            first movement reads nothing, if a reading is not finite, or if the
-            policy jumps.
+            Where none is rounding the smallest that is not 0: less is lost.
+            None if the first movement reads nothing, if a reading is not
+            finite, or if the policy jumps.
         """
-        (first, reach), smallest = self.readings[0], self.readings[-1]
+        first, reach = self.readings[0]
         if first.mean == 0 or not all(moved.is_finite for moved, _ in self.readings):
             return None
         noisy = [(now, size) for now, size in self.readings[1:] if now.mean > EXCESS * first.mean * size / reach]
-        floor, size = max(noisy, key=lambda reading: reading[0].mean) if noisy else smallest
+        floor, size = max(noisy, key=lambda reading: reading[0].mean) if noisy else self._smallest
         if floor.mean > JUMP * max(self.largest, first.mean):
             return None
         return NoiseFloor(floor, first.mean * size / reach, dtype)
+
+    @property
+    def _smallest(self) -> tuple[Movement, float]:
+        return [reading for reading in self.readings if reading[0].mean > 0][-1]
 
 
 def read_ladder(
@@ -136,7 +140,7 @@ def read_ladder(
     start = {key: w if dtype is None else w.to(torch.promote_types(w.dtype, dtype)) for key, w in start.items()}
     readings = []
     for size in SIZES:
-        moved = moved_by(start, size)
+        moved = {key: moved_by(weight, size) for key, weight in start.items()}
         now = policy(moved)
         left = sum(_squared_distance(moved[key], weight) for key, weight in start.items())
         readings.append((NOWHERE if now is None else kl(now, there), left))
@@ -177,42 +181,33 @@ def moved_away(weights: Iterable[Tensor]) -> dict[int, Tensor]:
     moved = {}
     for weight in weights:
         size = float(_wide(weight).square().mean().sqrt()) or 1.0
-        moved[id(weight)], some = _copy_of(weight, 0, _step(weight))
+        moved[id(weight)], some = _copy_of(weight)
         noise = torch.randn(some.shape, generator=generator, device="cpu", dtype=torch.float32)
         some.copy_(_wide(some) + AWAY * size * noise.to(some.device))
     return moved
 
 
 @torch.no_grad()
-def moved_by(weights: Mapping[int, Tensor], size: float) -> dict[int, Tensor]:
-    """Return the weights times 1 ± size; where a dtype has no such number, few elements are moved by their last bit.
+def moved_by(weight: Tensor, size: float) -> Tensor:
+    """Return the weight times 1 ± size; where its dtype has no such number, few elements are moved by their last bit.
 
-    These are spread evenly over all weights, one at least. Elements keep their
-    signs. A weight of zeros has no scale of its own: it moves by up to
-    ``size``, upwards.
+    One is moved at least. Elements keep their signs. A weight of zeros has no
+    scale of its own: it moves by up to ``size``, upwards.
     """
     generator = torch.Generator(device="cpu").manual_seed(1)
-    moved, before = {}, 0
-    for key, weight in weights.items():
-        eps = torch.finfo(weight.dtype).eps
-        zeros = not bool(_wide(weight).any())
-        step = _step(weight, 1.0 if zeros else (eps / size) ** 2)
-        moved[key], some = _copy_of(weight, -before % step, step)
-        turns = torch.rand(some.shape, generator=generator, device="cpu", dtype=torch.float32).to(some.device)
-        some.copy_(size * turns if zeros else _wide(some) * (1 + max(size, eps) * (turns - 0.5).sign()))
-        before += weight.numel()
+    eps = torch.finfo(weight.dtype).eps
+    zeros = not bool(_wide(weight).any())
+    moved, some = _copy_of(weight, 1.0 if zeros else (eps / size) ** 2)
+    turns = torch.rand(some.shape, generator=generator, device="cpu", dtype=torch.float32).to(some.device)
+    some.copy_(size * turns if zeros else _wide(some) * (1 + max(size, eps) * torch.where(turns < 0.5, -1, 1)))
     return moved
 
 
-def _step(weight: Tensor, wanted: float = 1.0) -> int:
-    """From one moved element to the next: an odd number, which comes to all columns of a matrix."""
-    return max(round(wanted), math.ceil(weight.numel() / MOST)) | 1
-
-
-def _copy_of(weight: Tensor, first: int, step: int) -> tuple[Tensor, Tensor]:
-    """A copy, and a view of those of its elements that are to move."""
+def _copy_of(weight: Tensor, every: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A copy, and a view of those of its elements that are to move: one in so many, and `MOST` at most."""
     moved = weight.detach().clone(memory_format=torch.contiguous_format)
-    return moved, moved.view(-1)[first::step]
+    step = max(round(every), math.ceil(moved.numel() / MOST))
+    return moved, moved.view(-1)[:: step | 1]  # an odd step comes to all columns of a matrix
 
 
 def _squared_distance(moved: Tensor, weight: Tensor) -> float:

@@ -241,7 +241,8 @@ def test_the_floor_of_float32_is_far_below_any_budget_and_that_of_bfloat16_is_no
         PolicyKL(lambda: wide(many).to(BF16)).noise_floor,
     ]
     assert [floor.measured.mean < 1e-12 for floor in floors] == [True, True, False, False, False]
-    assert all(floor.measured.mean > 4 * floor.expected for floor in floors[2:])
+    assert all(floor.measured.mean > floor.expected for floor in floors[2:])
+    assert all(floor.measured.mean > 8 * floor.expected for floor in floors[3:])
     assert [floor.dtype for floor in floors] == [torch.float32, torch.float32, BF16, torch.float32, torch.float32]
 
 
@@ -303,7 +304,7 @@ def test_a_tied_weight_is_moved_in_all_places_alike(dtype) -> None:
     own = second.weight = first.weight
     before = bits(own)
     (weight,) = trained_weights([first.weight, second.weight])
-    with standing_in([first, second], moved_by({id(weight): weight}, SIZES[0])) as originals:
+    with standing_in([first, second], {id(weight): moved_by(weight, SIZES[0])}) as originals:
         assert first.weight is second.weight is not own
         assert originals[id(second)]["weight"] is own
     assert first.weight is second.weight is own
@@ -405,7 +406,7 @@ def test_an_adapter_that_is_still_zero_is_moved_through_the_casts_behind_it() ->
     model = Adapted()
     floor = PolicyKL(lambda: model(X)).noise_floor
     assert floor.measured.mean > 1e-8
-    assert floor.measured.mean > 8 * floor.expected
+    assert floor.measured.mean > floor.expected
     assert bool((model.b == 0).all())
 
 
