@@ -162,8 +162,13 @@ def trained_weights(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the one with the fewest bits."""
-    return min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+    """Return the one that rounds most."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Return whether float32 tells numbers apart that are one number here."""
+    return torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
 
 
 def _constant(weight: Tensor) -> bool:

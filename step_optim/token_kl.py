@@ -17,7 +17,7 @@ from step_optim.language_models import check_audit_dtype, check_causal, check_de
 from step_optim.layout import Batch, Layout, micro_batch_of, shared_prefix, worth_sharing
 from step_optim.logit_kl import LogitKL
 from step_optim.movement import Movement
-from step_optim.noise import NoiseFloor, moved_away, narrowest, read_ladder, trained_weights
+from step_optim.noise import NoiseFloor, is_narrow, moved_away, narrowest, read_ladder, trained_weights
 from step_optim.reading import Reading
 from step_optim.rows import Head, Rows
 from step_optim.shard import Shard
@@ -214,6 +214,14 @@ class TokenKL(LogitKL):
         """The narrowest dtype of an audit, as far as weights and rows tell."""
         own = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
         return narrowest([policy.x.dtype, *([self._reading.dtype] if self._reading.dtype else own)])
+
+    @property
+    def noise_remedy(self) -> str:
+        """An audit in float32, if this one is in narrower numbers by its own choice or the model's."""
+        chosen = self._reading.dtype
+        narrow = self.noise_floor is not None and is_narrow(self.noise_floor.dtype)
+        helps = narrow and (chosen is None or is_narrow(chosen)) and not self._reading.sharded
+        return "audit in float32: TokenKL(..., audit_dtype=torch.float32)" if helps else ""
 
     def describe(self) -> dict[str, Any]:
         """How the model is read, what it does not allow, and the noise floor."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from step_optim import Budget, ControlSet, Gate, Project, STEPOptimizer, TokenKL, noise
+from step_optim import Budget, ControlSet, Gate, PolicyKL, Project, STEPOptimizer, TokenKL, noise
 from step_optim.movement import Movement
 from step_optim.noise import AWAY, SIZES, moved_away, moved_by, trained_weights
 from tests import reference
@@ -266,6 +266,41 @@ def test_a_budget_below_the_floor_warns_with_both_numbers() -> None:
         optimizer.set_budget(1.01 * floor.mean)
         optimizer.set_budget(math.inf)
         trained(model, kl=kl, budget=0.0)  # nothing may move: no figure is compared
+
+
+@pytest.mark.parametrize(
+    ("make", "helps"),
+    [
+        (lambda: TokenKL(tiny_llama(dtype=BF16), ragged_control()), True),
+        (lambda: TokenKL(tiny_llama(dtype=torch.float16), ragged_control()), True),
+        (lambda: TokenKL(adapted(BF16), ragged_control()), True),
+        (lambda: TokenKL(tiny_llama(), ragged_control(), audit_dtype=BF16), True),
+        (lambda: TokenKL(tiny_llama(), ragged_control()), False),
+        (lambda: TokenKL(tiny_llama(dtype=torch.float64), ragged_control()), False),
+        (lambda: TokenKL(tiny_llama(dtype=BF16), ragged_control(), audit_dtype=torch.float32), False),
+        (lambda: bf16_policy(), False),
+    ],
+)
+def test_an_audit_in_float32_is_recommended_where_it_helps(make, helps) -> None:
+    """To a TokenKL that audits in narrower numbers: not to one in float32, nor to a PolicyKL, which has no such way."""
+    kl = make()
+    with pytest.warns(UserWarning, match="noise floor") as caught:
+        STEPOptimizer(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), kl=unchecked(kl), budget=1e-30)
+    (message,) = (str(warning.message) for warning in caught)
+    assert ("audit_dtype=torch.float32" in message) == helps
+    assert "Raise the budget" in message
+
+
+def bf16_policy() -> PolicyKL:
+    """A policy with a floor of bf16."""
+    model = nn.Linear(8, 6).to(BF16)
+    return PolicyKL(lambda: model(torch.eye(8, dtype=BF16)))
+
+
+def unchecked(kl):
+    """The closure, for an optimizer of other parameters."""
+    kl._refuse_strangers = False
+    return kl
 
 
 def test_a_schedule_that_comes_down_to_the_floor_warns_once() -> None:
