@@ -71,6 +71,11 @@ class KLClosure(ABC):
         """Names of the slices; None if they are not known before a measurement."""
         return None
 
+    @property
+    def noise_remedy(self) -> str:
+        """What would make `noise_floor` smaller, for a message; empty if nothing is known to."""
+        return ""
+
     def describe(self) -> dict[str, Any]:
         """What a log should say in its first line about how this measures; plain values."""
         return {}

@@ -7,7 +7,6 @@ import warnings
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from step_optim.audit import KLClosure
@@ -18,9 +17,6 @@ from step_optim.param_like import steps_in_backward, why_recomputed
 from step_optim.ranks import Ranks
 from step_optim.tensors import shard_count
 from step_optim.wrapper import OptimizerWrapper
-
-WIDE = (torch.float32, torch.float64)
-"""Dtypes of an audit that a wider one would not help."""
 
 OPTIONS = ("on_reject", "on_shrink")
 """Options that every controller has."""
@@ -145,7 +141,7 @@ def below_noise(limits: Limits, kl: KLClosure) -> bool:
     floor = kl.noise_floor
     found = [] if floor is None else floor.above({"mean": limits.mean, **limits.slices})
     if found and floor is not None:
-        wider = "" if floor.dtype in WIDE else ", or audit in float32: TokenKL(..., audit_dtype=torch.float32)"
+        wider = f", or {kl.noise_remedy}" if kl.noise_remedy else ""
         warnings.warn(
             f"the audit's rounding in {floor.name} reads more than the budget allows ({'; '.join(found)} nats per "
             f"token): steps would be shrunk or rejected for noise. Raise the budget{wider}",

@@ -40,9 +40,9 @@ class LogitKL(ReferenceKL):
         return None
 
     def _policy(self) -> Rows:
-        return self._gather(self._batches())
+        return self._gather(self._batches(), self._head(live=False))
 
-    def _gather(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Rows:
+    def _gather(self, parts: Iterable[tuple[Tensor, Tensor]], head: Head | None) -> Rows:
         """Put the rows of all batches back in their order."""
         x: Tensor | None = None
         for rows, part in parts:
@@ -50,7 +50,7 @@ class LogitKL(ReferenceKL):
                 x = part.new_empty(len(self._prompt_of_row), part.shape[1])
             x.index_copy_(0, rows, part)
         assert x is not None
-        return Rows(x, self._head(live=False))
+        return Rows(x, head)
 
     @abstractmethod
     def _read_origin(self, state: Mapping[str, Any]) -> Any:
@@ -155,7 +155,7 @@ class LogitKL(ReferenceKL):
                 total += float(loss.detach())
                 parts.append((rows, x.detach()))
         with torch.no_grad():
-            policy = self._gather(parts)
+            policy = self._gather(parts, self._head(live=False))
             (moved,) = self._movements(policy, self._reference)
             return Audit(moved, policy), total, list(gradients.values())
 

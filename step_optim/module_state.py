@@ -71,6 +71,14 @@ class ModuleState:
         self._entered = set()
         self.learned = self._unchanged = False
 
+    def examine(self) -> None:
+        """Compare everything with a copy in the next reading, too."""
+        self._examining = True
+
+    def writes(self, parameter: Tensor) -> bool:
+        """Whether forwards write into a parameter, or give it other memory."""
+        return id(parameter) in self._rewritten or id(parameter) in self._moved
+
     def forget(self) -> None:
         """Take what the modules hold next for what they held at first."""
         self._first, self._first_buffers, self._all = {}, {}, None
@@ -195,15 +203,10 @@ class ModuleState:
             module._buffers[name] = first.tensor
             first.put_back()
 
-    @property
-    def rewrites(self) -> bool:
-        """Whether forwards write into parameters, or give them other memory."""
-        return bool(self._rewritten or self._moved)
-
     def reset(self) -> None:
         """Let every module hold what it held at first; before a further forward of the same reading."""
-        for weight in self._weights if self.rewrites else ():
-            if id(weight.parameter) in self._rewritten | self._moved:
+        for weight in self._weights if self._rewritten or self._moved else ():
+            if self.writes(weight.parameter):
                 weight.put_back()
         if self._resets:
             for module in self._volatile.intersection(self._now):
@@ -265,17 +268,14 @@ class ModuleState:
         buffer.put_back()
 
     def _put_back_weight(self, weight: _Weight) -> None:
-        key = id(weight.parameter)
+        key, (module, name) = id(weight.parameter), weight.name
         moved, rewritten = weight.put_back()
-        if moved:
-            self._moved.add(key)
-        if rewritten and key not in self._rewritten:
-            self._rewritten.add(key)
-            if weight.bits is None:
-                module, name = weight.name
-                self._problems.append(
-                    f"{type(module).__name__} has written into its parameter {name!r} for the first time"
-                )
+        if rewritten and weight.bits is None and key not in self._rewritten:
+            self._problems.append(f"{type(module).__name__} has written into its parameter {name!r} for the first time")
+        if (moved or rewritten) and not self.writes(weight.parameter):
+            self.learned = True
+        self._moved |= {key} if moved else set()
+        self._rewritten |= {key} if rewritten else set()
 
 
 def _is_script(module: nn.Module) -> bool:
@@ -311,8 +311,8 @@ class _Weight:
             parameter.data = self._memory.tensor()
         if self.bits is None:
             return moved, not moved and parameter._version != self._version
-        rewritten = not same_bits(parameter, self.bits.to(parameter.device))
-        if rewritten:
+        if not same_bits(parameter, self.bits.to(parameter.device)):
             with torch.no_grad():
                 parameter.copy_(self.bits)
-        return moved, rewritten
+            return moved, True
+        return moved, not moved and parameter._version != self._version  # perhaps other bits another time

@@ -18,15 +18,15 @@ from step_optim.distributions import Kept, same_constants, tensors_of
 from step_optim.isolation import has_fsdp, isolated
 from step_optim.logit_kl import LogitKL
 from step_optim.movement import Movement
-from step_optim.noise import NoiseFloor
-from step_optim.nudge import SIZES, Weight, floor_of, nudged, trained_weights
+from step_optim.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
 from step_optim.policy_output import Output
 from step_optim.rows import Rows
+from step_optim.stand_ins import standing_in
 
 REDUCTIONS = (None, "sum", "mean")
 
-STILL = 1e-10
-"""Nats that float32 rounding reads of a policy that does not move: of all logits of a row, when they are shifted."""
+NO_POLICY = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What distributions raise of parameters that are none: a scale below 0, a matrix that is not positive definite."""
 
 
 class PolicyKL(LogitKL):
@@ -38,7 +38,7 @@ class PolicyKL(LogitKL):
     torch.distributions, also inside `Independent` and bijective transforms, a
     figure is good to 1e-5 of itself from 1e-10 nats on (`closed_forms`).
 
-    The function is called once here, to learn what it returns, and some six
+    The function is called once here, to learn what it returns, and some eight
     times more to measure what an audit reads at rest and of weights that moved
     next to nothing (``noise_floor=False`` leaves that out).
 
@@ -191,26 +191,33 @@ class PolicyKL(LogitKL):
         here = self._policy()
         self._check_rest(*self._movements(self._policy(), here))
         called = self.used
-        weights = trained_weights(called)
         if not called or any(has_fsdp(module) for module in called):
             return None
-        readings = [self._nudged(weights, size, here) for size in SIZES] if weights else []
-        floor = floor_of(readings, _narrowest(weights)) if readings else None
-        still = floor is None and (not readings or readings[0][0].mean < STILL)
-        if still and not self._reads_others(weights):
-            _warn_of_rest(weights)
-        return floor
+        held = (p for module in called for p in module._parameters.values() if p is not None)
+        weights = trained_weights(p for p in held if p.requires_grad)
+        if not weights:
+            self._warn_unless_moved(weights)
+            return None
+        ladder = read_ladder(weights, self._policy_at, lambda now, before: self._movements(now, before)[0], here)
+        if ladder.is_still:
+            self._warn_unless_moved(weights)
+        return None if ladder.is_still else ladder.floor(narrowest(weight.dtype for weight in weights))
 
-    def _nudged(self, weights: Sequence[Weight], size: float, here: Any) -> tuple[Movement, float]:
-        with nudged(weights, size) as moved:
-            (reading,) = self._movements(self._policy(), here)
-            return reading, moved
+    def _policy_at(self, moved: Mapping[int, Tensor]) -> Rows | Kept | None:
+        """The policy with other tensors in the place of weights; None if they give none."""
+        with standing_in(self.used, moved):
+            try:
+                output = self._evaluate()
+            except NO_POLICY:
+                return None
+            return self._kept(output)
 
-    def _reads_others(self, weights: Sequence[Weight]) -> bool:
-        """Whether fn reads anything else that is trained, a bare parameter say: a graph leads there."""
-        with nudged(weights, SIZES[0]), torch.enable_grad():
+    def _warn_unless_moved(self, weights: Sequence[Tensor]) -> None:
+        """Warn, unless fn reads anything else that is trained, a bare parameter say: a graph leads there."""
+        with standing_in(self.used, {id(w): w.detach() for w in weights}), torch.enable_grad():
             out = self.fn()
-        return any(tensor.requires_grad for tensor in tensors_of(out).values())
+        if not any(tensor.requires_grad for tensor in tensors_of(out).values()):
+            _warn_of_rest(weights)
 
     def _check_rest(self, still: Movement) -> None:
         if math.isnan(still.mean):
@@ -263,15 +270,11 @@ def _with_rows(saved: Mapping[str, Tensor], output: Output) -> dict[str, Tensor]
     return found
 
 
-def _narrowest(weights: Sequence[Weight]) -> torch.dtype:
-    return min((weight.tensor.dtype for weight in weights), key=lambda dtype: torch.finfo(dtype).bits)
-
-
-def _warn_of_rest(weights: Sequence[Weight]) -> None:
+def _warn_of_rest(weights: Sequence[Tensor]) -> None:
     moved = f"it read next to 0 when their {len(weights)} trained tensors were moved by {SIZES[0]:.0%}"
     found = moved if weights else "none of their parameters requires gradients"
     warnings.warn(
         f"nothing that is trained moves this policy. Of the modules that fn calls: {found}. Every step would be "
         "committed. Let fn call the model that is trained, not a copy of it; noise_floor=False leaves this check out",
-        stacklevel=4,
+        stacklevel=5,
     )

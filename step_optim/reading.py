@@ -16,7 +16,8 @@ from step_optim.language_models import accepted_arguments, logits_of, output_hea
 from step_optim.layout import Batch
 from step_optim.module_state import ModuleState
 from step_optim.rows import Head
-from step_optim.undo import inserted, undone
+from step_optim.stand_ins import standing_in
+from step_optim.undo import inserted
 
 HEAD_TOLERANCE = 1e-3
 """Largest relative difference between a model's logits and a plain linear head's at which they count as one."""
@@ -49,7 +50,7 @@ class Reading:
         """Whether a forward gathers weights from other processes."""
         self._inference = not self.sharded and all(_library(module) in KEEP_NOTHING for module in model.modules())
         self._arguments = accepted_arguments(model)
-        self._originals: dict[int, Mapping[str, Any]] = {}
+        self._originals: Mapping[int, Mapping[str, Any]] = {}
 
     @property
     def takes_past(self) -> bool:
@@ -69,28 +70,14 @@ class Reading:
         Args:
             replaced: tensors to use in the place of parameters with these ids.
         """
-        originals, given = self._originals, replaced or {}
-        casts: dict[int, Tensor] = {}
-
-        def stand_in(parameter: Tensor) -> Any:
-            if id(parameter) not in casts:  # tied weights stay tied
-                tensor = given.get(id(parameter), parameter)
-                casts[id(parameter)] = tensor.to(self.dtype) if self._castable(parameter) else tensor
-            return casts[id(parameter)]
-
-        def put_back() -> None:
-            for module in self.model.modules():
-                _hold(module, originals.get(id(module), {}))
-            originals.clear()
-
-        with undone(put_back):
-            for module in self.model.modules() if given or self.dtype is not None else ():
-                mine = dict(module._parameters)
-                own = {name: p for name, p in mine.items() if p is not None and (id(p) in given or self._castable(p))}
-                if own:
-                    originals[id(module)] = mine
-                    _hold(module, {name: stand_in(p) for name, p in own.items()})
+        with standing_in(self.model.modules(), self._casts(replaced or {})) as self._originals:
             yield
+
+    def _casts(self, given: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        if not given and self.dtype is None:
+            return {}
+        wanted = [p for p in self.model.parameters() if id(p) in given or self._castable(p)]
+        return {id(p): given.get(id(p), p).to(self.dtype) if self._castable(p) else given[id(p)] for p in wanted}
 
     def _castable(self, parameter: Tensor) -> bool:
         return self.dtype is not None and parameter.is_floating_point() and parameter.dtype != self.dtype
@@ -178,11 +165,6 @@ class Reading:
             return self.rows(batch, readout="rows")
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None  # a model that does more with its head's output than pass it on
-
-
-def _hold(module: nn.Module, parameters: Mapping[str, Any]) -> None:
-    for name, parameter in parameters.items():  # TorchScript's have no `update`
-        module._parameters[name] = parameter
 
 
 def _library(module: nn.Module) -> str:

@@ -17,7 +17,7 @@ from step_optim.language_models import check_audit_dtype, check_causal, check_de
 from step_optim.layout import Batch, Layout, micro_batch_of, shared_prefix, worth_sharing
 from step_optim.logit_kl import LogitKL
 from step_optim.movement import Movement
-from step_optim.noise import NoiseFloor, measure_noise, moved_away, trained_weights
+from step_optim.noise import NoiseFloor, is_narrow, moved_away, narrowest, read_ladder, trained_weights
 from step_optim.reading import Reading
 from step_optim.rows import Head, Rows
 from step_optim.shard import Shard
@@ -148,9 +148,14 @@ class TokenKL(LogitKL):
     def _find_ways(self) -> None:
         """Find the shortest way to read the model that agrees with its own logits, wherever training may lead it."""
         self.fallbacks, self._modules = (), self._structure()
-        still = self._reading.sharded or self._state.rewrites  # stand-ins would be written over and over
-        moved = {} if still else moved_away(trained_weights(self.model.parameters()))
+        moved = {} if self._reading.sharded else moved_away(self._moving)
+        self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
         self._measured(lambda: self._compare_ways(moved))
+
+    @property
+    def _moving(self) -> list[Tensor]:
+        """What training will move, but for weights that forwards write: a stand-in would be written over and over."""
+        return trained_weights(p for p in self.model.parameters() if not self._state.writes(p))
 
     def _compare_ways(self, moved: Mapping[int, Tensor]) -> None:
         reading, control = self._reading, self.control
@@ -188,30 +193,43 @@ class TokenKL(LogitKL):
             LOGGER.info("TokenKL(%s): %s", type(self.model).__name__, why)
 
     def _measure_noise(self) -> NoiseFloor | None:
-        (still,) = self._movements(self._policy(), self._policy())
+        here = self._policy()
+        (still,) = self._movements(self._policy(), here)
         if still.mean != 0:
             raise ValueError(
                 f"unmoved weights read K = {still.mean:.3g} nats per token instead of 0 (worst {still.worst}): the "
                 "model's forward draws random numbers in eval mode (dropout?), keeps a state, or is not deterministic "
                 "(torch.use_deterministic_algorithms). Repair it, or accept that much noise with noise_floor=False"
             )
-        weights = [] if self._state.rewrites else trained_weights(self.model.parameters())
-        start = moved_away(weights)
-        here = self._policy(start)
+        weights = [] if self._reading.sharded else self._moving
+        if not weights:
+            return None
 
-        def read(moved: Mapping[int, Tensor]) -> Movement:
-            return self._movements(self._policy(moved), here)[0]
+        def moved(now: Rows, before: Rows) -> Movement:
+            return self._movements(now, before)[0]
 
-        dtype = self._reading.dtype or (weights[0].dtype if weights else torch.float32)
-        floor = measure_noise(read, start, dtype) if weights else None
-        if weights and floor is None:
+        ladder = read_ladder(weights, self._policy, moved, here, self._reading.dtype)
+        if ladder.is_still:
             warnings.warn(
                 f"no movement of the {len(weights)} weights that are trained changes what {type(self.model).__name__} "
                 "says on the control set: K would read 0 whatever training does. Train weights that the policy reads, "
                 "or measure on prompts that reach them (images, for a vision tower)",
-                stacklevel=3,
+                stacklevel=4,
             )
-        return floor
+        return ladder.floor(self._computed_in(here))
+
+    def _computed_in(self, policy: Rows) -> torch.dtype:
+        """The narrowest dtype of an audit, as far as weights and rows tell."""
+        own = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
+        return narrowest([policy.x.dtype, *([self._reading.dtype] if self._reading.dtype else own)])
+
+    @property
+    def noise_remedy(self) -> str:
+        """An audit in float32, if this one is in narrower numbers by its own choice or the model's."""
+        chosen = self._reading.dtype
+        narrow = self.noise_floor is not None and is_narrow(self.noise_floor.dtype)
+        helps = narrow and (chosen is None or is_narrow(chosen)) and not self._reading.sharded
+        return "audit in float32: TokenKL(..., audit_dtype=torch.float32)" if helps else ""
 
     def describe(self) -> dict[str, Any]:
         """How the model is read, what it does not allow, and the noise floor."""
@@ -241,18 +259,22 @@ class TokenKL(LogitKL):
             )
 
     def _policy(self, replaced: Mapping[int, Tensor] | None = None) -> Rows:
-        return self._gather(self._batches(replaced))
+        if self.readout == "hidden" and any(id(part) in (replaced or {}) for part in self._reading.head()):
+            return self._gather(self._batches(replaced, "rows"), None)  # the kept head is not the one that stands in
+        return self._gather(self._batches(replaced), self._head(live=False))
 
-    def _batches(self, replaced: Mapping[int, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(
+        self, replaced: Mapping[int, Tensor] | None = None, readout: str | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         reading, layout = self._reading, self._layout
         with reading.cast(replaced):
             past = None
             for batch in layout.batches:
                 if past is None or torch.is_grad_enabled():  # a graph serves one batch
                     past = reading.past(layout.prefix)
-                yield batch.rows, reading.rows(batch, past)
+                yield batch.rows, reading.rows(batch, past, readout=readout)
             for _ in range(self._spare_forwards):  # FSDP2 gathers weights in every forward: all make as many
-                reading.rows(layout.batches[-1])
+                reading.rows(layout.batches[-1], readout=readout)
 
     def _head(self, *, live: bool) -> Head | None:
         """The live head if it is frozen, the same object every time; a copy if training will move it."""

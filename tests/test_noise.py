@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from step_optim import Budget, ControlSet, Gate, Project, STEPOptimizer, TokenKL
-from step_optim.noise import AWAY, FEWEST, SIZES, moved_away, moved_by, trained_weights
+from step_optim import Budget, ControlSet, Gate, PolicyKL, Project, STEPOptimizer, TokenKL, noise
+from step_optim.movement import Movement
+from step_optim.noise import AWAY, SIZES, moved_away, moved_by, trained_weights
 from tests import reference
 from tests.models import Bigram, nudge, ragged_control, tiny_gpt2, tiny_llama
 from tests.test_token_kl import BiasedHead, build, close, expected
@@ -55,7 +56,7 @@ def test_the_known_movement_is_known(dtype) -> None:
                 p.copy_(moved_by(start[id(p)], size))
         return expected(model, previous, control).mean
 
-    moved = {size: oracle(size) for size in (*SIZES, FEWEST * torch.finfo(dtype).eps)}
+    moved = {size: oracle(size) for size in SIZES}
     assert any(kl / 3 < floor.expected < 3 * kl for kl in moved.values()), (floor, moved)
 
 
@@ -267,6 +268,41 @@ def test_a_budget_below_the_floor_warns_with_both_numbers() -> None:
         trained(model, kl=kl, budget=0.0)  # nothing may move: no figure is compared
 
 
+@pytest.mark.parametrize(
+    ("make", "helps"),
+    [
+        (lambda: TokenKL(tiny_llama(dtype=BF16), ragged_control()), True),
+        (lambda: TokenKL(tiny_llama(dtype=torch.float16), ragged_control()), True),
+        (lambda: TokenKL(adapted(BF16), ragged_control()), True),
+        (lambda: TokenKL(tiny_llama(), ragged_control(), audit_dtype=BF16), True),
+        (lambda: TokenKL(tiny_llama(), ragged_control()), False),
+        (lambda: TokenKL(tiny_llama(dtype=torch.float64), ragged_control()), False),
+        (lambda: TokenKL(tiny_llama(dtype=BF16), ragged_control(), audit_dtype=torch.float32), False),
+        (lambda: bf16_policy(), False),
+    ],
+)
+def test_an_audit_in_float32_is_recommended_where_it_helps(make, helps) -> None:
+    """To a TokenKL that audits in narrower numbers: not to one in float32, nor to a PolicyKL, which has no such way."""
+    kl = make()
+    with pytest.warns(UserWarning, match="noise floor") as caught:
+        STEPOptimizer(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), kl=unchecked(kl), budget=1e-30)
+    (message,) = (str(warning.message) for warning in caught)
+    assert ("audit_dtype=torch.float32" in message) == helps
+    assert "Raise the budget" in message
+
+
+def bf16_policy() -> PolicyKL:
+    """A policy with a floor of bf16."""
+    model = nn.Linear(8, 6).to(BF16)
+    return PolicyKL(lambda: model(torch.eye(8, dtype=BF16)))
+
+
+def unchecked(kl):
+    """The closure, for an optimizer of other parameters."""
+    kl._refuse_strangers = False
+    return kl
+
+
 def test_a_schedule_that_comes_down_to_the_floor_warns_once() -> None:
     """When it does, and not at every step after that."""
     model, kl = floored()
@@ -297,18 +333,46 @@ def test_the_log_says_how_it_measured(tmp_path) -> None:
     assert audit["noise_floor"]["measured"]["mean"] == kl.noise_floor.measured.mean
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16, torch.float64])
+DTYPES = [torch.float32, BF16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_probes_move_what_they_say(dtype) -> None:
     """Every size is the root mean square of the relative movement, also below what the dtype can tell."""
-    weight = torch.randn(200, 300, dtype=torch.float64).to(dtype)
+    drawn = torch.randn(200, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = drawn.to(dtype)
     kept = weight.clone()
     for size in SIZES:
-        relative = (moved_by(weight, size).double() / weight.double() - 1)[weight != 0]
+        there = moved_by(weight, size)
+        relative = (there.double() / weight.double() - 1)[weight != 0]
         moved = float(relative.square().mean().sqrt())
-        chosen = min(1.0, (size / torch.finfo(dtype).eps) ** 2) * weight.numel()
-        if chosen > 100:  # by chance nothing moves where next to nothing may
+        assert moved > 0
+        assert there.dtype == dtype
+        if (size / torch.finfo(dtype).eps) ** 2 * weight.numel() > 100:  # else less than one element should move
             assert 0.6 * size < moved < 1.5 * size, (size, moved)
+        assert torch.equal(weight.signbit(), there.signbit())
     assert torch.equal(weight, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_zeros_move_upwards_and_small_weights_move_at_all(dtype, size) -> None:
+    """By the size at most; a tensor of few elements moves by one of them where all by less would be rounded away."""
+    zeros = moved_by(torch.zeros(9, 9, dtype=dtype), size).double()
+    assert (zeros >= 0).all()
+    assert 0 < zeros.max() <= size * (1 + torch.finfo(dtype).eps)
+    assert (moved_by(torch.ones(3, dtype=dtype), size) != 1).any()
+
+
+def test_what_is_moved_of_a_huge_weight_is_bounded(monkeypatch) -> None:
+    """`MOST` elements of one tensor, spread over it; of several, the smallest that are as many together."""
+    monkeypatch.setattr(noise, "MOST", 100)
+    huge, small = nn.Parameter(torch.randn(50, 20)), nn.Parameter(torch.randn(90))
+    for moved in (moved_away([huge])[id(huge)], moved_by(huge, SIZES[0])):
+        assert 50 < int((moved != huge).sum()) <= 100
+        assert (moved != huge).any(0).all()
+    assert trained_weights([huge, small]) == [small]
+    assert trained_weights([huge]) == [huge]
 
 
 def test_weights_are_moved_away_by_a_part_of_themselves_and_zeros_too() -> None:
@@ -326,3 +390,39 @@ def test_a_model_whose_embedding_is_zero_has_a_floor_all_the_same() -> None:
     with torch.no_grad():
         model.embedding.weight.zero_()
     assert TokenKL(model, ControlSet.from_ids([[1]], [[2]])).noise_floor.measured.mean < 1e-9
+
+
+def test_a_start_that_gives_no_finite_policy_is_left_for_the_weights_themselves() -> None:
+    """Movements begin where there are figures; where there are none at all, there is no floor."""
+
+    def ladder(valid) -> noise.Ladder:
+        weight = torch.ones(100)
+
+        def policy(moved) -> Tensor | None:
+            return moved[id(weight)] if valid(moved[id(weight)]) else None
+
+        return noise.read_ladder(
+            [weight], policy, lambda a, b: Movement(float((a.double() - b.double()).square().sum())), weight
+        )
+
+    near, away, never = (
+        ladder(valid) for valid in (lambda w: (w - 1).abs().max() < 2 * SIZES[0], lambda w: True, lambda w: False)
+    )
+    assert near.largest == 0.0
+    assert away.largest == pytest.approx(AWAY**2 * 100, rel=0.5)
+    for found in (near, away):
+        assert [reading.mean for reading, _ in found.readings] == pytest.approx([left for _, left in found.readings])
+        assert found.floor(torch.float32).measured.mean == pytest.approx(100 * SIZES[-1] ** 2, rel=0.5)
+        assert not found.is_still
+    assert never.floor(torch.float32) is None
+    assert not never.is_still
+
+
+def test_token_policies_that_jump_have_no_floor() -> None:
+    """What the smallest movement reads like the largest is no rounding."""
+
+    class Jumps(Bigram):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids) + 5 * torch.sin(1e12 * self.head.weight.double().sum(1)).float()
+
+    assert TokenKL(Jumps(), ragged_control()).noise_floor is None
