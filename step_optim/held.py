@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from step_optim.state import has_own_state, refill
+from step_optim.state import OwnState, carries_state, has_own_state, refill
 from step_optim.tensors import same_bits
 
 SMALL = 2**16
@@ -44,10 +44,13 @@ class Held:
         own = vars(module)
         self._structure: list[Part] = [(own[name], own[name].copy()) for name in STRUCTURE if name in own]
         self._attributes: list[Part] = [(part, part.copy()) for part in _parts(module, kept)]
+        self._own = [
+            (name, OwnState(item)) for _, copy in self._attributes for name, item in _named(copy) if carries_state(item)
+        ]
         plain = [
             (part is own, name, tensor)
             for part, copy in self._attributes
-            for name, tensor in (copy.items() if isinstance(copy, dict) else enumerate(copy))
+            for name, tensor in _named(copy)
             if _is_plain(tensor) and address(tensor) not in memory
         ]
         self._tensors = [(name, Copied(t, bits=t.numel() <= SMALL)) for direct, name, t in plain if direct]
@@ -65,13 +68,17 @@ class Held:
 
     @property
     def has_tensors(self) -> bool:
-        """Whether there are tensors among the attributes, or inside them."""
-        return bool(self._tensors or self._inside)
+        """Whether there are tensors, generators or arrays among the attributes, or inside them."""
+        return bool(self._tensors or self._inside or self._own)
 
     @property
     def same_tensors(self) -> bool:
-        """Whether the tensors among the attributes have their bits, and those further inside were not written."""
-        return not any(t.changed for _, t in self._tensors) and not any(t.written for _, t in self._inside)
+        """Whether tensors among the attributes have their bits, those further inside were not written, others stand."""
+        return not (
+            any(t.changed for _, t in self._tensors)
+            or any(t.written for _, t in self._inside)
+            or any(own.changed for _, own in self._own)
+        )
 
     def changes(self) -> Iterator[tuple[str, Any, Any]]:
         """Attributes, and what is inside them, that are others now: (name, then, now)."""
@@ -91,12 +98,17 @@ class Held:
         for name, copied in self._inside:
             if copied.written:
                 yield str(name), copied.tensor, copied.tensor
+        for name, own in self._own:
+            if own.changed:
+                yield str(name), own.item, own.item
 
     def put_back_attributes(self) -> list[str]:
         """Put the attributes back, and what is inside them; what cannot be, in words."""
         for part, saved in self._attributes:
             if not _same_members(part, saved):
                 refill(part, _with_internals(part, saved))
+        for _, own in self._own:
+            own.put_back()
         return [
             f"has written into {name!r}, a tensor {tuple(t.tensor.shape)} that is no buffer; register it as one"
             for name, t in (*self._tensors, *self._inside)
@@ -212,7 +224,7 @@ def _parts(module: nn.Module, kept: set[int]) -> Iterator[Any]:
     yield own
     inside = [value for name, value in own.items() if name not in INTERNAL]
     for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if type(tensor) not in (nn.Parameter, Tensor) and getattr(tensor, "__dict__", None):
+        if hasattr(tensor, "__dict__"):
             yield vars(tensor)
             inside += vars(tensor).values()
     for value in inside:
@@ -228,6 +240,10 @@ def _inside(value: Any) -> Any:
     if isinstance(value, (dict, list, set, deque)):
         return value
     return vars(value) if has_own_state(value) else None
+
+
+def _named(part: Any) -> Iterable[tuple[Any, Any]]:
+    return part.items() if isinstance(part, dict) else enumerate(part)
 
 
 def _members(part: Any) -> Iterable[Any]:
@@ -252,7 +268,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether it is a tensor, or something that holds tensors."""
+    """Whether it is a tensor, a generator or an array, or something that holds tensors."""
+    if carries_state(value):
+        return True
     if isinstance(value, (list, tuple, dict, set, deque)):
         return any(_is_plain(member) for member in _members(value))
     part = None if _is_plain(value) else _inside(value)

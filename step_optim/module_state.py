@@ -3,8 +3,8 @@
 The rule. An audit may change nothing that outlives it. Of every module that it runs, these are as before when it is
 over: parameters (which, where in memory, their bits), buffers (which, shape, bits), attributes (by identity), and what
 is inside them, one level deep: members of lists, dicts and sets, attributes of objects and of parameters, elements of
-small tensors. And what an earlier forward left in there (a cache, the position offsets of the latest images, tables
-that grew with the longest text) must not be read: see `ModuleState`.
+small tensors and of arrays, states of random generators. And what an earlier forward left in there (a cache, the
+position offsets of the latest images, tables that grew with the longest text) must not be read: see `ModuleState`.
 """
 
 from __future__ import annotations
@@ -130,8 +130,11 @@ class ModuleState:
     def enter(self, module: nn.Module) -> None:
         """Note what a module holds, before it runs; then let it hold what it held at first."""
         if module not in self._entered:  # it may write into those below it before they run
-            for below in module.modules():
-                self._enter_tensors(below)
+            below = list(module.modules())
+            for each in below:
+                self._enter_tensors(each)
+            for each in below if self._examining else self._volatile.intersection(below):
+                self._enter_attributes(each)
         self._enter_attributes(module)
 
     def _enter_attributes(self, module: nn.Module) -> None:
@@ -150,6 +153,8 @@ class ModuleState:
         return now is not None and alike(now, first.tensor) and (first.changed or not same_bits(now, first.tensor))
 
     def _note_attributes(self, module: nn.Module) -> None:
+        if module in self._now:
+            return
         volatile, first = module in self._volatile, self._first.get(module) if self._resets else None
         if first is not None and not self._examining and not volatile and first.same:
             self._now[module] = first

@@ -201,7 +201,9 @@ class _Walk:
             self._visit_all(item)
         elif isinstance(item, Optimizer):
             self._optimizer(item)
-        elif not self._generator(item) and has_own_state(item):
+        elif carries_state(item):
+            self.undo.append(OwnState(item).put_back)
+        elif has_own_state(item):
             self._visit(vars(item))
 
     def _visit_all(self, items: Iterable[Any]) -> None:
@@ -227,24 +229,57 @@ class _Walk:
 
         self.undo.append(undo)
 
-    def _generator(self, item: Any) -> bool:
-        """Random generators and numpy arrays, which carry their own state."""
-        numpy = sys.modules.get("numpy")
+
+class OwnState:
+    """The state of a random generator or of a numpy array, which they carry themselves.
+
+    Args:
+        item: one of these; see `carries_state`.
+    """
+
+    def __init__(self, item: Any) -> None:
+        self.item, self._saved = item, _own_state(item)
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is in another state."""
+        return not _equal(self._saved, _own_state(self.item))
+
+    def put_back(self) -> None:
+        """Put it back into that state."""
+        item, numpy = self.item, sys.modules.get("numpy")
         if isinstance(item, torch.Generator):
-            state = item.get_state()
-            self.undo.append(lambda: item.set_state(state))
+            item.set_state(self._saved)
         elif isinstance(item, random.Random):
-            drawn = item.getstate()
-            self.undo.append(lambda: item.setstate(drawn))
+            item.setstate(self._saved)
         elif numpy is not None and isinstance(item, numpy.random.Generator):
-            inner = item.bit_generator.state
-            self.undo.append(lambda: setattr(item.bit_generator, "state", inner))
-        elif numpy is not None and isinstance(item, numpy.ndarray):
-            values = item.copy()
-            self.undo.append(lambda: numpy.copyto(item, values))
+            item.bit_generator.state = self._saved
         else:
-            return False
-        return True
+            sys.modules["numpy"].copyto(item, self._saved)
+
+
+def carries_state(item: Any) -> bool:
+    """Whether it is a random generator or a numpy array."""
+    numpy = sys.modules.get("numpy")
+    own = () if numpy is None else (numpy.random.Generator, numpy.ndarray)
+    return isinstance(item, (torch.Generator, random.Random, *own))
+
+
+def _own_state(item: Any) -> Any:
+    if isinstance(item, torch.Generator):
+        return item.get_state()
+    if isinstance(item, random.Random):
+        return item.getstate()
+    return item.bit_generator.state if hasattr(item, "bit_generator") else item.copy()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two states are equal; those of numpy's generators hold arrays."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return bool(a.tobytes() == b.tobytes()) if hasattr(a, "tobytes") else bool(a == b)
 
 
 def refill(container: Any, members: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -214,9 +216,60 @@ class ComputeType(Model):
         return self.head(hidden.to(self.dtype).float())
 
 
+class Noisy(Model):
+    """Draws from generators of its own, in eval mode too, and counts in an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch, self.python, self.numpy = (
+            torch.Generator().manual_seed(3),
+            random.Random(1),
+            np.random.default_rng(2),
+        )
+        self.count = np.zeros(1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.count += 1
+        noise = torch.rand(16, generator=self.torch) + self.python.random() + float(self.numpy.random())
+        return self.head(self.hidden(input_ids) * (1 + 0.1 * noise + 0.01 * float(self.count[0])))
+
+
+class Annotated(Model):
+    """Keeps a number on a parameter from the first forward on."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        weight = self.body.weight
+        if not hasattr(weight, "spread"):
+            weight.spread = 1 + float(weight.detach().abs().mean())
+        return self.head(self.hidden(input_ids) * weight.spread)
+
+
+class MergingAdapter(Model):
+    """Merges an adapter, which is 0 at first, into a frozen weight for eval forwards."""
+
+    merged = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.requires_grad_(False)
+        self.a = nn.Parameter(torch.linspace(-1, 1, 32).view(2, 16))
+        self.b = nn.Parameter(torch.zeros(16, 2))
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        embedded = self.embedding(ids)
+        adapter = 0 if self.merged else embedded @ (self.b @ self.a).T
+        return torch.tanh(self.body(embedded) + adapter)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.merged is self.training:
+            self.body.weight.data += (-1 if self.training else 1) * (self.b @ self.a).detach()
+            self.merged = not self.training
+        return super().forward(input_ids)
+
+
 LEAVES = [
     Model, RunningMean, RunningMeanInPlace, GrowingTable, GrowingBuffer, Rescaled, EvalCache, Merging, Normalised, Worn,
-    Renormed, Spectral, History, Hooked, Batched, ComputeType,
+    Renormed, Spectral, History, Hooked, Batched, ComputeType, Noisy, Annotated, MergingAdapter,
 ]  # fmt: skip
 EVERY = pytest.mark.parametrize("kind", LEAVES)
 
@@ -229,10 +282,20 @@ def held(model: nn.Module) -> dict[str, object]:
         "places": [p.data_ptr() for p in model.parameters()],
         "modes": [module.training for module in model.modules()],
         "attributes": [
-            bits({k: v for k, v in vars(m).items() if not k.startswith("_")} | {"keys": sorted(vars(m))})
+            bits({"parameters": [vars(p) for p in m._parameters.values() if p is not None]})
+            + bits({k: _state(v) for k, v in vars(m).items() if not k.startswith("_")} | {"keys": sorted(vars(m))})
             for m in model.modules()
         ],
     }
+
+
+def _state(value: object) -> object:
+    """What a generator will draw; anything else as it is."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return repr(value.getstate())
+    return repr(value.bit_generator.state) if isinstance(value, np.random.Generator) else value
 
 
 def batch(step: int) -> Tensor:
