@@ -13,6 +13,9 @@ from torch.nn.parameter import UninitializedParameter
 from step_optim.control import ControlSet
 from step_optim.isolation import has_fsdp
 
+SUMS_TO_ONE = 0.02
+"""How far rows of probabilities may be from adding up to 1: 16-bit ones are by 1 %."""
+
 
 def plain(model: nn.Module) -> Any:
     """The module inside `torch.compile` and DistributedDataParallel.
@@ -48,6 +51,37 @@ def vocab_size_of(model: nn.Module) -> int | None:
     """How many tokens the model knows, if it tells; None otherwise."""
     size = getattr(_embeddings(model, "get_input_embeddings"), "num_embeddings", None)
     return size if isinstance(size, int) else None
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        TypeError: it is a name, a function, ...
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model={model!r:.60} is no torch.nn.Module; load the model first (AutoModelForCausalLM.from_pretrained), "
+            "or use PolicyKL for a function"
+        )
+
+
+def check_logits(logits: Tensor) -> None:
+    """Refuse probabilities, which softmax would make nearly uniform.
+
+    Args:
+        logits: rows [r, V] of a model.
+
+    Raises:
+        ValueError: they are numbers from 0 to 1 that add up to 1, in every row.
+    """
+    rows = logits.float()
+    total = rows.sum(-1)
+    if bool(((rows >= 0).all(-1) & ((total - 1).abs() < SUMS_TO_ONE)).all()):
+        raise ValueError(
+            "the model returned probabilities, which add up to 1 in every row; TokenKL needs logits: return them "
+            "before the softmax, or their logarithms"
+        )
 
 
 def check_causal(model: nn.Module) -> None:

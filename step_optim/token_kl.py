@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from step_optim.audit import Audit
 from step_optim.control import ControlSet
 from step_optim.isolation import has_fsdp, reshard
-from step_optim.language_models import check_audit_dtype, check_causal, check_device, vocab_size_of
+from step_optim.language_models import (
+    check_audit_dtype,
+    check_causal,
+    check_device,
+    check_logits,
+    check_model,
+    vocab_size_of,
+)
 from step_optim.layout import Batch, Layout, micro_batch_of, shared_prefix, worth_sharing
 from step_optim.logit_kl import LogitKL
 from step_optim.movement import Movement
@@ -64,7 +71,7 @@ class TokenKL(LogitKL):
             anything is decided.
 
     Raises:
-        TypeError: ``control`` is no ControlSet; ``audit_dtype`` is no floating-point dtype.
+        TypeError: ``model`` is no module; ``control`` is no ControlSet; ``audit_dtype`` is no floating-point dtype.
         ValueError: model and control set on different devices; token ids
             outside the vocabulary, or texts that are too long; fewer
             micro-batches than processes; a model that is no causal language
@@ -90,6 +97,7 @@ class TokenKL(LogitKL):
         super().__init__()
         if not isinstance(control, ControlSet):
             raise TypeError(f"control={control!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
+        check_model(model)
         micro_batch = micro_batch_of(control, micro_batch)
         check_device(model, control)
         check_audit_dtype(model, audit_dtype)
@@ -139,7 +147,7 @@ class TokenKL(LogitKL):
         batch = self._layout.batches[-1]  # the shortest prompts
         with self._reading.cast():
             truth = self._read_checked(batch)
-            check_causality(self._reading, self.control, batch, truth)
+        check_logits(truth)
         self._vocabulary = truth.shape[-1]
         if vocab_size_of(self.model) is None:
             self.control.check_vocabulary(self._vocabulary)
@@ -162,7 +170,9 @@ class TokenKL(LogitKL):
         layout = Layout.of(control, self._micro_batch)
         with reading.cast(moved):
             shortest = layout.batches[-1]
-            self._fall_back(reading.find_readout(shortest, reading.rows(shortest, readout="full")))
+            truth = reading.rows(shortest, readout="full")
+            check_causality(reading, control, shortest, truth)
+            self._fall_back(reading.find_readout(shortest, truth))
             shortcuts = Shortcuts(reading, control)
             why = None if self.sharded and reading.sharded else shortcuts.beside_others(layout)
             self._fall_back(why and f"{why}: each is read alone")
@@ -294,7 +304,9 @@ class TokenKL(LogitKL):
             return self._reading.rows(batch, readout="full")
         except IndexError as error:
             raise ValueError(self._why_unreadable(error)) from error
-        except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"TokenKL cannot read {type(self.model).__name__} ({type(error).__name__}: {error}). It needs a causal "
                 "language model: model(input_ids) -> logits [batch, tokens, vocabulary]. Wrap the model in a module "

@@ -100,6 +100,33 @@ class Looks(Bigram):
         return self.head(hidden + hidden.mean(1, keepdim=True))
 
 
+class Gate(Bigram):
+    """Every token sees all others, as soon as a gate opens that is shut at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids)
+        return self.head(hidden + self.gate * hidden.mean(1, keepdim=True))
+
+
+class Probabilities(Bigram):
+    """Returns what a softmax makes of its logits."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids).softmax(-1)
+
+
+class NoMask(Bigram):
+    """Does not bear a mask."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        assert attention_mask is None, "no masks here"
+        return super().forward(input_ids)
+
+
 class OtherName(Bigram):
     """Its argument is no tensor of ids."""
 
@@ -133,6 +160,9 @@ def llama_of(kind: Any, **options: Any) -> nn.Module:
             r"the response of prompt 0 has token id 21, and the model has 3 logits a token",
         ),
         (Looks, r"Looks is no causal language model: its logits at a token depend on later tokens"),
+        (Gate, r"Gate is no causal language model: its logits at a token depend on later tokens"),
+        (Probabilities, r"the model returned probabilities, which add up to 1 in every row"),
+        (NoMask, r"TokenKL cannot read NoMask \(AssertionError: no masks here"),
         (OtherName, r"TokenKL cannot read OtherName: its forward raises IndexError"),
         (lambda: bert(transformers.BertForMaskedLM), r"BertForMaskedLM is no causal language model"),
         (lambda: bert(transformers.BertModel), r"without logits; TokenKL needs a causal language model"),
@@ -149,6 +179,13 @@ def test_what_is_no_causal_language_model_is_refused(build, message) -> None:
     """With the cause, and what to pass instead, before any weight moves."""
     with pytest.raises(ValueError, match=message):
         TokenKL(build().eval(), ragged_control())
+
+
+@pytest.mark.parametrize("model", ["gpt2", lambda ids: ids])
+def test_what_is_no_module_is_refused(model) -> None:
+    """A name is not loaded, and a function has weights that nobody can find."""
+    with pytest.raises(TypeError, match=r"is no torch.nn.Module; load the model first"):
+        TokenKL(model, ragged_control())
 
 
 def test_a_text_that_is_too_long_is_no_bad_token_id() -> None:
