@@ -108,7 +108,7 @@ class ModuleState:
             if module._parameters or module._buffers:
                 self._enter_tensors(module)
         for module in modules if not self._unchanged or self._written else self._volatile.intersection(modules):
-            self._enter_attributes(module)
+            self._enter_attributes(module, unchanged=self._unchanged and module not in self._volatile)
 
     @property
     def _same_tensors(self) -> bool:
@@ -137,8 +137,7 @@ class ModuleState:
                 self._enter_attributes(each)
         self._enter_attributes(module)
 
-    def _enter_attributes(self, module: nn.Module) -> None:
-        unchanged = self._unchanged and module not in self._volatile
+    def _enter_attributes(self, module: nn.Module, *, unchanged: bool = False) -> None:
         if not (unchanged or _is_script(module)) and self._may_change(module):
             self._note_attributes(module)
         if self._resets and self._written:

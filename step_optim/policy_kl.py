@@ -105,6 +105,7 @@ class PolicyKL(LogitKL):
         self._constants = () if isinstance(policy, Rows) else policy.constants
         self._check_transforms()
         if noise_floor:
+            self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
             self.noise_floor = self._measured(self._measure_noise)
 
     def _first(self) -> tuple[Output, Rows | Kept]:

@@ -399,6 +399,23 @@ def test_a_function_leaves_no_trace_either(kind) -> None:
     assert held(model) == kept
 
 
+@EVERY
+@pytest.mark.parametrize("named", [False, True])
+def test_a_measured_run_of_a_policy_is_the_bare_one(kind, named) -> None:
+    """The same for `PolicyKL`, whether it was told the model or finds it as it is called."""
+    ids, runs = batch(1), []
+    for wrapped in (False, True):
+        model = kind()
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a forward left behind is told once
+            if wrapped:
+                kl = PolicyKL(lambda m=model: m(ids)[:, -1], model=model if named else None)
+                optimizer = STEPOptimizer(optimizer, kl=kl, budget=math.inf)
+            runs.append((train(model, optimizer), {k: v for k, v in held(model).items() if k != "places"}))
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.parametrize("kind", [EvalCache, History, RunningMean])
 def test_a_policy_with_a_memory_reads_zero_at_rest(kind) -> None:
     """What a stateful policy keeps from call to call is put aside before each of them."""
