@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from step_optim.host.paths import user_path
 from step_optim.integrity import check
-from step_optim.paths import user_path
 from step_optim.summary import lines, summarise
 from step_optim.telemetry import StepRecord, read_log
 

@@ -11,11 +11,11 @@ from types import TracebackType
 import torch
 
 from step_optim.controllers.gate import GateStalled
-from step_optim.ranks import PeerFailed
+from step_optim.host.ranks import PeerFailed
+from step_optim.host.undo import depth, finish
 from step_optim.run import Run
 from step_optim.telemetry import Sink, StepRecord
 from step_optim.transaction import Transaction
-from step_optim.undo import depth, finish
 
 
 class Atomic:

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from step_optim.audit import KLClosure
 from step_optim.budget import Budget, Limits
 from step_optim.controllers.base import STATES, Controller
+from step_optim.host.ranks import Ranks
+from step_optim.host.wrapper import OptimizerWrapper
 from step_optim.line import check_shrink
 from step_optim.param_like import steps_in_backward, why_recomputed
-from step_optim.ranks import Ranks
 from step_optim.tensors import shard_count
-from step_optim.wrapper import OptimizerWrapper
 
 OPTIONS = ("on_reject", "on_shrink")
 """Options that every controller has."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step_optim.host.paths import user_path
 from step_optim.ids import checked_ids, rows_of_ids
 from step_optim.listing import is_list, listed, plain, shown
-from step_optim.paths import user_path
 from step_optim.resampling import draw_responses
 from step_optim.slices import Slices as Slices
 from step_optim.slices import by_text, checked_indices

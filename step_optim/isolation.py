@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-import random
 import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from step_optim.host.modules import end_forward, reshard, sharded
+from step_optim.host.rng import RNGState
+from step_optim.host.undo import undone
 from step_optim.module_state import ModuleState
-from step_optim.undo import undone
-
-
-@dataclass(frozen=True)
-class RNGState:
-    """The random streams that a training loop may draw from: torch, its devices, python, numpy."""
-
-    torch_cpu: Tensor
-    devices: dict[str, list[Tensor]]
-    python: Any
-    numpy: Any
-
-    @classmethod
-    def capture(cls) -> RNGState:
-        """Read all streams. Devices that were never used are not woken up."""
-        devices = {}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            devices["cuda"] = torch.cuda.get_rng_state_all()
-        numpy = sys.modules.get("numpy")
-        return cls(
-            torch.get_rng_state(),
-            devices,
-            random.getstate(),
-            numpy.random.get_state() if numpy is not None else None,
-        )
-
-    def restore(self) -> None:
-        """Put all streams back."""
-        torch.set_rng_state(self.torch_cpu)
-        if "cuda" in self.devices:
-            torch.cuda.set_rng_state_all(self.devices["cuda"])
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
 
 
 class _Modes:
@@ -208,36 +175,3 @@ class _Settings:
         if self._dynamo is not None:
             self._dynamo._stance = self._stance  # type: ignore[attr-defined]
             warnings.filters[:] = self._warnings  # type: ignore[index]
-
-
-def sharded(modules: Iterable[nn.Module]) -> list[Any]:
-    """Those of some modules that FSDP2 shards."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
-
-
-def reshard(module: nn.Module) -> None:
-    """Let go of the unsharded weights that FSDP2 keeps after a forward: they are those of other weights.
-
-    Its root module is never resharded by itself outside of a backward pass.
-    """
-    for each in sharded([module]):
-        each.reshard()
-
-
-def end_forward(module: Any) -> None:
-    """Let FSDP2 forget a forward that an exception has broken off: the next one would take itself for its rest.
-
-    It would not be resharded, and its backward pass would gather weights in
-    another order than the other processes do. (Before torch 2.13 it cannot.)
-    """
-    if not hasattr(module, "reset_iter_state"):
-        return
-    state = module._get_fsdp_state()
-    if state._is_root and state._state_ctx.iter_forward_root is not None:
-        module.reset_iter_state()
-
-
-def has_fsdp(model: nn.Module) -> bool:
-    """Whether a forward of this model gathers weights from other processes."""
-    return bool(sharded(model.modules()))

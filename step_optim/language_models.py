@@ -11,27 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from step_optim.control import ControlSet
-from step_optim.isolation import has_fsdp
+from step_optim.host.modules import has_fsdp, plain, unwrapped
 
 SUMS_TO_ONE = 0.02
 """How far rows of probabilities may be from adding up to 1: 16-bit ones are by 1 %."""
-
-
-def plain(model: nn.Module) -> Any:
-    """The module inside `torch.compile` and DistributedDataParallel.
-
-    The forward of the latter synchronises buffers, and not every process is in it.
-    """
-    inside = {"DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
-    while type(model).__name__ in inside:
-        model = getattr(model, inside[type(model).__name__])
-    return model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and the like, which do not pass on its accessors."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) and not hasattr(model, "get_output_embeddings") else model
 
 
 def output_head(model: nn.Module) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from step_optim.hooks import inner_step
-from step_optim.isolation import RNGState
+from step_optim.host.hooks import inner_step
+from step_optim.host.rng import RNGState
 from step_optim.param_like import Copies
 from step_optim.snapshot import Weights
 from step_optim.state import Gradients, OptimizerState

@@ -25,16 +25,16 @@ from step_optim.checks import (
 )
 from step_optim.controllers.base import Action, Controller, Outcome, Point
 from step_optim.controllers.interpolate import Interpolate
+from step_optim.host.ranks import WORLD, PeerFailed, Ranks
+from step_optim.host.wrapper import OptimizerWrapper, hooked
 from step_optim.line import Line, Restep, check_rates, loss_closure
 from step_optim.movement import Movement
 from step_optim.param_like import Copies, ParamLike, known_copies
-from step_optim.ranks import WORLD, PeerFailed, Ranks
 from step_optim.run import Run
 from step_optim.snapshot import Weights
 from step_optim.state import OptimizerState
 from step_optim.telemetry import StepRecord, open_log
 from step_optim.transaction import Parts, Transaction
-from step_optim.wrapper import OptimizerWrapper, hooked
 
 
 class STEPOptimizer(OptimizerWrapper):

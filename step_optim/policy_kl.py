@@ -15,7 +15,8 @@ from step_optim.audit import Incomparable
 from step_optim.closed_forms import log_probabilities
 from step_optim.control import checked_slices
 from step_optim.distributions import Kept, same_constants, tensors_of
-from step_optim.isolation import has_fsdp, isolated
+from step_optim.host.modules import has_fsdp
+from step_optim.isolation import isolated
 from step_optim.logit_kl import LogitKL
 from step_optim.movement import Movement
 from step_optim.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights

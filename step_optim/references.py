@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from step_optim.isolation import has_fsdp
-from step_optim.language_models import plain
+from step_optim.host.modules import has_fsdp, plain
 from step_optim.ppo import read_count
 
 _COUNTERS = ("updates", "moves", "holds")

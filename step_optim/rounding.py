@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from step_optim.ranks import Ranks
+from step_optim.host.ranks import Ranks
 from step_optim.snapshot import Weights
 
 SAMPLE = 1024

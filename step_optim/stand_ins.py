@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from step_optim.undo import undone
+from step_optim.host.undo import undone
 
 
 @contextmanager

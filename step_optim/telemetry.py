@@ -14,8 +14,8 @@ from typing import Any
 
 from step_optim.budget import Limits
 from step_optim.controllers.base import Action
+from step_optim.host.paths import user_path
 from step_optim.movement import Movement
-from step_optim.paths import user_path
 from step_optim.trackers import Sink as Sink
 from step_optim.trackers import takes, tracker_sink
 

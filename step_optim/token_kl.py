@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from step_optim.audit import Audit
 from step_optim.control import ControlSet
-from step_optim.isolation import has_fsdp, reshard
+from step_optim.host.modules import has_fsdp, reshard
 from step_optim.language_models import (
     check_audit_dtype,
     check_causal,

@@ -17,16 +17,17 @@ from step_optim.audit import Audit, FunctionKL, KLClosure
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
 from step_optim.fingerprint import Fingerprint
-from step_optim.isolation import RNGState, isolated
+from step_optim.host.ranks import Ranks
+from step_optim.host.rng import RNGState
+from step_optim.host.undo import uninterrupted
+from step_optim.isolation import isolated
 from step_optim.line import Line, loss_closure
 from step_optim.movement import Movement
-from step_optim.ranks import Ranks
 from step_optim.rounding import Rounding
 from step_optim.snapshot import Update, Weights
 from step_optim.state import OptimizerState
 from step_optim.telemetry import StepRecord, TrialRecord
 from step_optim.tensors import any_of
-from step_optim.undo import uninterrupted
 
 
 @dataclass

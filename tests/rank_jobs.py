@@ -17,8 +17,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL, watchdog
-from step_optim.ranks import Ranks
+from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL
+from step_optim.host import watchdog
+from step_optim.host.ranks import Ranks
 from step_optim.transaction import Transaction
 from tests.rank_training import INF, Training, local, story
 from tests.strategies import Policy

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from step_optim import ControlSet
-from step_optim.isolation import RNGState
+from step_optim.host.rng import RNGState
 from step_optim.tensors import same_bits
 from tests.models import VOCAB, control_sets, ragged_control, tiny_gpt2, tiny_llama
 

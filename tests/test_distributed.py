@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from step_optim import read_log, watchdog
+from step_optim import read_log
+from step_optim.host import watchdog
 from tests import rank_jobs as jobs
 from tests import reference
 from tests.ranks import on_ranks

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_optim import Action, Budget, Controller, Gate, Interpolate, Movement, Project, STEPOptimizer, undo
+from step_optim import Action, Budget, Controller, Gate, Interpolate, Movement, Project, STEPOptimizer
+from step_optim.host import undo
 from tests.strategies import INNER, Problem, picture, policy_problem, token_problem, wrap
 
 FAILURES = [RuntimeError("boom"), KeyboardInterrupt(), torch.OutOfMemoryError("simulated"), SystemExit(3)]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from step_optim import Action, Budget, Gate, Interpolate, PolicyKL, STEPOptimizer, read_log, summarise
+from step_optim.host.wrapper import Watched
 from step_optim.tensors import digest
-from step_optim.wrapper import Watched
 from tests import reference
 from tests.models import nudge
 from tests.strategies import bits

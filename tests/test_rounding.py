@@ -12,7 +12,7 @@ from torch import nn
 
 from step_optim import Action, Controller, Interpolate, PolicyKL, Project, STEPOptimizer
 from step_optim.controllers.search import largest_feasible
-from step_optim.ranks import Ranks
+from step_optim.host.ranks import Ranks
 from step_optim.rounding import SAMPLE, Rounding
 from step_optim.snapshot import Weights
 from tests.strategies import bits

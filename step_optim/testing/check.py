@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from step_optim.controllers import Action
-from step_optim.isolation import RNGState
+from step_optim.host.rng import RNGState
 from step_optim.param_like import ParamLike, known_copies, why_recomputed
 from step_optim.testing.probe import Factory, Probe, Setup, TrainStep, brief
 from step_optim.testing.probe import train_step as usual_step

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from step_optim import hooks, undo
+from step_optim.host import hooks, undo
 from tests.faults.worlds import World
 from tests.strategies import bits
 

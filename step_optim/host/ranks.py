@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from step_optim.undo import inserted
-from step_optim.watchdog import WATCHDOG
+from step_optim.host.undo import inserted
+from step_optim.host.watchdog import WATCHDOG
 
 T = TypeVar("T")
 

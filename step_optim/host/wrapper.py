@@ -12,7 +12,7 @@ from typing import Any
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from step_optim import hooks
+from step_optim.host import hooks
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",

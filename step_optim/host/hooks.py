@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from step_optim.undo import undone
+from step_optim.host.undo import undone
 
 Hook = Callable[[Optimizer, Any, Any], Any]
 
