@@ -43,7 +43,7 @@ from torch.distributions.kl import _KL_REGISTRY
 
 from step_optim import closed_forms
 from step_optim.closed_forms import Parameters, log_probabilities
-from step_optim.tensors import same_bits
+from step_optim.snapshot.tensors import same_bits
 
 Reader = Callable[[Any], dict[str, Tensor]]
 Equation = Callable[[Parameters, Parameters], Tensor]

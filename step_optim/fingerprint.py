@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from step_optim.tensors import any_of, as_bits, differs, plain_tensors
+from step_optim.snapshot.tensors import any_of, as_bits, differs, plain_tensors
 
 SAMPLE = 256
 """Elements read of a frozen tensor: an edit of the whole tensor changes them. To read all would be a pass over the

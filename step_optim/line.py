@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from step_optim.host.hooks import inner_step
 from step_optim.host.rng import RNGState
-from step_optim.param_like import Copies
-from step_optim.snapshot import Weights
-from step_optim.state import Gradients, OptimizerState
+from step_optim.snapshot.copies import Copies
+from step_optim.snapshot.state import Gradients, OptimizerState
+from step_optim.snapshot.weights import Weights
 
 SHRINKS = ("interpolate", "restep")
 

@@ -29,10 +29,11 @@ from step_optim.host.ranks import WORLD, PeerFailed, Ranks
 from step_optim.host.wrapper import OptimizerWrapper, hooked
 from step_optim.line import Line, Restep, check_rates, loss_closure
 from step_optim.movement import Movement
-from step_optim.param_like import Copies, ParamLike, known_copies
 from step_optim.run import Run
-from step_optim.snapshot import Weights
-from step_optim.state import OptimizerState
+from step_optim.snapshot.copies import Copies
+from step_optim.snapshot.known import ParamLike, known_copies
+from step_optim.snapshot.state import OptimizerState
+from step_optim.snapshot.weights import Weights
 from step_optim.telemetry import StepRecord, open_log
 from step_optim.transaction import Parts, Transaction
 

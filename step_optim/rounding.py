@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from step_optim.host.ranks import Ranks
-from step_optim.snapshot import Weights
+from step_optim.snapshot.weights import Weights
 
 SAMPLE = 1024
 """Elements of each tensor that are looked at."""

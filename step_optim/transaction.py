@@ -24,10 +24,10 @@ from step_optim.isolation import isolated
 from step_optim.line import Line, loss_closure
 from step_optim.movement import Movement
 from step_optim.rounding import Rounding
-from step_optim.snapshot import Update, Weights
-from step_optim.state import OptimizerState
+from step_optim.snapshot.state import OptimizerState
+from step_optim.snapshot.tensors import any_of
+from step_optim.snapshot.weights import Update, Weights
 from step_optim.telemetry import StepRecord, TrialRecord
-from step_optim.tensors import any_of
 
 
 @dataclass

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from step_optim import ControlSet
 from step_optim.host.rng import RNGState
-from step_optim.tensors import same_bits
+from step_optim.snapshot.tensors import same_bits
 from tests.models import VOCAB, control_sets, ragged_control, tiny_gpt2, tiny_llama
 
 WORDS = ["[UNK]", "<s>", "<user>", "<end>", "<bot>", "what", "is", "two", "plus", "four", "hello", "world", "yes", "no"]

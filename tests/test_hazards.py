@@ -13,7 +13,7 @@ from step_optim import Budget, ControlSet, Gate, Interpolate, PolicyKL, Project,
 from step_optim.audit import Audit
 from step_optim.kl import row_kl, stream_kl
 from step_optim.rows import Head, Rows
-from step_optim.store import TensorStore
+from step_optim.snapshot.store import TensorStore
 from tests.models import VOCAB, Bigram, nudge, ragged_control, tiny_llama
 from tests.strategies import bits
 from tests.test_kl import float64_kl
@@ -157,7 +157,7 @@ def test_a_capture_that_is_interrupted_vouches_for_nothing(monkeypatch) -> None:
     store = TensorStore()
     store.capture(tensors)
     moved = [tensors[0].clone(), tensors[1]]
-    monkeypatch.setattr("step_optim.store._Bucket", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("step_optim.snapshot.store._Bucket", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         store.capture(moved)
     assert not store.covers(tensors)

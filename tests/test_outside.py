@@ -16,7 +16,7 @@ from torch import nn
 
 from step_optim import Action, Budget, Gate, Interpolate, PolicyKL, STEPOptimizer, read_log, summarise
 from step_optim.host.wrapper import Watched
-from step_optim.tensors import digest
+from step_optim.snapshot.tensors import digest
 from tests import reference
 from tests.models import nudge
 from tests.strategies import bits

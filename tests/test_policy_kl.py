@@ -21,7 +21,7 @@ from torch.distributions.transforms import TanhTransform
 
 from step_optim import Budget, Gate, Interpolate, Movement, PolicyKL, STEPOptimizer
 from step_optim.host.rng import RNGState
-from step_optim.tensors import same_bits
+from step_optim.snapshot.tensors import same_bits
 from tests import reference
 from tests.models import nudge
 

@@ -26,7 +26,7 @@ from step_optim import (
     STEPOptimizer,
     TokenKL,
 )
-from step_optim.tensors import same_bits
+from step_optim.snapshot.tensors import same_bits
 from tests import reference as oracle
 from tests.models import VOCAB, Bigram, nudge, ragged_control, tiny_gpt2, tiny_llama, tiny_qwen
 from tests.strategies import bits

@@ -14,7 +14,7 @@ from step_optim import Action, Controller, Interpolate, PolicyKL, Project, STEPO
 from step_optim.controllers.search import largest_feasible
 from step_optim.host.ranks import Ranks
 from step_optim.rounding import SAMPLE, Rounding
-from step_optim.snapshot import Weights
+from step_optim.snapshot.weights import Weights
 from tests.strategies import bits
 from tests.test_search import Problem
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_optim import Action, Budget, Gate, Interpolate, PolicyKL, Project, STEPOptimizer
-from step_optim import store as stores
-from step_optim.snapshot import Weights
+from step_optim.snapshot import store as stores
+from step_optim.snapshot.weights import Weights
 from tests.strategies import bits
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]

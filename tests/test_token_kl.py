@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from step_optim import Budget, ControlSet, Gate, Interpolate, Movement, STEPOptimizer, TokenKL
 from step_optim.host.rng import RNGState
-from step_optim.tensors import same_bits
+from step_optim.snapshot.tensors import same_bits
 from tests import reference
 from tests.models import (
     VOCAB,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from step_optim import Budget, Gate, Interpolate, Project, STEPOptimizer, TokenKL
-from step_optim import tensors as stores
+from step_optim.snapshot import tensors as stores
 from tests.models import nudge, ragged_control, tiny_llama
 from tests.strategies import bits
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from step_optim import Gate, Interpolate, STEPOptimizer, snapshot, state
-from step_optim.param_like import known_copies, why_recomputed
+from step_optim import Gate, Interpolate, STEPOptimizer
+from step_optim.snapshot import state
+from step_optim.snapshot import weights as snapshot
+from step_optim.snapshot.known import known_copies, why_recomputed
 from step_optim.testing import Kind, check_optimizer, train_step
 
 

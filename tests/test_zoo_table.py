@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from step_optim import param_like
+from step_optim.snapshot import known
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -80,17 +80,17 @@ def test_what_the_registries_know_is_in_the_table():
     """Each of the zoo's libraries' optimizers that is known by name has a row that says so."""
     rows = {title.split("(")[0]: row[2] for title, row in committed().items() if "exact" in row[:2]}
     libraries = {title.split(".")[0] for title in rows}
-    for title, keys in param_like.COPIES.items():
+    for title, keys in known.COPIES.items():
         assert title.split(".")[0] not in libraries or rows[title].startswith(f"interpolate with {', '.join(keys)}")
-    for title in param_like.RECOMPUTED:
+    for title in known.RECOMPUTED:
         assert title.split(".")[0] not in libraries or rows[title].startswith("interpolate refused")
 
 
 @pytest.mark.slow
 def test_registered_optimizers_need_it(table, monkeypatch):
     """With nothing registered, none of them keeps half a step, and those that are refused find no copies."""
-    known = {**param_like.COPIES, **param_like.RECOMPUTED}
-    refused = set(param_like.RECOMPUTED)
+    known = {**known.COPIES, **known.RECOMPUTED}
+    refused = set(known.RECOMPUTED)
     monkeypatch.setattr(param_like, "COPIES", {})
     monkeypatch.setattr(param_like, "RECOMPUTED", {})
     for title in table.titles():

@@ -15,7 +15,7 @@ from step_optim.movement import Movement
 
 if TYPE_CHECKING:
     from step_optim.audit import Audit
-    from step_optim.snapshot import Weights
+    from step_optim.snapshot.weights import Weights
 
 
 class Action(str, Enum):

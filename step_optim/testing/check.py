@@ -12,7 +12,7 @@ from torch import Tensor
 
 from step_optim.controllers import Action
 from step_optim.host.rng import RNGState
-from step_optim.param_like import ParamLike, known_copies, why_recomputed
+from step_optim.snapshot.known import ParamLike, known_copies, why_recomputed
 from step_optim.testing.probe import Factory, Probe, Setup, TrainStep, brief
 from step_optim.testing.probe import train_step as usual_step
 from step_optim.testing.resuming import check_resuming

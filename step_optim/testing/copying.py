@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from step_optim.param_like import ParamLike, known_copies
+from step_optim.snapshot.known import ParamLike, known_copies
 from step_optim.testing.probe import Probe, Setup
 from step_optim.testing.verdict import STICKS
 

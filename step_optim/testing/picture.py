@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from step_optim.tensors import dense, plain_tensors
+from step_optim.snapshot.tensors import dense, plain_tensors
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType, torch.dtype, torch.device)
 

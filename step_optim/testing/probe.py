@@ -16,7 +16,7 @@ from step_optim.audit import Audit, KLClosure
 from step_optim.controllers import Action, Gate
 from step_optim.movement import Movement
 from step_optim.optimizer import STEPOptimizer
-from step_optim.tensors import same_bits
+from step_optim.snapshot.tensors import same_bits
 from step_optim.testing.picture import Picture
 
 Factory = Callable[[list[nn.Parameter]], Optimizer]

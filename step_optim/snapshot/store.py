@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_optim.tensors import Home, TensorCopy, any_of, dense, differs, memory
+from step_optim.snapshot.tensors import Home, TensorCopy, any_of, dense, differs, memory
 
 CHUNK = {"cpu": 2**22, "cuda": 2**25}
 """Elements that are compared at once; smaller tensors are put together up to this many."""

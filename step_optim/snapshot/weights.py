@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from step_optim.store import TensorStore
-from step_optim.tensors import TensorCopy, at_once, differs, digest, memory, plain_tensors, shard_count
+from step_optim.snapshot.store import TensorStore
+from step_optim.snapshot.tensors import TensorCopy, at_once, differs, digest, memory, plain_tensors, shard_count
 
 
 class Update:

@@ -9,7 +9,6 @@ with ``__slots__``, files, other processes.
 
 from __future__ import annotations
 
-import random
 import sys
 import types
 from collections import deque
@@ -20,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from step_optim.store import TensorStore
-from step_optim.tensors import TensorCopy, plain_tensors
+from step_optim.snapshot.generators import OwnState, carries_state
+from step_optim.snapshot.groups import GroupJournal
+from step_optim.snapshot.store import TensorStore
+from step_optim.snapshot.tensors import plain_tensors
 
 _OPAQUE = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
-_MISSING = object()
 
 
 class OptimizerState:
@@ -115,66 +115,6 @@ class Gradients:
         self._store.forget()
 
 
-class GroupJournal:
-    """Group values (lr, betas, ...) that changed while it watched.
-
-    A window holds several inner steps, with the user's scheduler between
-    them: its lr must survive a rollback, what the optimizer itself wrote must not.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._changes: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
-
-    def forget(self) -> None:
-        """Start with an empty journal."""
-        self._before, self._changes = [], {}
-
-    def __enter__(self) -> None:
-        self._before = [
-            (group, {key: _saved(value) for key, value in group.items() if key != "params"})
-            for group in self._optimizer.param_groups
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        self._note()
-
-    def _note(self) -> None:
-        for group, before in self._before:
-            for key in (before.keys() | group.keys()) - {"params"}:
-                saved = before.get(key, _MISSING)
-                if not _same(saved, group.get(key, _MISSING)):
-                    self._changes.setdefault((id(group), key), (group, saved))
-        self._before = []
-
-    def revert(self) -> None:
-        """Put the changed values back; a value that was changed twice goes back to its first."""
-        self._note()  # an interrupt may have come before it was done
-        for (_, key), (group, saved) in self._changes.items():
-            if saved is _MISSING:
-                group.pop(key, None)
-            elif isinstance(saved, TensorCopy):
-                saved.restore()
-                group[key] = saved.tensor
-            else:
-                group[key] = saved
-
-
-def _saved(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    copy = TensorCopy(value)
-    copy.bits.copy_(copy.dense)
-    return copy
-
-
-def _same(saved: Any, now: Any) -> bool:
-    if isinstance(saved, TensorCopy):
-        return saved.tensor is now and saved.unchanged
-    return saved is now or (type(saved) is type(now) and bool(saved == now))
-
-
 class _Walk:
     """All tensors reachable from an optimizer but its parameters, and how to undo changes to what holds them."""
 
@@ -228,58 +168,6 @@ class _Walk:
             refill(vars(item), attributes | called)
 
         self.undo.append(undo)
-
-
-class OwnState:
-    """The state of a random generator or of a numpy array, which they carry themselves.
-
-    Args:
-        item: one of these; see `carries_state`.
-    """
-
-    def __init__(self, item: Any) -> None:
-        self.item, self._saved = item, _own_state(item)
-
-    @property
-    def changed(self) -> bool:
-        """Whether it is in another state."""
-        return not _equal(self._saved, _own_state(self.item))
-
-    def put_back(self) -> None:
-        """Put it back into that state."""
-        item, numpy = self.item, sys.modules.get("numpy")
-        if isinstance(item, torch.Generator):
-            item.set_state(self._saved)
-        elif isinstance(item, random.Random):
-            item.setstate(self._saved)
-        elif numpy is not None and isinstance(item, numpy.random.Generator):
-            item.bit_generator.state = self._saved
-        else:
-            sys.modules["numpy"].copyto(item, self._saved)
-
-
-def carries_state(item: Any) -> bool:
-    """Whether it is a random generator or a numpy array."""
-    numpy = sys.modules.get("numpy")
-    own = () if numpy is None else (numpy.random.Generator, numpy.ndarray)
-    return isinstance(item, (torch.Generator, random.Random, *own))
-
-
-def _own_state(item: Any) -> Any:
-    if isinstance(item, torch.Generator):
-        return item.get_state()
-    if isinstance(item, random.Random):
-        return item.getstate()
-    return item.bit_generator.state if hasattr(item, "bit_generator") else item.copy()
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two states are equal; those of numpy's generators hold arrays."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    return bool(a.tobytes() == b.tobytes()) if hasattr(a, "tobytes") else bool(a == b)
 
 
 def refill(container: Any, members: Any) -> None:
