@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from step_optim.host.undo import undone
-from step_optim.isolation import isolated
+from step_optim.isolation.isolated import isolated
 from step_optim.listing import shown
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from step_optim import ControlSet, Interpolate, PolicyKL, STEPOptimizer, TokenKL
-from step_optim.held import Held, Membership
+from step_optim.isolation.held import Held, Membership
 from tests import reference
 from tests.models import VOCAB, ragged_control
 from tests.strategies import bits

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from step_optim.host.modules import end_forward, reshard, sharded
 from step_optim.host.rng import RNGState
 from step_optim.host.undo import undone
-from step_optim.module_state import ModuleState
+from step_optim.isolation.module_state import ModuleState
 
 
 class _Modes:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from step_optim.held import Copied, Held, Membership, address, alike, is_left_behind, keeps_state
+from step_optim.isolation.held import Copied, Held, Membership, address, alike, is_left_behind, keeps_state
 from step_optim.snapshot.tensors import Memory, is_plain_memory, same_bits
 
 Name = tuple[nn.Module, str]
