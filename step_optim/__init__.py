@@ -20,7 +20,7 @@ set, and the proposal, a smaller version of it, or nothing is committed::
 
 from step_optim.audit import Audit, FunctionKL, KLClosure, kl_closure
 from step_optim.budget import Budget, Limits, Verdict
-from step_optim.control_set_ import ControlSet
+from step_optim.control.control_set import ControlSet
 from step_optim.controllers import (
     Action,
     Controller,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from step_optim.fingerprint import fingerprint
 from step_optim.host.modules import has_fsdp
-from step_optim.isolation.isolated import isolated
+from step_optim.isolation.eval_mode import isolated
 from step_optim.isolation.module_state import ModuleState
 from step_optim.movement import Movement
 from step_optim.noise import NoiseFloor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from step_optim.control_set_ import ControlSet
+from step_optim.control.control_set import ControlSet
 from step_optim.host.modules import has_fsdp, plain, unwrapped
 
 SUMS_TO_ONE = 0.02

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from step_optim.control_set_ import ControlSet
+from step_optim.control.control_set import ControlSet
 from step_optim.shard import batch_members
 
 PROMPTS_AT_ONCE = 4

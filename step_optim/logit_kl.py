@@ -11,7 +11,7 @@ from torch import Tensor
 
 from step_optim import kl as statistic
 from step_optim.audit import Audit, ReferenceKL
-from step_optim.isolation.isolated import isolated
+from step_optim.isolation.eval_mode import isolated
 from step_optim.rows import Head, Reader, Rows, Scratch, vocab_blocks
 
 

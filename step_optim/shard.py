@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from step_optim.control_set_ import ControlSet
+from step_optim.control.control_set import ControlSet
 
 
 def batch_members(control: ControlSet, micro_batch: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from step_optim.control_set_ import ControlSet
+from step_optim.control.control_set import ControlSet
 from step_optim.layout import Batch, Layout
 from step_optim.reading import Reading, agree, difference
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from step_optim.audit import Audit
-from step_optim.control_set_ import ControlSet
+from step_optim.control.control_set import ControlSet
 from step_optim.host.modules import has_fsdp, reshard
 from step_optim.language_models import (
     check_audit_dtype,

@@ -20,7 +20,7 @@ from step_optim.fingerprint import Fingerprint
 from step_optim.host.ranks import Ranks
 from step_optim.host.rng import RNGState
 from step_optim.host.undo import uninterrupted
-from step_optim.isolation.isolated import isolated
+from step_optim.isolation.eval_mode import isolated
 from step_optim.line import Line, loss_closure
 from step_optim.movement import Movement
 from step_optim.rounding import Rounding

@@ -307,7 +307,7 @@ def test_an_audit_that_cannot_be_cleaned_up_does_not_keep_the_step_from_being_un
         raise RuntimeError("device lost")
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="device lost"):
-        patched.setattr("step_optim.isolation.isolated._Modes.restore", broken)
+        patched.setattr("step_optim.isolation.eval_mode._Modes.restore", broken)
         optimizer.step()
     after = picture(problem.model, optimizer)
     assert (after["parameters"], after["state"]) == (before["parameters"], before["state"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_optim import ControlSet
-from step_optim.control_set_ import checked_slices
+from step_optim.control.control_set import checked_slices
 from tests.models import ragged_control
 from tests.test_texts import tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from step_optim.listing import is_list, listed, shown
+from step_optim.control.listing import is_list, listed, shown
 
 
 class Texts:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_optim.listing import is_list, listed, plain, shown
+from step_optim.control.listing import is_list, listed, plain, shown
 
 
 def rows_of_ids(values: Any, name: str) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from step_optim.listing import is_list, listed, plain, shown
+from step_optim.control.listing import is_list, listed, plain, shown
 
 Slices = Mapping[str, Sequence[int]] | Sequence[str]
 """Members by name (prompt indices, or a boolean mask [C]); or C labels, the name of the slice of each prompt."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from step_optim.control.listing import shown
 from step_optim.host.undo import undone
-from step_optim.isolation.isolated import isolated
-from step_optim.listing import shown
+from step_optim.isolation.eval_mode import isolated
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 """What stays of a model's own generation config: its special tokens, and whether it can go on from a cache."""

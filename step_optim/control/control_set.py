@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step_optim.control.ids import checked_ids, rows_of_ids
+from step_optim.control.listing import is_list, listed, plain, shown
+from step_optim.control.resampling import draw_responses
+from step_optim.control.slices import Slices as Slices
+from step_optim.control.slices import by_text, checked_indices
+from step_optim.control.slices import checked_slices as checked_slices
+from step_optim.control.texts import Texts
 from step_optim.host.paths import user_path
-from step_optim.ids import checked_ids, rows_of_ids
-from step_optim.listing import is_list, listed, plain, shown
-from step_optim.resampling import draw_responses
-from step_optim.slices import Slices as Slices
-from step_optim.slices import by_text, checked_indices
-from step_optim.slices import checked_slices as checked_slices
-from step_optim.texts import Texts
 
 
 @dataclass(frozen=True)
