@@ -18,7 +18,9 @@ set, and the proposal, a smaller version of it, or nothing is committed::
     optimizer.last  # StepRecord of this step
 """
 
-from step_optim.audit import Audit, FunctionKL, KLClosure, kl_closure
+from step_optim.audit.closure import Audit, FunctionKL, KLClosure, kl_closure
+from step_optim.audit.policy_kl import PolicyKL
+from step_optim.audit.token_kl import TokenKL
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.control.control_set import ControlSet
 from step_optim.controllers import (
@@ -34,12 +36,10 @@ from step_optim.controllers import (
 )
 from step_optim.movement import Movement
 from step_optim.optimizer import STEPOptimizer
-from step_optim.policy_kl import PolicyKL
 from step_optim.ppo import AdaptiveKL, TargetKL, sampled_kl
 from step_optim.references import EMAReference, FixedReference, RatchetReference, Reference, ReferenceAction
 from step_optim.summary import summarise
 from step_optim.telemetry import StepRecord, read_log
-from step_optim.token_kl import TokenKL
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from step_optim.audit import KLClosure
+from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget, Limits
 from step_optim.controllers.base import STATES, Controller
 from step_optim.host.ranks import Ranks

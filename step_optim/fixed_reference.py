@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Hashable
 from typing import Any
 
-from step_optim.audit import FunctionKL, KLClosure
+from step_optim.audit.closure import FunctionKL, KLClosure
 from step_optim.budget import Limits
 from step_optim.controllers.base import Point
 from step_optim.movement import Movement

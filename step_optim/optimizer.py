@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from step_optim.atomic import Atomic
-from step_optim.audit import KLClosure, Unbound, as_kl
+from step_optim.audit.closure import KLClosure, Unbound, as_kl
 from step_optim.budget import Bound, Budget
 from step_optim.checks import (
     below_noise,

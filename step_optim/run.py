@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from step_optim.audit import KLClosure
+from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement

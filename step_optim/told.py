@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
-from step_optim.audit import FunctionKL
+from step_optim.audit.closure import FunctionKL
 from step_optim.controllers.base import Point
 from step_optim.fixed_reference import FixedReference
 from step_optim.stall import Stall, is_told

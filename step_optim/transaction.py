@@ -13,10 +13,10 @@ from weakref import WeakSet, WeakValueDictionary
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from step_optim.audit import Audit, FunctionKL, KLClosure
+from step_optim.audit.closure import Audit, FunctionKL, KLClosure
+from step_optim.audit.fingerprint import Fingerprint
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Action, Outcome, Point, Trial
-from step_optim.fingerprint import Fingerprint
 from step_optim.host.ranks import Ranks
 from step_optim.host.rng import RNGState
 from step_optim.host.undo import uninterrupted

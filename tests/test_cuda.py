@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from step_optim import Budget, Interpolate, STEPOptimizer, TokenKL
-from step_optim.kl import row_kl
-from step_optim.rows import Head, Rows
+from step_optim.audit.divergence import row_kl
+from step_optim.audit.rows import Head, Rows
 from tests.models import nudge, tiny_gpt2, tiny_llama
 from tests.test_kl import float64_kl
 from tests.test_prefix import chat_control

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from step_optim import Budget, ControlSet, Gate, Interpolate, PolicyKL, Project, STEPOptimizer, TokenKL
-from step_optim.audit import Audit
-from step_optim.kl import row_kl, stream_kl
-from step_optim.rows import Head, Rows
+from step_optim.audit.closure import Audit
+from step_optim.audit.divergence import row_kl, stream_kl
+from step_optim.audit.rows import Head, Rows
 from step_optim.snapshot.store import TensorStore
 from tests.models import VOCAB, Bigram, nudge, ragged_control, tiny_llama
 from tests.strategies import bits

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from step_optim import Movement
-from step_optim import kl as statistic
-from step_optim import rows as policy_rows
+from step_optim.audit import divergence as statistic
+from step_optim.audit import rows as policy_rows
+from step_optim.audit.divergence import row_kl, stream_kl
+from step_optim.audit.rows import Head, Rows
 from step_optim.budget import Budget, Limits
-from step_optim.kl import row_kl, stream_kl
-from step_optim.rows import Head, Rows
 from tests import reference
 
 READOUTS = ["hidden", "rows", "trained"]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from step_optim import Budget, ControlSet, Gate, PolicyKL, Project, STEPOptimizer, TokenKL, noise
+from step_optim import Budget, ControlSet, Gate, PolicyKL, Project, STEPOptimizer, TokenKL
+from step_optim.audit import noise
+from step_optim.audit.noise import AWAY, SIZES, moved_away, moved_by, trained_weights
 from step_optim.movement import Movement
-from step_optim.noise import AWAY, SIZES, moved_away, moved_by, trained_weights
 from tests import reference
 from tests.models import Bigram, nudge, ragged_control, tiny_gpt2, tiny_llama
 from tests.test_token_kl import BiasedHead, build, close, expected

@@ -22,9 +22,9 @@ from torch.distributions import (
 from torch.func import functional_call
 
 from step_optim import Budget, Gate, PolicyKL, Project, STEPOptimizer
+from step_optim.audit.noise import SIZES, moved_by, trained_weights
 from step_optim.controllers.base import Action
 from step_optim.isolation.stand_ins import standing_in
-from step_optim.noise import SIZES, moved_by, trained_weights
 from tests import reference
 from tests.models import nudge
 from tests.strategies import bits

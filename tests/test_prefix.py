@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from step_optim import Budget, ControlSet, Project, STEPOptimizer, TokenKL
-from step_optim.layout import PROMPTS_AT_ONCE, Layout, micro_batch_of, shared_prefix, worth_sharing
+from step_optim.audit.batches import PROMPTS_AT_ONCE, Layout, micro_batch_of, shared_prefix, worth_sharing
 from tests import reference
 from tests.models import VOCAB, Bigram, control_sets, nudge, tiny_gemma2, tiny_gpt2, tiny_llama
 from tests.test_token_kl import MODELS, build, close, expected

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from step_optim import PolicyKL, STEPOptimizer, TokenKL
-from step_optim.fingerprint import SAMPLE
+from step_optim.audit.fingerprint import SAMPLE
 from tests import reference
 from tests.models import VOCAB, ragged_control, tiny_llama, tiny_qwen
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from workload import Workload
 
 from step_optim import ControlSet
-from step_optim.layout import micro_batch_of
+from step_optim.audit.batches import micro_batch_of
 
 HEAD_PASSES = 4
 """Times that the [R, V] float32 values of the head blocks cross the memory: two GEMMs write, the KL reads both."""

@@ -9,8 +9,8 @@ from naive import Padded
 from torch import Tensor
 from workload import Workload
 
-from step_optim.kl import row_kl
-from step_optim.rows import Head, Rows
+from step_optim.audit.divergence import row_kl
+from step_optim.audit.rows import Head, Rows
 
 SIZES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 """KLs in nats, hit to about a percent."""

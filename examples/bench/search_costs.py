@@ -17,7 +17,7 @@ from torch import Tensor
 from workload import Workload
 
 from step_optim import Interpolate, Movement
-from step_optim.audit import Audit
+from step_optim.audit.closure import Audit
 from step_optim.budget import Limits
 from step_optim.controllers.base import Point, Trial
 

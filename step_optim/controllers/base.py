@@ -14,7 +14,7 @@ from step_optim.budget import Limits, Verdict
 from step_optim.movement import Movement
 
 if TYPE_CHECKING:
-    from step_optim.audit import Audit
+    from step_optim.audit.closure import Audit
     from step_optim.snapshot.weights import Weights
 
 

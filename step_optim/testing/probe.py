@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from step_optim.audit import Audit, KLClosure
+from step_optim.audit.closure import Audit, KLClosure
 from step_optim.controllers import Action, Gate
 from step_optim.movement import Movement
 from step_optim.optimizer import STEPOptimizer

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from step_optim.audit import Incomparable
-from step_optim.closed_forms import log_probabilities
+from step_optim.audit.closed_forms import log_probabilities
+from step_optim.audit.distributions import Kept, same_constants, tensors_of
+from step_optim.audit.logit_kl import LogitKL
+from step_optim.audit.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
+from step_optim.audit.policy_output import Output
+from step_optim.audit.reference_kl import Incomparable
+from step_optim.audit.rows import Rows
 from step_optim.control.control_set import checked_slices
-from step_optim.distributions import Kept, same_constants, tensors_of
 from step_optim.host.modules import has_fsdp
 from step_optim.isolation.eval_mode import isolated
 from step_optim.isolation.stand_ins import standing_in
-from step_optim.logit_kl import LogitKL
 from step_optim.movement import Movement
-from step_optim.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
-from step_optim.policy_output import Output
-from step_optim.rows import Rows
 
 REDUCTIONS = (None, "sum", "mean")
 

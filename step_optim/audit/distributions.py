@@ -41,8 +41,8 @@ from torch.distributions import (
 )
 from torch.distributions.kl import _KL_REGISTRY
 
-from step_optim import closed_forms
-from step_optim.closed_forms import Parameters, log_probabilities
+from step_optim.audit import closed_forms
+from step_optim.audit.closed_forms import Parameters, log_probabilities
 from step_optim.snapshot.tensors import same_bits
 
 Reader = Callable[[Any], dict[str, Tensor]]

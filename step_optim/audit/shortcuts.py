@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from step_optim.audit.batches import Batch, Layout
+from step_optim.audit.reader import Reading, agree, difference
 from step_optim.control.control_set import ControlSet
-from step_optim.layout import Batch, Layout
-from step_optim.reading import Reading, agree, difference
 
 PREFIX_TOLERANCE = 1e-4
 """Largest relative difference between logits with the first tokens from a cache and without: only rounding differs."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from step_optim.rows import Head, Reader, Rows, Scratch, vocab_blocks
+from step_optim.audit.rows import Head, Reader, Rows, Scratch, vocab_blocks
 
 __all__ = ["Head", "Rows", "Streamed", "prompt_means", "row_kl", "stream_kl"]
 

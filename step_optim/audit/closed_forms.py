@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from step_optim.kl import row_kl
-from step_optim.rows import Rows
+from step_optim.audit.divergence import row_kl
+from step_optim.audit.rows import Rows
 
 Parameters = Mapping[str, Tensor]
 

@@ -11,13 +11,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from step_optim.audit.batches import Batch
+from step_optim.audit.language_models import accepted_arguments, logits_of, output_head
+from step_optim.audit.rows import Head
 from step_optim.host.modules import has_fsdp, plain, reshard
 from step_optim.host.undo import inserted
 from step_optim.isolation.module_state import ModuleState
 from step_optim.isolation.stand_ins import standing_in
-from step_optim.language_models import accepted_arguments, logits_of, output_head
-from step_optim.layout import Batch
-from step_optim.rows import Head
 
 HEAD_TOLERANCE = 1e-3
 """Largest relative difference between a model's logits and a plain linear head's at which they count as one."""

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_optim import kl as statistic
-from step_optim.audit import Audit, ReferenceKL
+from step_optim.audit import divergence as statistic
+from step_optim.audit.closure import Audit
+from step_optim.audit.reference_kl import ReferenceKL
+from step_optim.audit.rows import Head, Reader, Rows, Scratch, vocab_blocks
 from step_optim.isolation.eval_mode import isolated
-from step_optim.rows import Head, Reader, Rows, Scratch, vocab_blocks
 
 
 class LogitKL(ReferenceKL):

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributions import Distribution
 
-from step_optim.distributions import Kept, Leaf, find_leaf
-from step_optim.rows import Rows
+from step_optim.audit.distributions import Kept, Leaf, find_leaf
+from step_optim.audit.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from step_optim.audit import Audit
-from step_optim.control.control_set import ControlSet
-from step_optim.host.modules import has_fsdp, reshard
-from step_optim.language_models import (
+from step_optim.audit.batches import Batch, Layout, Shard, micro_batch_of, shared_prefix, worth_sharing
+from step_optim.audit.closure import Audit
+from step_optim.audit.language_models import (
     check_audit_dtype,
     check_causal,
     check_device,
@@ -21,14 +20,14 @@ from step_optim.language_models import (
     check_model,
     vocab_size_of,
 )
-from step_optim.layout import Batch, Layout, micro_batch_of, shared_prefix, worth_sharing
-from step_optim.logit_kl import LogitKL
+from step_optim.audit.logit_kl import LogitKL
+from step_optim.audit.noise import NoiseFloor, is_narrow, moved_away, narrowest, read_ladder, trained_weights
+from step_optim.audit.reader import Reading
+from step_optim.audit.rows import Head, Rows
+from step_optim.audit.shortcuts import Shortcuts, check_causality
+from step_optim.control.control_set import ControlSet
+from step_optim.host.modules import has_fsdp, reshard
 from step_optim.movement import Movement
-from step_optim.noise import NoiseFloor, is_narrow, moved_away, narrowest, read_ladder, trained_weights
-from step_optim.reading import Reading
-from step_optim.rows import Head, Rows
-from step_optim.shard import Shard
-from step_optim.shortcuts import Shortcuts, check_causality
 
 LOGGER = logging.getLogger("step_optim")
 
