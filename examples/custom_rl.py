@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from step_optim import Budget, Controller, Gate, Interpolate, PolicyKL, Project, STEPOptimizer, StepRecord
-from step_optim.summary import lines
+from step_optim.telemetry.summary import lines
 
 GAMMA, GAE_LAMBDA, CLIP, ENTROPY = 0.99, 0.95, 0.2, 0.005  # PPO's usual numbers
 EPOCHS, MINIBATCH, CONTROL_OBSERVATIONS = 6, 256, 512

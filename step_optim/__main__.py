@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from step_optim.host.paths import user_path
-from step_optim.integrity import check
-from step_optim.summary import lines, summarise
-from step_optim.telemetry import StepRecord, read_log
+from step_optim.telemetry.integrity import check
+from step_optim.telemetry.log import read_log
+from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.summary import lines, summarise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

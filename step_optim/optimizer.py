@@ -34,7 +34,8 @@ from step_optim.snapshot.copies import Copies
 from step_optim.snapshot.known import ParamLike, known_copies
 from step_optim.snapshot.state import OptimizerState
 from step_optim.snapshot.weights import Weights
-from step_optim.telemetry import StepRecord, open_log
+from step_optim.telemetry.log import open_log
+from step_optim.telemetry.record import StepRecord
 from step_optim.transaction import Parts, Transaction
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from step_optim.controllers.base import Action
-from step_optim.telemetry import StepRecord
+from step_optim.telemetry.record import StepRecord
 
 AIM = 0.8
 """Part of the budget that proposals aim at: at 1, every second one would be over it."""

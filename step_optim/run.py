@@ -15,8 +15,8 @@ from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
 from step_optim.radius import next_scale
 from step_optim.stall import STALL
-from step_optim.summary import Summary
-from step_optim.telemetry import StepRecord
+from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.summary import Summary
 from step_optim.told import Told
 
 if TYPE_CHECKING:

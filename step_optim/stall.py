@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from step_optim.budget import Limits
 from step_optim.controllers.base import Point
 from step_optim.movement import Movement
-from step_optim.telemetry import TrialRecord
+from step_optim.telemetry.record import TrialRecord
 
 STALL = 5
 """Rejections in a row that are told of; then ten times as many, and so on."""

@@ -27,7 +27,7 @@ from step_optim.rounding import Rounding
 from step_optim.snapshot.state import OptimizerState
 from step_optim.snapshot.tensors import any_of
 from step_optim.snapshot.weights import Update, Weights
-from step_optim.telemetry import StepRecord, TrialRecord
+from step_optim.telemetry.record import StepRecord, TrialRecord
 
 
 @dataclass

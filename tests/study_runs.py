@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from step_optim import Action, Limits, Movement, StepRecord
-from step_optim.telemetry import TrialRecord
+from step_optim.telemetry.record import TrialRecord
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "study"))

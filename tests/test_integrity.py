@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from step_optim import Action, Budget, Controller, Gate, Interpolate, Limits, Movement, STEPOptimizer, StepRecord
 from step_optim.__main__ import main
-from step_optim.integrity import check
+from step_optim.telemetry.integrity import check
 
 
 def trace(

@@ -18,9 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_optim import Action, Budget, Gate, Limits, Movement, STEPOptimizer, StepRecord, read_log, summarise, telemetry
-from step_optim.summary import Summary
-from step_optim.telemetry import JSONLWriter, TrialRecord, read_trace
+from step_optim import Action, Budget, Gate, Limits, Movement, STEPOptimizer, StepRecord, read_log, summarise
+from step_optim.telemetry import log as telemetry
+from step_optim.telemetry.log import JSONLWriter, read_trace
+from step_optim.telemetry.record import TrialRecord
+from step_optim.telemetry.summary import Summary
 
 number = st.floats(allow_nan=True, allow_infinity=True)
 positive = st.floats(0, allow_infinity=True) | st.just(math.nan)

@@ -14,7 +14,7 @@ from today import KLPenalty, LineSearch, TargetKL
 from torch import Tensor, nn
 
 from step_optim import Budget, Controller, ControlSet, Gate, Interpolate, STEPOptimizer, TokenKL
-from step_optim.summary import PHASES
+from step_optim.telemetry.summary import PHASES
 
 CANDIDATE_KL = 0.05
 """Nats per token that the measured step proposes to move: the learning rate is set to that."""

@@ -16,7 +16,8 @@ from evidence import arm_of, condition_of
 from figures import accepted_records, is_limited, within
 from traces import Run
 
-from step_optim import Action, integrity
+from step_optim import Action
+from step_optim.telemetry import integrity
 
 SHRUNK = "shrink"
 """The branch whose controller must have something to do."""

@@ -17,7 +17,8 @@ from unittest import mock
 
 import torch
 
-from step_optim import read_log, telemetry
+from step_optim import read_log
+from step_optim.telemetry import log as telemetry
 from tests.faults.campaign import Size
 from tests.faults.worlds import World, build
 from tests.strategies import bits

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from step_optim import read_log
-from step_optim.telemetry import JSONLWriter, StepRecord
+from step_optim.telemetry.log import JSONLWriter
+from step_optim.telemetry.record import StepRecord
 from tests.faults.campaign import Size
 from tests.faults.portrait import Portrait
 from tests.faults.worlds import build

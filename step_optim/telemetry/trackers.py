@@ -7,12 +7,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from step_optim.telemetry import StepRecord
+from step_optim.telemetry.record import StepRecord
 
-Sink = Callable[["StepRecord"], None]
+Sink = Callable[[StepRecord], None]
 
 
 def tracker_sink(log: Any) -> Sink | None:

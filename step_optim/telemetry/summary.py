@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from step_optim.controllers.base import Action
-from step_optim.telemetry import StepRecord
+from step_optim.telemetry.record import StepRecord
 
 OWN = ("snapshot", "audit", "search")
 """Phases of a step that a bare optimizer does not have."""

@@ -1,0 +1,190 @@
+"""Logs: a record of every step as JSON lines, written and read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from step_optim.host.paths import user_path
+from step_optim.telemetry.record import StepRecord, jsonable
+from step_optim.telemetry.trackers import Sink, takes, tracker_sink
+
+SCHEMA = 1
+"""Version of the log format; it stands in the first line of every segment."""
+
+
+_FIRST = b'{"step_optim"'
+
+
+class JSONLWriter:
+    """Appends one JSON object a line. Every record is one write of a whole line: a killed run loses the step in flight.
+
+    A write that is interrupted or fails (a full disk) may leave a torn last
+    line. Readers leave it out, and the next write cuts it off first; if it
+    lacks nothing but its end, it is kept. A new writer on an existing log
+    starts a new segment (a resumed run). Any other existing file is refused.
+    """
+
+    def __init__(self, path: str | Path, header: Callable[[], Mapping[str, Any]]) -> None:
+        self.path = user_path(path)
+        self._header = header
+        self._begun = False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as existing:  # a path that cannot be written is refused now, not after a step
+            existing.seek(0)
+            start = existing.read(len(_FIRST))
+        if not _FIRST.startswith(start):  # empty, torn in the very first write, or the header of a log
+            raise ValueError(f"log={str(path)!r} exists and is no step_optim log; choose another path")
+
+    def __call__(self, record: StepRecord) -> None:
+        """Write one record, after the header of the segment if it is the first."""
+        lines = _line(record.to_dict())
+        with self.path.open("a+b", buffering=0) as file:
+            _mend(file)
+            if not self._begun or file.seek(0, os.SEEK_END) == 0:
+                lines = _line({"step_optim": SCHEMA, **self._header()}) + lines
+            _append(file, lines)
+        self._begun = True
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(jsonable(value), allow_nan=False) + "\n").encode()
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]  # on a disk that fills up, a write may end early; the next one says why
+
+
+def _mend(file: FileIO) -> None:
+    """Cut off a torn last line; end one that is whole."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    data = file.read()
+    start = data.rfind(b"\n") + 1
+    if _parses(data[start:].decode(errors="replace")) is None:
+        file.truncate(start)
+    else:
+        _append(file, b"\n")
+
+
+class _FirstWriter:
+    """Writes the log in the first process; the others do not touch the file."""
+
+    def __init__(self, open_file: Callable[[], JSONLWriter], first: Callable[[], bool]) -> None:
+        self._open, self._first = open_file, first
+        self._writer = open_file() if first() else None
+
+    def __call__(self, record: StepRecord) -> None:
+        if self._first():
+            if self._writer is None:  # the processes are other ones by now
+                self._writer = self._open()
+            self._writer(record)
+
+
+def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[[], bool] = lambda: True) -> Sink:
+    """Read the argument ``log=``: None, a path, a tracker, or a callable(dict, step).
+
+    Args:
+        log: that argument. A tracker (see `tracker_sink`) gets flat scalars, a
+            callable the whole record; one that takes no step gets none.
+        header: makes the first line of a file.
+        first: whether this process writes the file, if there are several.
+
+    Raises:
+        TypeError: none of these, or a callable that needs other arguments.
+        ValueError: a path that is no file.
+    """
+    if log is None:
+        return lambda record: None
+    if isinstance(log, (str, Path)):
+        if not str(log) or user_path(log).is_dir():
+            raise ValueError(f"log={str(log)!r} is no file; give a path like 'runs/step.jsonl', or None for no log")
+        return _FirstWriter(partial(JSONLWriter, log, header), first)
+    tracker = tracker_sink(log)
+    if tracker is not None:
+        return tracker
+    if callable(log):
+        return _function_sink(log)
+    raise TypeError(f"log={log!r} is neither a path, nor a callable(dict, step), nor a tracker with log(dict, step=)")
+
+
+def _function_sink(log: Callable[..., Any]) -> Sink:
+    """Give a function the whole record, and the step where it takes one."""
+    if takes(log, {}, 0):
+        return lambda record: log(record.to_dict(), record.step)
+    if takes(log, {}, step=0):
+        return lambda record: log(record.to_dict(), step=record.step)
+    if takes(log, {}):
+        return lambda record: log(record.to_dict())
+    raise TypeError(f"log={log!r} cannot be called with (dict, step); give a function of these, or a path")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A log as it was read."""
+
+    header: Mapping[str, Any]
+    """Of the latest segment: schema, budget, controller, versions."""
+    records: tuple[StepRecord, ...]
+    """In step order, each step once."""
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read a log.
+
+    A resumed run repeats the steps after its checkpoint: the later segment
+    replaces them. A torn last line is left out.
+
+    Raises:
+        ValueError: a line that cannot be read, other than a torn last one; or a newer schema.
+    """
+    header: dict[str, Any] = {}
+    records: dict[int, StepRecord] = {}
+    *lines, torn = user_path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    starting = False
+    for number, line in enumerate(lines if _parses(torn) is None else [*lines, torn], 1):
+        plain = _parses(line)
+        if plain is None:
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}; only the last line may be torn")
+        if "step_optim" in plain:
+            if not isinstance(plain["step_optim"], int) or plain["step_optim"] > SCHEMA:
+                raise ValueError(
+                    f"{path} has schema {plain['step_optim']!r:.60}, this version reads up to {SCHEMA}; upgrade"
+                )
+            header, starting = plain, True
+            continue
+        try:
+            record = StepRecord.from_dict(plain)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no record of a step ({type(error).__name__}: {error}): {line[:60]!r}"
+            ) from error
+        if starting:
+            records = {step: old for step, old in records.items() if step < record.step}
+            starting = False
+        records[record.step] = record
+    return Trace(header, tuple(records[step] for step in sorted(records)))
+
+
+def _parses(line: str) -> dict[str, Any] | None:
+    try:
+        plain = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return plain if isinstance(plain, dict) else None
+
+
+def read_log(path: str | Path) -> list[StepRecord]:
+    """Read the records of a log; see `read_trace`."""
+    return list(read_trace(path).records)

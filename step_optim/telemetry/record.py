@@ -1,0 +1,161 @@
+"""What happened at a step: the record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from step_optim.budget import Limits
+from step_optim.controllers.base import Action
+from step_optim.movement import Movement
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One audit of a point that a controller tried."""
+
+    alpha: float | None
+    """Where on the line to the candidate; None for weights off it."""
+    movement: Movement
+    """K_global and K_s there [nats per token]."""
+    feasible: bool
+    """Whether every budget held there."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Everything about one step. KL figures are in nats per token, times in seconds."""
+
+    step: int
+    """Step index t, counted from 0; rejected steps count."""
+    action: Action
+    """What became of the step: commit, reject, shrink, project or unchanged."""
+    candidate: Movement
+    """Movement of what the inner optimizer proposed; NaN if the update itself was not finite."""
+    accepted: Movement
+    """Movement of what was committed: zero after a rejection."""
+    budget: Limits
+    """The budgets in force."""
+    triggered: bool = False
+    """Whether the candidate was infeasible, so that the controller acted."""
+    bound: str | None = None
+    """The constraint with the largest KL / budget at the candidate: mean, slice:<name> or reference."""
+    alpha: float | None = None
+    """Part of the update that was committed, as asked for: 1 after a commit, 0 after a rejection, None off the line."""
+    alpha_realised: float | None = None
+    """The part that rounding made of it; differs in low precision."""
+    trials: tuple[TrialRecord, ...] = ()
+    """Audits beyond the candidate's, in order."""
+    stalled: bool = False
+    """Whether a gate's patience was used up."""
+    projection: Mapping[str, float] = field(default_factory=dict)
+    """Of `Project`: residual (mean ‖l - l_candidate‖²), residual_target, residual_interpolation, steps;
+    strength_min and strength_max: the smallest and largest lambda of a prompt in the mixture aimed at."""
+    reference_drift: Movement | None = None
+    """Movement of the committed policy from pi_ref; None if the KL closure does not measure it."""
+    update_norm: float = 0.0
+    """L2 norm of candidate - previous weights."""
+    lr: tuple[float, ...] = ()
+    """Learning rate of each parameter group at this step."""
+    scale: float = 1.0
+    """What the proposal multiplied them by, under ``warm_start``."""
+    reference_renewed: bool = False
+    """Whether somebody else has written weights since the last step, so that the reference was taken anew."""
+    reward: float | None = None
+    """From `note(reward=...)`."""
+    success: bool = True
+    """False if something went wrong (see ``error``); or from `note(success=...)`."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Time by phase: inner, snapshot, audit (reference, candidate and drift), search (trials). And elapsed: from the
+    end of the step before to the end of this one, with all that the training loop did; not in a process's first."""
+    error: str | None = None
+    """What went wrong, if something did: an exception, or a candidate that is not finite."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else from `note(...)`."""
+
+    @property
+    def constraint(self) -> str | None:
+        """What the controller had to deal with: ``bound``, or ``"not finite"``; None if the step was not triggered."""
+        if not self.triggered:
+            return None
+        return "not finite" if self.bound is None or not self.candidate.is_finite else self.bound
+
+    @property
+    def audits(self) -> int:
+        """How often movement was measured, at the candidate and at trials."""
+        return len(self.trials) + (self.action is not Action.UNCHANGED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; NaN and infinities become the texts "NaN", "Infinity" and "-Infinity"."""
+        plain: dict[str, Any] = jsonable({f.name: getattr(self, f.name) for f in fields(self)})
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> StepRecord:
+        """Read what `to_dict` returned; fields of newer versions are ignored."""
+        values = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
+        values["step"], values["action"] = int(values["step"]), Action(values["action"])
+        values["candidate"], values["accepted"] = (
+            _movement(values["candidate"]),
+            _movement(values["accepted"]),
+        )
+        limits = values["budget"]
+        values["budget"] = Limits(float(limits["mean"]), _floats(limits["slices"]), float(limits["reference"]))
+        values["trials"] = tuple(
+            TrialRecord(_float(trial["alpha"]), _movement(trial["movement"]), trial["feasible"])
+            for trial in values.get("trials", ())
+        )
+        drift = values.get("reference_drift")
+        values["reference_drift"] = None if drift is None else _movement(drift)
+        for name in ("alpha", "alpha_realised", "update_norm", "reward"):
+            values[name] = _float(values.get(name))
+        values["lr"] = tuple(float(lr) for lr in values.get("lr", ()))
+        values["scale"] = float(values.get("scale", 1.0))
+        values["projection"], values["seconds"] = _floats(values["projection"]), _floats(values["seconds"])
+        return cls(**values)
+
+    def flat(self) -> dict[str, float | str]:
+        """Return scalars under slash-separated names, as experiment trackers like them."""
+        return dict(_flatten(self.to_dict() | {"trials": len(self.trials)}, "step_optim"))
+
+
+def jsonable(value: Any) -> Any:
+    """Return plain JSON values; NaN and infinities become texts."""
+    if isinstance(value, Action):
+        return value.value
+    if isinstance(value, Movement):
+        return jsonable(value.to_dict())
+    if isinstance(value, (Limits, TrialRecord)):
+        return jsonable({f.name: getattr(value, f.name) for f in fields(value)})
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return value
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _movement(plain: Mapping[str, Any]) -> Movement:
+    return Movement(float(plain["mean"]), _floats(plain["slices"]))
+
+
+def _flatten(value: Any, name: str) -> Iterator[tuple[str, float | str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(item, f"{name}/{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _flatten(item, f"{name}/{i}")
+    elif value is not None:
+        yield name, float(value) if value in ("NaN", "Infinity", "-Infinity") else value
