@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from step_optim.host.modules import has_fsdp, plain
-from step_optim.ppo import read_count
+from step_optim.objective.ppo import read_count
 
 _COUNTERS = ("updates", "moves", "holds")
 

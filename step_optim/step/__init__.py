@@ -1,0 +1,1 @@
+"""One step in progress: its owner, its ending, and what a run remembers between steps."""
