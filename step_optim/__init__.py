@@ -35,9 +35,9 @@ from step_optim.controllers import (
     Trial,
 )
 from step_optim.movement import Movement
-from step_optim.optimizer import STEPOptimizer
 from step_optim.objective.ppo import AdaptiveKL, TargetKL, sampled_kl
 from step_optim.objective.references import EMAReference, FixedReference, RatchetReference, Reference, ReferenceAction
+from step_optim.optimizer import STEPOptimizer
 from step_optim.telemetry.log import read_log
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.summary import summarise

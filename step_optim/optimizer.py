@@ -11,10 +11,19 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from step_optim.atomic import Atomic
 from step_optim.audit.closure import KLClosure, Unbound, as_kl
 from step_optim.budget import Bound, Budget
-from step_optim.checks import (
+from step_optim.controllers.base import Action, Controller, Outcome, Point
+from step_optim.controllers.interpolate import Interpolate
+from step_optim.host.ranks import WORLD, PeerFailed, Ranks
+from step_optim.host.wrapper import OptimizerWrapper, hooked
+from step_optim.movement import Movement
+from step_optim.snapshot.copies import Copies
+from step_optim.snapshot.known import ParamLike, known_copies
+from step_optim.snapshot.state import OptimizerState
+from step_optim.snapshot.weights import Weights
+from step_optim.step.atomic import Atomic
+from step_optim.step.checks import (
     below_noise,
     check_budget,
     check_controller,
@@ -23,20 +32,11 @@ from step_optim.checks import (
     check_measures,
     plain_note,
 )
-from step_optim.controllers.base import Action, Controller, Outcome, Point
-from step_optim.controllers.interpolate import Interpolate
-from step_optim.host.ranks import WORLD, PeerFailed, Ranks
-from step_optim.host.wrapper import OptimizerWrapper, hooked
-from step_optim.line import Line, Restep, check_rates, loss_closure
-from step_optim.movement import Movement
-from step_optim.run import Run
-from step_optim.snapshot.copies import Copies
-from step_optim.snapshot.known import ParamLike, known_copies
-from step_optim.snapshot.state import OptimizerState
-from step_optim.snapshot.weights import Weights
+from step_optim.step.line import Line, Restep, check_rates, loss_closure
+from step_optim.step.progress import Run
+from step_optim.step.transaction import Parts, Transaction
 from step_optim.telemetry.log import open_log
 from step_optim.telemetry.record import StepRecord
-from step_optim.transaction import Parts, Transaction
 
 
 class STEPOptimizer(OptimizerWrapper):

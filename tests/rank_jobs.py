@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL
 from step_optim.host import watchdog
 from step_optim.host.ranks import Ranks
-from step_optim.transaction import Transaction
+from step_optim.step.transaction import Transaction
 from tests.rank_training import INF, Training, local, story
 from tests.strategies import Policy
 

@@ -13,8 +13,8 @@ from torch import nn
 from step_optim import Action, Controller, Interpolate, PolicyKL, Project, STEPOptimizer
 from step_optim.controllers.search import largest_feasible
 from step_optim.host.ranks import Ranks
-from step_optim.rounding import SAMPLE, Rounding
 from step_optim.snapshot.weights import Weights
+from step_optim.step.rounding import SAMPLE, Rounding
 from tests.strategies import bits
 from tests.test_search import Problem
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from step_optim import Action, Budget, Gate, Interpolate, Limits, Movement, STEPOptimizer, StepRecord
-from step_optim.radius import AIM, CHANGE, next_scale
+from step_optim.step.radius import AIM, CHANGE, next_scale
 
 SCALES = st.floats(1e-6, 1.0)
 KLS = st.floats(0.0, 1e6)

@@ -13,10 +13,10 @@ import torch
 from step_optim.controllers.gate import GateStalled
 from step_optim.host.ranks import PeerFailed
 from step_optim.host.undo import depth, finish
-from step_optim.run import Run
+from step_optim.step.progress import Run
+from step_optim.step.transaction import Transaction
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.trackers import Sink
-from step_optim.transaction import Transaction
 
 
 class Atomic:

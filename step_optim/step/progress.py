@@ -13,14 +13,14 @@ from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
-from step_optim.radius import next_scale
-from step_optim.stall import STALL
+from step_optim.step.radius import next_scale
+from step_optim.step.stall import STALL
+from step_optim.step.told import Told
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.summary import Summary
-from step_optim.told import Told
 
 if TYPE_CHECKING:
-    from step_optim.transaction import Transaction
+    from step_optim.step.transaction import Transaction
 
 VERSION = 1
 """Of the wrapper's part of a checkpoint."""

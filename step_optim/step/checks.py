@@ -14,9 +14,9 @@ from step_optim.budget import Budget, Limits
 from step_optim.controllers.base import STATES, Controller
 from step_optim.host.ranks import Ranks
 from step_optim.host.wrapper import OptimizerWrapper
-from step_optim.line import check_shrink
 from step_optim.snapshot.known import steps_in_backward, why_recomputed
 from step_optim.snapshot.tensors import shard_count
+from step_optim.step.line import check_shrink
 
 OPTIONS = ("on_reject", "on_shrink")
 """Options that every controller has."""

@@ -21,12 +21,12 @@ from step_optim.host.ranks import Ranks
 from step_optim.host.rng import RNGState
 from step_optim.host.undo import uninterrupted
 from step_optim.isolation.eval_mode import isolated
-from step_optim.line import Line, loss_closure
 from step_optim.movement import Movement
-from step_optim.rounding import Rounding
 from step_optim.snapshot.state import OptimizerState
 from step_optim.snapshot.tensors import any_of
 from step_optim.snapshot.weights import Update, Weights
+from step_optim.step.line import Line, loss_closure
+from step_optim.step.rounding import Rounding
 from step_optim.telemetry.record import StepRecord, TrialRecord
 
 

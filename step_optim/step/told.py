@@ -9,12 +9,12 @@ from torch.optim import Optimizer
 
 from step_optim.audit.closure import FunctionKL
 from step_optim.controllers.base import Point
-from step_optim.fixed_reference import FixedReference
-from step_optim.stall import Stall, is_told
+from step_optim.step.fixed_reference import FixedReference
+from step_optim.step.stall import Stall, is_told
 
 if TYPE_CHECKING:
-    from step_optim.run import Progress, Run
-    from step_optim.transaction import Transaction
+    from step_optim.step.progress import Progress, Run
+    from step_optim.step.transaction import Transaction
 
 
 class Told:
