@@ -114,7 +114,7 @@ def shrinking(verdict: Verdict) -> str:
         Kind.NEEDS_PARAM_LIKE: f"NEEDS param_like={verdict.needs}",
         Kind.DO_NOT_SHRINK: "DO NOT INTERPOLATE",
     }
-    return ways[verdict.verdict] + ("; restep" if verdict.resteps else "")
+    return ways[verdict.verdict]
 
 
 def once(texts: Iterable[str]) -> list[str]:
@@ -149,8 +149,7 @@ def markdown(results: Results) -> Iterator[str]:
     yield from counts("of the exact ones", results, lambda verdict: shrinking(verdict).split(" with")[0].split(";")[0])
     yield "*exact*: rejected steps leave no trace, to the bit; an infinite budget changes nothing; a checkpoint goes on"
     yield "as the bare optimizer's does. *interpolate*: half a step stays half a step, once the state named is moved"
-    yield 'along; *refused*: it would not, and `shrink="interpolate"` raises. *restep*: a step at a sixteenth of its'
-    yield 'learning rate is about a sixteenth of it, so that `shrink="restep"` can be used. `Gate` works for all.\n'
+    yield "along; *refused*: it would not, and a controller that shrinks raises. `Gate` works for all.\n"
     yield "| library | optimizer | " + " | ".join(map(title_of, DTYPES)) + " | shrink | notes |"
     yield "| --- | --- |" + " --- |" * len(DTYPES) + " --- | --- |"
     for title, verdicts in results.items():

@@ -32,7 +32,7 @@ from step_optim.step.checks import (
     check_measures,
     plain_note,
 )
-from step_optim.step.line import Line, Restep, check_rates, loss_closure
+from step_optim.step.line import Line, check_rates, loss_closure
 from step_optim.step.progress import Run
 from step_optim.step.transaction import Parts, Transaction
 from step_optim.telemetry.log import open_log
@@ -60,9 +60,6 @@ class STEPOptimizer(OptimizerWrapper):
             a callable(dict, step).
         on_error: what an exception in the audit does, once the weights are
             restored: ``"raise"`` it, or ``"reject"`` the step and record it.
-        shrink: how a part of a step is taken: ``"interpolate"`` between the
-            weights, with the candidate's optimizer state; or ``"restep"``, the
-            inner step again at alpha times its learning rate.
         snapshot: where the copies are kept that a rollback needs (weights,
             moments, and in the step gradients): ``"device"``, beside them; or
             ``"cpu"``, in pinned host memory, for a full fine-tuning that would
@@ -114,7 +111,6 @@ class STEPOptimizer(OptimizerWrapper):
         controller: Controller | None = None,
         log: str | Path | Callable[..., Any] | Any = None,
         on_error: str = "raise",
-        shrink: str = "interpolate",
         snapshot: str = "device",
         warm_start: bool = False,
         param_like: ParamLike | None = None,
@@ -127,11 +123,11 @@ class STEPOptimizer(OptimizerWrapper):
             raise ValueError(f"snapshot={snapshot!r} is unknown; use 'device' or 'cpu'")
         controller = check_controller(Interpolate() if controller is None else controller)
         budget = Budget.of(budget)
-        check_line(optimizer, controller, shrink, budget)
+        check_line(optimizer, controller, budget)
         if warm_start:
             check_rates(optimizer, "warm_start=True", "warm_start=False")
         super().__init__(optimizer)
-        self._on_error, self._shrink, self._log = on_error, shrink, log
+        self._on_error, self._log = on_error, log
         self._snapshot = snapshot
         self._param_like = known_copies(optimizer) if param_like is None else param_like
         self._run = Run(budget, controller, warm_start)
@@ -145,8 +141,7 @@ class STEPOptimizer(OptimizerWrapper):
         host = self._snapshot == "cpu"
         weights, state = Weights(self._inner, host=host), OptimizerState(self._inner, host=host)
         copies = Copies(self._inner, weights, state, self._param_like)
-        line = (Restep if self._shrink == "restep" else Line)(self._inner, weights, state, copies)
-        return Parts(self._inner, weights, state, line, ranks)
+        return Parts(self._inner, weights, state, Line(self._inner, weights, copies), ranks)
 
     @property
     def budget(self) -> Budget:
@@ -165,7 +160,7 @@ class STEPOptimizer(OptimizerWrapper):
     @controller.setter
     def controller(self, controller: Controller) -> None:
         self._refuse_inside_window("another controller")
-        check_line(self._inner, check_controller(controller), self._shrink, self.budget)
+        check_line(self._inner, check_controller(controller), self.budget)
         if self._run.kl is not None:
             check_measures(self._run.kl, controller, self._inner, self._parts.ranks)
         if controller is not self.controller:
@@ -194,7 +189,7 @@ class STEPOptimizer(OptimizerWrapper):
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
         new = Budget.of(budget)
-        check_line(self._inner, self.controller, self._shrink, new)
+        check_line(self._inner, self.controller, new)
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
             self._run.warned = not new.is_scheduled and below_noise(new.at(0, self._run.kl.slices or ()), self._run.kl)
@@ -224,7 +219,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._refuse_inside_window("add_param_group()")
         super().add_param_group(param_group)
         try:
-            check_line(self._inner, self.controller, self._shrink, self.budget)
+            check_line(self._inner, self.controller, self.budget)
             if self._run.kl is not None:
                 self._run.kl.check_parameters(self.param_groups[-1]["params"])
         except ValueError:
@@ -293,8 +288,6 @@ class STEPOptimizer(OptimizerWrapper):
         in the body restores the weights and the state from before the window.
         """
         self._refuse_inside_window("window()")
-        if self._parts.line.restarts and self.controller.shrinks:
-            raise RuntimeError("shrink='restep' cannot run the body of a window again; use shrink='interpolate'")
         transaction = self._transaction(kl, patient=False)
         if isinstance(transaction.kl, Unbound):
             transaction.kl.audit()  # raises: a window is there to move weights

@@ -303,14 +303,6 @@ def load(run: Training, folder: str) -> None:
     set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-def restepped() -> dict[str, Any]:
-    """Shrink by running the step again."""
-    run = Training("ddp", budget=1e-3, shard=True, own=True, shrink="restep")
-    for step in range(3):
-        run.step(step)
-    return {"record": story(run.optimizer.last), "weights": run.weights(), "state": run.state()}
-
-
 def broadcasting() -> list[str]:
     """Audit through DDP, whose forward broadcasts BatchNorm's buffers; in the second step one rank fails before it."""
     torch.manual_seed(0)

@@ -146,11 +146,6 @@ def test_a_window_on_several_ranks(kind, budget, action):
     assert result["moved"] == (action != "reject")
 
 
-def test_restep_on_replicas():
-    """The step again at a smaller rate, on the same gradients: replicas stay one."""
-    assert same(on_ranks(jobs.restepped, 2))["record"]["action"] == "shrink"
-
-
 def test_a_process_may_decide_alone():
     """With process_group=None one rank shrinks while the other commits."""
     first, second = on_ranks(jobs.alone, 2)

@@ -88,54 +88,11 @@ def over_once():
     return iter([0.0, 1.0, 0.0]).__next__
 
 
-# Rprop's step does not depend on lr after the first; ASGD's lr is a state of its own.
-RESTEPPED = sorted(set(INNER) - {"Rprop", "ASGD"})
-
-
-@given(seed=st.integers(0, 100), inner=st.sampled_from(RESTEPPED), before=st.integers(0, 3), closure=st.booleans())
-def test_a_restep_is_the_step_at_the_smaller_learning_rate_to_the_bit(seed, inner, before, closure):
-    """Weights, state, buffers and random streams are those of a bare optimizer whose lr was half as large."""
-
-    def run(wrapped: bool):
-        problem = policy_problem(seed, inner=inner)
-        optimizer = problem.optimizer
-        for step in range(before):
-            problem.backward(step)
-            optimizer.step()
-
-        def loss():
-            problem.backward(before)
-            return torch.tensor(3.0)
-
-        argument = [loss] if closure else []
-        if not closure:
-            problem.backward(before)
-        if wrapped:
-            optimizer = STEPOptimizer(optimizer, kl=over_once(), budget=0.5, controller=Half(), shrink="restep")
-            assert optimizer.step(*argument) == (torch.tensor(3.0) if closure else None)
-            assert optimizer.last.alpha == 0.5
-            assert optimizer.last.action is Action.SHRINK
-        else:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * 0.5
-            optimizer.step(*argument)
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * 2
-        return picture(problem.model, problem.optimizer)
-
-    a, b = run(True), run(False)
-    for part in ("parameters", "groups", "rng", "buffers"):
-        assert a[part] == b[part], part
-    assert [value for _, _, value in a["state"]] == [value for _, _, value in b["state"]]
-
-
-@given(
-    shrink=st.sampled_from(["interpolate", "restep"]), inner=st.sampled_from(sorted(INNER)), exponent=st.floats(-7, -2)
-)
-def test_either_way_holds_the_budget_and_rejects_exactly(shrink, inner, exponent):
+@given(inner=st.sampled_from(sorted(INNER)), exponent=st.floats(-7, -2))
+def test_a_shrunk_step_holds_the_budget_and_a_rejection_is_exact(inner, exponent):
     """What is committed is within the budget; what is not leaves everything as it was."""
     problem = token_problem(4, inner=inner)
-    optimizer = STEPOptimizer(problem.optimizer, kl=problem.kl, budget=10**exponent, shrink=shrink)
+    optimizer = STEPOptimizer(problem.optimizer, kl=problem.kl, budget=10**exponent)
     for step in range(4):
         problem.backward(step)
         before = picture(problem.model, optimizer)
@@ -143,52 +100,6 @@ def test_either_way_holds_the_budget_and_rejects_exactly(shrink, inner, exponent
         assert optimizer.last.accepted.mean <= 10**exponent
         if optimizer.last.action is Action.REJECT:
             assert picture(problem.model, optimizer) == before
-
-
-def test_restep_evaluates_the_loss_once_and_leaves_its_gradients():
-    """However many points are tried, the loss closure runs once."""
-    problem = token_problem(4)
-    optimizer = STEPOptimizer(problem.optimizer, kl=problem.kl, budget=1e-5, shrink="restep")
-    calls = []
-
-    def loss():
-        calls.append(1)
-        problem.backward(0)
-        return torch.zeros(())
-
-    optimizer.step(loss)
-    assert optimizer.last.action is Action.SHRINK
-    assert len(optimizer.last.trials) > 1
-    assert calls == [1]
-
-
-def test_what_restep_cannot_do_is_refused():
-    """No learning rate, a window, weights off the line, a loss that is evaluated at several weights; all name it."""
-    problem = token_problem(4)
-    with pytest.raises(ValueError, match=r"shrink='half'.*interpolate"):
-        STEPOptimizer(problem.optimizer, kl=problem.kl, budget=1.0, shrink="half")
-    with pytest.raises(ValueError, match="leaves it"):
-        STEPOptimizer(problem.optimizer, kl=problem.kl, budget=1.0, shrink="restep", controller=Project())
-    optimizer = STEPOptimizer(problem.optimizer, kl=problem.kl, budget=1.0, shrink="restep")
-    with pytest.raises(RuntimeError, match="window"), optimizer.window():
-        pytest.fail("the window must not open")
-    problem.optimizer.param_groups[0]["lr"] = None
-    with pytest.raises(ValueError, match="without one"):
-        STEPOptimizer(problem.optimizer, kl=problem.kl, budget=1.0, shrink="restep")
-    other = token_problem(4)
-    lbfgs = torch.optim.LBFGS(other.model.parameters(), max_iter=3)
-    optimizer = STEPOptimizer(lbfgs, kl=other.kl, budget=1e-5, shrink="restep")
-
-    def loss():
-        lbfgs.zero_grad()
-        value = other.loss(0)
-        value.backward()
-        return value
-
-    before = [bits(p) for p in other.model.parameters()]
-    with pytest.raises(RuntimeError, match="more than once"):
-        optimizer.step(loss)
-    assert [bits(p) for p in other.model.parameters()] == before
 
 
 FAMILIES = {
@@ -352,14 +263,6 @@ def test_gradients_from_beyond_the_budget_need_not_stay_in_the_moments():
     assert lengths["restore"] > 1.5 * lengths["keep_state"]
 
 
-def test_restoring_the_state_of_a_step_that_was_made_again_is_refused():
-    problem = policy_problem(3)
-    with pytest.raises(ValueError, match=r"on_shrink='restore' would take it back.*shrink='interpolate'"):
-        STEPOptimizer(
-            problem.optimizer, kl=problem.kl, budget=1.0, shrink="restep", controller=Interpolate(on_shrink="restore")
-        )
-
-
 def test_the_smaller_step_of_a_schedule_free_optimizer_interpolates_the_whole_tuple():
     """Weights and z stand at one alpha, exactly where the line between their values has it."""
     parameters, inner, distance, _ = build("schedule-free AdamW")
@@ -381,15 +284,12 @@ def test_the_smaller_step_of_a_schedule_free_optimizer_interpolates_the_whole_tu
     assert bits(twin.param_groups[0]["weight_sum"]) == bits(inner.param_groups[0]["weight_sum"])
 
 
-def test_interpolate_is_the_default_controller_for_either_way():
-    """Interpolate() needs no other option; the record tells the alpha that stands."""
-    for shrink in ("interpolate", "restep"):
-        parameters = weights()
-        distance = Distance(parameters)
-        optimizer = STEPOptimizer(
-            torch.optim.SGD(parameters, lr=1.0), kl=distance, budget=0.25, shrink=shrink, controller=Interpolate()
-        )
-        gradients(parameters, 0)
-        optimizer.step()
-        assert optimizer.last.alpha_realised == pytest.approx(optimizer.last.alpha, rel=1e-5)
-        assert optimizer.last.accepted.mean == pytest.approx(0.25, rel=0.03)
+def test_the_record_tells_the_alpha_that_stands():
+    """The realised alpha is the one asked for, in float32."""
+    parameters = weights()
+    distance = Distance(parameters)
+    optimizer = STEPOptimizer(torch.optim.SGD(parameters, lr=1.0), kl=distance, budget=0.25)
+    gradients(parameters, 0)
+    optimizer.step()
+    assert optimizer.last.alpha_realised == pytest.approx(optimizer.last.alpha, rel=1e-5)
+    assert optimizer.last.accepted.mean == pytest.approx(0.25, rel=0.03)

@@ -63,7 +63,7 @@ def test_step_hooks_run_in_torchs_order(global_hooks):
 
 
 def test_global_hooks_see_what_was_decided(global_hooks):
-    """A step that is run again at a smaller learning rate is one step, and its weights are final after it."""
+    """A step that tries several points is one step, and its weights are final after it."""
     parameter = weight()
     seen = []
     handle = register_optimizer_step_post_hook(lambda *_: seen.append(parameter.detach().clone()))
@@ -72,7 +72,6 @@ def test_global_hooks_see_what_was_decided(global_hooks):
         kl=lambda: float((parameter.detach() - 1).abs().max()),
         budget=0.25,
         controller=Interpolate("bisect"),
-        shrink="restep",
     )
     optimizer.step()
     handle.remove()
@@ -156,33 +155,6 @@ def test_arguments_of_a_step_reach_the_inner_one_as_they_were_given():
         optimizer.step()
         optimizer.step(closure=None)
     assert step.mock_calls == [call(closure=len, option="sgd"), call(len), call(), call(closure=None)]
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_a_step_that_is_run_again_takes_its_closure_as_it_was_given(by_name):
-    """With `shrink="restep"` the loss is evaluated once, and the inner step gets it as before."""
-    parameter, calls, losses = weight(), [], []
-
-    class Recorded(torch.optim.SGD):
-        def step(self, *args, **kwargs):
-            calls.append((len(args), sorted(kwargs)))
-            return super().step(*args, **kwargs)
-
-    def closure():
-        losses.append(parameter.sum())
-        return losses[-1]
-
-    optimizer = wrap(
-        Recorded([parameter], lr=1.0),
-        kl=lambda: float((parameter.detach() - 1).abs().max()),
-        budget=0.25,
-        shrink="restep",
-    )
-    loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
-    assert loss is losses[0]
-    assert len(losses) == 1
-    assert len(calls) > 1
-    assert set(map(str, calls)) == {str((0, ["closure"]) if by_name else (1, []))}
 
 
 def test_the_name_in_its_text_is_that_of_its_class():
@@ -294,10 +266,10 @@ def test_an_optimizer_that_cannot_be_shrunk_may_be_measured(name):
         optimizer.step()
         bare.step()
     assert bits(parameter.detach()) == bits(twin.detach())
-    with pytest.raises(ValueError, match="restep"):
+    with pytest.raises(ValueError, match="adaptive_rate"):
         optimizer.set_budget(1.0)
     assert optimizer.budget.mean == math.inf
     optimizer.controller = Gate()
     optimizer.set_budget(1.0)
-    with pytest.raises(ValueError, match="restep"):
+    with pytest.raises(ValueError, match="adaptive_rate"):
         optimizer.controller = Interpolate()

@@ -172,10 +172,9 @@ def test_an_infinite_budget_changes_no_bit():
     assert torch.equal(*runs)
 
 
-@pytest.mark.parametrize("shrink", ["interpolate", "restep"])
-def test_the_rate_is_put_back_after_every_step(shrink):
+def test_the_rate_is_put_back_after_every_step():
     """Also after an exception, in which nothing is learned about the scale."""
-    _, optimizer, step = problem(warm_start=True, shrink=shrink)
+    _, optimizer, step = problem(warm_start=True)
     step()
     scale = optimizer._run.progress.scale
     assert scale < 1

@@ -177,7 +177,7 @@ def test_a_good_optimizer_is_exact_in_everything():
     assert verdict.exact
     assert verdict.verdict is Kind.EXACT
     assert all((verdict.runs, verdict.accepted, verdict.rollback, verdict.transparent, verdict.resumes))
-    assert all((verdict.resumes_bare, verdict.interpolates, verdict.resteps))
+    assert all((verdict.resumes_bare, verdict.interpolates))
     assert verdict.sticks == pytest.approx(1, abs=1e-5)
     assert verdict.half_sticks == pytest.approx(1, abs=1e-5)
     assert str(verdict).startswith("Plain, float32: exact\n")
@@ -324,15 +324,14 @@ def test_a_broken_wrapper_would_be_found(monkeypatch, breaking, finding):
 
 
 def test_known_optimizers_without_a_line_refuse_to_interpolate():
-    """The error says why, and what to use instead; restep and a plain gate are taken."""
+    """The error says why, and what to use instead; a plain gate is taken."""
     import pytorch_optimizer
 
     def make():
         return pytorch_optimizer.FTRL([torch.nn.Parameter(torch.ones(3))], lr=0.1)
 
-    with pytest.raises(ValueError, match=r"FTRL computes the weights anew.*shrink='restep'"):
+    with pytest.raises(ValueError, match=r"FTRL computes the weights anew.*Use Gate\(\)"):
         STEPOptimizer(make(), kl=lambda: 0.0, budget=1.0, controller=Interpolate())
-    STEPOptimizer(make(), kl=lambda: 0.0, budget=1.0, shrink="restep")
     STEPOptimizer(make(), kl=lambda: 0.0, budget=1.0, controller=Gate())
 
 

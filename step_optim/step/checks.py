@@ -16,7 +16,6 @@ from step_optim.host.ranks import Ranks
 from step_optim.host.wrapper import OptimizerWrapper
 from step_optim.snapshot.known import steps_in_backward, why_recomputed
 from step_optim.snapshot.tensors import shard_count
-from step_optim.step.line import check_shrink
 
 OPTIONS = ("on_reject", "on_shrink")
 """Options that every controller has."""
@@ -57,26 +56,16 @@ def _shown(optimizer: Any) -> str:
         return type(optimizer).__name__
 
 
-def check_line(optimizer: Optimizer, controller: Controller, shrink: str, budget: Budget) -> None:
-    """Refuse a way to shrink, or a controller, that this optimizer's weights would not keep to.
+def check_line(optimizer: Optimizer, controller: Controller, budget: Budget) -> None:
+    """Refuse a controller that moves weights to where this optimizer would not keep them.
 
     A budget that only measures takes nothing back.
     """
-    check_shrink(shrink, optimizer)
-    reason = why_recomputed(optimizer) if shrink != "restep" and budget.limits_anything else None
+    reason = why_recomputed(optimizer) if budget.limits_anything else None
     if reason is not None and (controller.shrinks or controller.on_reject == "keep_state"):
         raise ValueError(
             f"{type(optimizer).__name__} {reason}: what a shrunk step took back would return with the next step. Use "
-            "Gate() with on_reject='restore', or shrink='restep' if a smaller learning rate makes a smaller step of it"
-        )
-    if shrink == "restep" and controller.needs_logits:
-        raise ValueError(
-            f"shrink='restep' reaches points on the line only, and {controller!r} leaves it; use one or the other"
-        )
-    if shrink == "restep" and controller.on_shrink == "restore":
-        raise ValueError(
-            "shrink='restep' makes the state that belongs to the smaller step; on_shrink='restore' would take it back. "
-            "Use on_shrink='keep_state', or shrink='interpolate'"
+            "Gate() with on_reject='restore'; adaptive_rate=True leads it out of rejecting for ever"
         )
 
 

@@ -314,9 +314,7 @@ class Transaction:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha} must lie between 0 (previous weights) and 1 (candidate)")
         self.line.go(alpha)
-        # A step that is made again may round differently on some devices: what was audited is kept.
-        values = [live.clone() for live in self.weights.live] if self.line.restarts and alpha > 0 else None
-        return self._audited_once(alpha=float(alpha), weights=values)
+        return self._audited_once(alpha=float(alpha))
 
     def _at_weights(self, values: Sequence[Tensor]) -> Point:
         values = self._write(values)
@@ -370,8 +368,6 @@ class Transaction:
             return
         if point.alpha is not None:
             self.line.go(point.alpha)
-            if point.weights is not None:
-                self.weights.write(point.weights)
         else:
             assert point.weights is not None
             self.line.write(point.weights)
@@ -404,7 +400,6 @@ class Transaction:
     def release(self) -> None:
         """Let go of what the next step does not need."""
         self.state.release()
-        self.line.release()
 
     def failed(self, error: BaseException) -> StepRecord:
         """Return the record of a step that ended in an error."""

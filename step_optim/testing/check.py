@@ -66,7 +66,6 @@ def check_optimizer(
       commits     as without the wrapper, bit for bit
       state_dict  continues as the bare optimizer does
       shrink      1.00 of what was taken back stays away
-      restep      works
     >>> verdict.verdict, bool(verdict.rollback)
     (<Kind.EXACT: 'exact'>, True)
     """
@@ -152,7 +151,7 @@ def _commits(setup: Setup) -> str:
 
 def _shrinking(setup: Setup, verdict: Verdict, options: dict[str, Any]) -> Verdict:
     test = Sticking(setup)
-    verdict = replace(verdict, sticks=test.weights_only(), resteps=Finding(test.restep()))
+    verdict = replace(verdict, sticks=test.weights_only())
     why = why_recomputed(Probe(setup).inner)
     if why is not None:
         return replace(verdict, interpolates=Finding(f"it {why}"), refuses_shrink=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from step_optim.controllers import Controller, Gate, Outcome, Trial
 from step_optim.testing.copying import are_copies
-from step_optim.testing.probe import Probe, Setup, brief
+from step_optim.testing.probe import Probe, Setup
 from step_optim.testing.verdict import STICKS
 
 DEPTHS = (0, 3, 4, 5, 7)
@@ -22,7 +22,6 @@ DEPTHS = (0, 3, 4, 5, 7)
 QUIET = (1, 12)
 """Zero-gradient steps after it: in a dozen of them slow weights pull on the others twice."""
 
-LITTLE = 1 / 16
 _SEED = 5000
 
 
@@ -68,11 +67,6 @@ class Path:
             way = b - a
             shares.append(1 - 2 * abs(float((half - (a + b) / 2) @ way / (way @ way))) if way.any() else 1.0)
         return min(shares)
-
-    def part(self, committed: Path) -> float:
-        """Which part of the committed step was made."""
-        way = committed.end - committed.start
-        return float((self.end - self.start) @ way / (way @ way)) if way.any() else math.nan
 
 
 def follow(probe: Probe, depth: int, move: Callable[[Probe, int], Any], quiet: Sequence[int] = QUIET) -> Path:
@@ -136,8 +130,7 @@ class Sticking:
 
         def move(probe: Probe, seed: int) -> None:
             probe.over_budget(seed)
-            if "shrink" not in options:
-                self._check_line(probe, part)
+            self._check_line(probe, part)
 
         return follow(probe, depth, move, quiet)
 
@@ -154,18 +147,6 @@ class Sticking:
         return any(
             t.element_size() > p.element_size() and t.shape == p.shape for t in tensors for p in probe.parameters
         )
-
-    def restep(self) -> str:
-        """Why the step at a sixteenth of its learning rate is not about a sixteenth of it; empty if it is."""
-        try:
-            paths = [self._part(depth, LITTLE, (), {"shrink": "restep"}) for depth in DEPTHS]
-        except Exception as error:
-            return brief(error)
-        found = [path.part(committed) for path, committed in zip(paths, self.committed, strict=True)]
-        parts = [part for part in found if not math.isnan(part)]
-        if all(abs(part - LITTLE) <= 0.1 for part in parts):
-            return ""
-        return f"lr/16 makes {min(parts):.2f} to {max(parts):.2f} of the step"
 
     def candidates(self) -> Iterator[tuple[str, ...]]:
         """Sets of state keys with tensors of the parameter's shape, small ones first."""

@@ -20,7 +20,7 @@ class Kind(str, Enum):
     NEEDS_PARAM_LIKE = "exact, but shrink needs param_like"
     """Tell `STEPOptimizer` where the copies of the weights are; rejecting is exact without that."""
     REFUSES_SHRINK = "exact; refuses shrink"
-    """`STEPOptimizer` knows that interpolation does not last, and raises: use `Gate`, or ``shrink="restep"``."""
+    """`STEPOptimizer` knows that interpolation does not last, and raises: use `Gate`."""
     DO_NOT_SHRINK = "exact, but do not shrink by interpolation"
     """The same, of an optimizer that `STEPOptimizer` does not know: it will not stop you."""
     REFUSE = "refuse"
@@ -78,10 +78,7 @@ class Verdict:
     """The bare optimizer continues as if it had not been saved. If it does not, that is not the wrapper's fault."""
 
     interpolates: Finding = NOT_TRIED
-    """Half a step lies on the line, and stays half a step: ``shrink="interpolate"`` can be used."""
-
-    resteps: Finding = NOT_TRIED
-    """A step at a part of its learning rate is about that part of it: ``shrink="restep"`` can be used."""
+    """Half a step lies on the line, and stays half a step."""
 
     sticks: float = math.nan
     """Share of a movement that stays away if only the weights are put back: below `STICKS`, state brings it back."""
@@ -140,6 +137,5 @@ class Verdict:
                 f"  commits     {self.transparent.why or 'as without the wrapper, bit for bit'}",
                 f"  state_dict  {resumes}",
                 f"  shrink      {self.interpolates.why or f'{self.half_sticks:.2f} of what was taken back stays away'}",
-                f"  restep      {self.resteps.why or 'works'}",
             ]
         return "\n".join(lines)
