@@ -64,12 +64,13 @@ class STEPOptimizer(OptimizerWrapper):
             moments, and in the step gradients): ``"device"``, beside them; or
             ``"cpu"``, in pinned host memory, for a full fine-tuning that would
             not fit otherwise. Every step then sends them over the bus.
-        warm_start: whether to propose at a learning rate that the last proposals
+        adaptive_rate: whether to propose at a learning rate that the last proposals
             have shown to be within the budget: a multiple <= 1 of the one that
             is set, which `radius.next_scale` adapts. For budgets that bind on
             most steps; it also leads a `Gate` out of rejecting for ever. Where
             all steps were over budget it halved the triggers at no visible loss
             of reward, and after shocks it gained some (examples/study/REPORT.md).
+        warm_start: the former name of ``adaptive_rate``.
         param_like: where the optimizer keeps copies of the weights (keys of
             ``state[parameter]``, or a function of the inner optimizer that lists
             (copy, parameter) pairs): interpolation moves them along. By
@@ -112,7 +113,8 @@ class STEPOptimizer(OptimizerWrapper):
         log: str | Path | Callable[..., Any] | Any = None,
         on_error: str = "raise",
         snapshot: str = "device",
-        warm_start: bool = False,
+        adaptive_rate: bool = False,
+        warm_start: bool | None = None,
         param_like: ParamLike | None = None,
         process_group: Any = WORLD,
     ) -> None:
@@ -124,13 +126,14 @@ class STEPOptimizer(OptimizerWrapper):
         controller = check_controller(Interpolate() if controller is None else controller)
         budget = Budget.of(budget)
         check_line(optimizer, controller, budget)
-        if warm_start:
-            check_rates(optimizer, "warm_start=True", "warm_start=False")
+        adaptive_rate = adaptive_rate if warm_start is None else warm_start
+        if adaptive_rate:
+            check_rates(optimizer, "adaptive_rate=True", "adaptive_rate=False")
         super().__init__(optimizer)
         self._on_error, self._log = on_error, log
         self._snapshot = snapshot
         self._param_like = known_copies(optimizer) if param_like is None else param_like
-        self._run = Run(budget, controller, warm_start)
+        self._run = Run(budget, controller, adaptive_rate)
         self._parts = self._make_parts(Ranks(process_group))
         self._sink = open_log(log, self._header, lambda: self._parts.ranks.first)
         if kl is not None:
@@ -301,7 +304,7 @@ class STEPOptimizer(OptimizerWrapper):
 
     def _transaction(self, kl: KLClosure | Callable[[], Any] | None, *, patient: bool) -> Transaction:
         closure = self._fitting(kl) if kl is not None else self._run.kl or Unbound()
-        self._parts.line.scale = self._run.progress.scale if self._run.warm_start else 1.0
+        self._parts.line.scale = self._run.progress.scale if self._run.adaptive_rate else 1.0
         return Transaction(self._parts, closure, self.budget, self._run.progress.step, patient=patient)
 
     def _atomic(self, transaction: Transaction) -> Atomic:
@@ -369,7 +372,7 @@ class STEPOptimizer(OptimizerWrapper):
 
             def explain() -> str:
                 transaction.go_back()
-                return str(run.told.why(run.progress, transaction, candidate, rejected, run.warm_start))
+                return str(run.told.why(run.progress, transaction, candidate, rejected, run.adaptive_rate))
 
             return self.controller.decide(transaction.trial(candidate, rejected, run.memory, explain))
 

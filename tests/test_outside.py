@@ -153,10 +153,10 @@ def test_calls_that_move_nothing_are_not_told_of() -> None:
 
 
 @pytest.mark.parametrize("controller", [Gate, Interpolate])
-@pytest.mark.parametrize("warm_start", [False, True])
-def test_in_a_window_such_calls_are_the_candidate(controller, warm_start) -> None:
+@pytest.mark.parametrize("adaptive_rate", [False, True])
+def test_in_a_window_such_calls_are_the_candidate(controller, adaptive_rate) -> None:
     """Even if `step()` is never called in it: it is audited, its budget holds, and a rejection leaves no trace."""
-    problem = Problem(controller=controller(), warm_start=warm_start)
+    problem = Problem(controller=controller(), adaptive_rate=adaptive_rate)
     for _ in range(6):
         before, state = problem.log_probabilities(), bits(dict(problem.inner.state))
         weights, groups = bits(list(problem.policy.parameters())), copy.deepcopy(problem.inner.param_groups[0])
@@ -171,7 +171,7 @@ def test_in_a_window_such_calls_are_the_candidate(controller, warm_start) -> Non
             assert bits(list(problem.policy.parameters())) == weights
             assert bits(dict(problem.inner.state)) == state
             assert problem.inner.param_groups[0].get("calls") == groups.get("calls")
-    if warm_start:
+    if adaptive_rate:
         assert record.action is not Action.REJECT  # the rate is scaled in such calls, too
 
 

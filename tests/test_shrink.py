@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from step_optim import Action, Budget, Controller, Gate, Interpolate, Project, STEPOptimizer
-from tests.strategies import INNER, bits, picture, policy_problem, token_problem
+from tests.strategies import INNER, bits, picture, token_problem
 
 
 class Half(Controller):

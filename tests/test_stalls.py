@@ -90,7 +90,7 @@ def test_a_gate_over_the_mean_names_figures_and_a_rate_that_works() -> None:
     assert f"The last proposal moved {moved:.3g} nats per token, and 0.001 are allowed" in text
     factor = float(text.split("by about ")[1].split(" times")[0])
     assert factor == pytest.approx(math.sqrt(moved / 1e-3), rel=0.01)
-    for remedy in ("raise the budget", "warm_start=True", "Interpolate()"):
+    for remedy in ("raise the budget", "adaptive_rate=True", "Interpolate()"):
         assert remedy in text
     run.inner.param_groups[0]["lr"] = 0.3 / (1.1 * factor)
     assert run.steps(1) == []
@@ -116,7 +116,7 @@ def test_at_the_cap_smaller_steps_are_not_recommended() -> None:
     assert f"the cap is 0.05, and the policy before the step is {drift:.3g} from it" in texts[0]
     for words in ("Smaller steps cannot help", "Budget(reference=...)", "KL penalty", "earlier checkpoint"):
         assert words in texts[0]
-    for words in ("learning rate", "warm_start", "Interpolate()"):
+    for words in ("learning rate", "adaptive_rate", "Interpolate()"):
         assert words not in texts[0]
 
 

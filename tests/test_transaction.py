@@ -265,7 +265,7 @@ def test_a_stalled_gate_can_raise():
 
 
 def test_a_livelock_is_warned_of_once_and_the_remedy_works():
-    """Five rejections in a row, nothing has changed; warm_start=True, which the warning names, ends them."""
+    """Five rejections in a row, nothing has changed; adaptive_rate=True, which the warning names, ends them."""
     optimizer, weight = line(0.25, Gate())
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -274,8 +274,8 @@ def test_a_livelock_is_warned_of_once_and_the_remedy_works():
     assert weight.item() == 0.0
     (warning,) = told
     assert "5 steps in a row" in str(warning.message)
-    assert "warm_start=True" in str(warning.message)
-    optimizer, weight = line(0.25, Gate(), warm_start=True)
+    assert "adaptive_rate=True" in str(warning.message)
+    optimizer, weight = line(0.25, Gate(), adaptive_rate=True)
     for _ in range(20):
         optimizer.step()
     assert weight.item() > 1.0

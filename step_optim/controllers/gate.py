@@ -15,7 +15,7 @@ class Gate(Controller):
     learning rate says, so that the next candidate moves as far as the last
     (examples/study/REPORT.md: 11 of 12 updates at a rate that is too high).
     Many rejections in a row are warned of, as of any controller (see `stall`),
-    but not while a patience lasts. ``warm_start=True`` of the optimizer
+    but not while a patience lasts. ``adaptive_rate=True`` of the optimizer
     shortens the proposals until they fit;
     ``patience`` ends the row by shrinking one, and the record says so
     (``stalled``).

@@ -61,7 +61,7 @@ class Atomic:
         if record is None:
             assert error is not None
             record = self._undo(error, fatal=not settled)
-        notes, warm_start = dict(run.notes), run.warm_start and stands  # an exception says nothing about the rate
+        notes, adaptive_rate = dict(run.notes), run.adaptive_rate and stands  # an exception says nothing about the rate
         now = time.perf_counter()
         elapsed = {} if run.ended is None else {"elapsed": now - run.ended}
         record = replace(
@@ -71,7 +71,7 @@ class Atomic:
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
-        progress = run.progress.after(record, warm_start=warm_start)
+        progress = run.progress.after(record, adaptive_rate=adaptive_rate)
         run.progress, run.open, run.notes, run.ended, transaction.over = progress, None, {}, now, True
         if stands:
             run.remember(transaction)

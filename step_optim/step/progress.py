@@ -37,11 +37,11 @@ class Progress:
     summary: Summary = field(default_factory=Summary)
     last: StepRecord | None = None
     scale: float = 1.0
-    """On the learning rates of the next proposal, under ``warm_start``."""
+    """On the learning rates of the next proposal, under ``adaptive_rate``."""
     latest: tuple[str, ...] = ()
     """The constraints that bound the latest `STALL` of the rejections in a row."""
 
-    def after(self, record: StepRecord, *, warm_start: bool = False) -> Progress:
+    def after(self, record: StepRecord, *, adaptive_rate: bool = False) -> Progress:
         """Count one step."""
         rejected, latest = self.rejected_in_a_row, self.latest
         if record.constraint is not None and record.action is Action.REJECT:
@@ -55,7 +55,7 @@ class Progress:
             latest=latest,
             summary=self.summary.plus(record),
             last=record,
-            scale=next_scale(self.scale, record) if warm_start else self.scale,
+            scale=next_scale(self.scale, record) if adaptive_rate else self.scale,
         )
 
     def bound_by(self, constraint: str) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ class Run:
 
     budget: Budget
     controller: Controller
-    warm_start: bool = False
+    adaptive_rate: bool = False
     """Whether proposals are scaled by what the last ones have shown."""
     kl: KLClosure | None = None
     kl_state: Mapping[str, Any] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Run:
         return Run(
             self.budget,
             self.controller,
-            self.warm_start,
+            self.adaptive_rate,
             kl_state=self._kl_state(),
             progress=self.progress,
             memory=copy.deepcopy(self.memory),
@@ -132,7 +132,7 @@ class Run:
             "summary": self.progress.summary.state_dict(),
             "controller": copy.deepcopy(self.memory) | self.controller.state_dict(),
             "kl": self._kl_state(),
-            **({"scale": self.progress.scale} if self.warm_start else {}),
+            **({"scale": self.progress.scale} if self.adaptive_rate else {}),
         }
 
     def loader(self, state: Mapping[str, Any] | None) -> Callable[[], None]:

@@ -54,7 +54,7 @@ class Stall:
     """What a plain function reads at theta_t, if that was looked at."""
     rounded: bool = False
     """Whether a search asked what rounding makes of smaller steps."""
-    warm_start: bool = False
+    adaptive_rate: bool = False
     """Whether proposals follow what was over budget already."""
 
     def __str__(self) -> str:
@@ -115,7 +115,7 @@ class Stall:
             return f"{told}. {self._no_part(kl, slower)}"
         if self.rounded:
             return f"{told}. In the dtype of the weights no smaller part of it is a step at all. {FINER}"
-        also = "" if self.warm_start else "pass warm_start=True to STEPOptimizer, "
+        also = "" if self.adaptive_rate else "pass adaptive_rate=True to STEPOptimizer, "
         return (
             f"{told}; steps that stay as long are rejected for ever. Lower the learning rate {slower}, raise the "
             f"budget, {also}or shrink: Interpolate() in the place of Gate()"

@@ -55,11 +55,11 @@ class Told:
         """A controller rejected a step; if it was the fifth in a row, or the fiftieth, say why and what helps."""
         rejected = run.progress.rejected_in_a_row + 1
         if is_told(rejected) and rejected > (run.controller.patience or 0):
-            why = self.why(run.progress, transaction, candidate, rejected, run.warm_start)
+            why = self.why(run.progress, transaction, candidate, rejected, run.adaptive_rate)
             warnings.warn(str(why), stacklevel=2)
 
     def why(
-        self, progress: Progress, transaction: Transaction, candidate: Point, rejected: int, warm_start: bool
+        self, progress: Progress, transaction: Transaction, candidate: Point, rejected: int, adaptive_rate: bool
     ) -> Stall:
         """Put together what is known about rejections in a row; the weights are theta_t."""
         if isinstance(transaction.kl, FunctionKL):
@@ -76,5 +76,5 @@ class Told:
             drift=transaction.drift() if constraint == "reference" else None,
             still=transaction.still,
             rounded=transaction.rounded,
-            warm_start=warm_start,
+            adaptive_rate=adaptive_rate,
         )

@@ -60,7 +60,7 @@ class StepRecord:
     lr: tuple[float, ...] = ()
     """Learning rate of each parameter group at this step."""
     scale: float = 1.0
-    """What the proposal multiplied them by, under ``warm_start``."""
+    """What the proposal multiplied them by, under ``adaptive_rate``."""
     reference_renewed: bool = False
     """Whether somebody else has written weights since the last step, so that the reference was taken anew."""
     reward: float | None = None

@@ -65,7 +65,7 @@ def by_slice(gradient: float | None) -> tuple[STEPOptimizer, nn.Parameter]:
         kl=lambda: {"a": weight.detach().abs().sum()},
         budget=Budget(slices={"a": 0.1}),
         controller=Gate(),
-        warm_start=True,
+        adaptive_rate=True,
     )
     weight.grad = None if gradient is None else torch.tensor([gradient])
     return optimizer, weight
@@ -126,7 +126,7 @@ def test_a_gate_that_rejects_for_ever_comes_free():
     _, _, step = problem(Gate())
     with pytest.warns(UserWarning, match="5 steps in a row were rejected, by the budget of the mean"):
         assert {step().action for _ in range(20)} == {Action.REJECT}
-    _, optimizer, step = problem(Gate(), warm_start=True)
+    _, optimizer, step = problem(Gate(), adaptive_rate=True)
     actions = [step().action for _ in range(20)]
     free = actions.index(Action.COMMIT)
     assert free <= math.log2(0.3 / 1e-3)
@@ -138,7 +138,7 @@ def test_fewer_steps_are_shrunk():
     """Interpolation acts on every step of a run whose rate is far too high; with a warm start on few."""
     counts = {}
     for warm in (False, True):
-        _, _, step = problem(Interpolate(), warm_start=warm)
+        _, _, step = problem(Interpolate(), adaptive_rate=warm)
         records = [step() for _ in range(20)]
         assert all(r.accepted.mean <= 1e-3 for r in records)
         counts[warm] = sum(r.triggered for r in records)
@@ -147,7 +147,7 @@ def test_fewer_steps_are_shrunk():
 
 
 def test_the_record_tells_the_scale_and_the_rate_that_is_set():
-    _, _, step = problem(warm_start=True)
+    _, _, step = problem(adaptive_rate=True)
     first, second = step(), step()
     assert (first.scale, first.lr) == (1.0, (0.3,))
     assert second.scale == next_scale(1.0, first) < 1
@@ -156,7 +156,7 @@ def test_the_record_tells_the_scale_and_the_rate_that_is_set():
 
 
 def test_a_proposal_is_what_the_optimizer_makes_of_the_smaller_rate():
-    _, optimizer, step = problem(Gate(), warm_start=True)
+    _, optimizer, step = problem(Gate(), adaptive_rate=True)
     assert step().action is Action.REJECT  # so that the next step begins where this one did
     _, _, bare = problem(budget=math.inf, lr=0.3 * optimizer._run.progress.scale)
     assert step().update_norm == bare().update_norm
@@ -164,7 +164,7 @@ def test_a_proposal_is_what_the_optimizer_makes_of_the_smaller_rate():
 
 def test_an_infinite_budget_changes_no_bit():
     runs = []
-    for options in ({"warm_start": True}, {}):
+    for options in ({"adaptive_rate": True}, {}):
         policy, _, step = problem(budget=math.inf, **options)
         for _ in range(4):
             step()
@@ -174,7 +174,7 @@ def test_an_infinite_budget_changes_no_bit():
 
 def test_the_rate_is_put_back_after_every_step():
     """Also after an exception, in which nothing is learned about the scale."""
-    _, optimizer, step = problem(warm_start=True)
+    _, optimizer, step = problem(adaptive_rate=True)
     step()
     scale = optimizer._run.progress.scale
     assert scale < 1
@@ -190,13 +190,13 @@ def test_the_rate_is_put_back_after_every_step():
 
 
 def test_a_resumed_run_goes_on_with_its_scale():
-    policy, optimizer, step = problem(warm_start=True)
+    policy, optimizer, step = problem(adaptive_rate=True)
     for _ in range(3):
         step()
     saved = copy.deepcopy(optimizer.state_dict())  # it shares the moments with the optimizer
     weights = [p.detach().clone() for p in policy.parameters()]
     expected = [step().to_dict() | {"seconds": None} for _ in range(3)]
-    policy, optimizer, step = problem(warm_start=True)
+    policy, optimizer, step = problem(adaptive_rate=True)
     with torch.no_grad():
         for p, w in zip(policy.parameters(), weights, strict=True):
             p.copy_(w)
@@ -205,7 +205,7 @@ def test_a_resumed_run_goes_on_with_its_scale():
 
 
 def test_a_checkpoint_with_a_damaged_scale_is_refused():
-    _, optimizer, step = problem(warm_start=True)
+    _, optimizer, step = problem(adaptive_rate=True)
     step()
     saved = copy.deepcopy(optimizer.state_dict())
     for bad in (0.0, -1.0, 2.0, math.nan, "x"):
@@ -217,7 +217,7 @@ def test_a_checkpoint_with_a_damaged_scale_is_refused():
 def test_a_checkpoint_without_a_scale_begins_with_the_whole_rate():
     _, optimizer, step = problem()
     step()
-    _, warm, _ = problem(warm_start=True)
+    _, warm, _ = problem(adaptive_rate=True)
     warm.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert warm._run.progress.scale == 1.0
     assert "scale" not in optimizer.state_dict()["step_optim"]
@@ -229,5 +229,18 @@ def test_an_optimizer_without_a_rate_is_refused():
             super().__init__(parameters, lr=1.0)
             del self.param_groups[0]["lr"]
 
-    with pytest.raises(ValueError, match="warm_start=True scales the learning rate"):
-        STEPOptimizer(Rateless([nn.Parameter(torch.zeros(1))]), kl=lambda: 0.0, budget=Budget(1.0), warm_start=True)
+    with pytest.raises(ValueError, match="adaptive_rate=True scales the learning rate"):
+        STEPOptimizer(Rateless([nn.Parameter(torch.zeros(1))]), kl=lambda: 0.0, budget=Budget(1.0), adaptive_rate=True)
+
+
+def test_warm_start_is_its_former_name() -> None:
+    """Both names make the same run."""
+    scales = []
+    for name in ("adaptive_rate", "warm_start"):
+        _, optimizer, step = problem(**{name: True})
+        step()
+        scales.append(optimizer.last.alpha)
+        step()
+        scales.append(optimizer.last.scale)
+    assert scales[:2] == scales[2:]
+    assert scales[1] < 1
