@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +12,12 @@ from torch.optim import Optimizer
 
 from step_optim.audit.closure import KLClosure, Unbound, as_kl
 from step_optim.budget import Bound, Budget
-from step_optim.controllers.base import Action, Controller, Outcome, Point
+from step_optim.controllers.base import Action, Controller
 from step_optim.controllers.interpolate import Interpolate
-from step_optim.host.ranks import WORLD, PeerFailed, Ranks
+from step_optim.host.ranks import WORLD, Ranks
 from step_optim.host.wrapper import OptimizerWrapper, hooked
-from step_optim.movement import Movement
-from step_optim.snapshot.copies import Copies
 from step_optim.snapshot.known import ParamLike, known_copies
-from step_optim.snapshot.state import OptimizerState
-from step_optim.snapshot.weights import Weights
+from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.atomic import Atomic
 from step_optim.step.checks import (
     below_noise,
@@ -30,13 +26,15 @@ from step_optim.step.checks import (
     check_inner,
     check_line,
     check_measures,
+    check_rates,
     plain_note,
 )
-from step_optim.step.line import Line, check_rates, loss_closure
 from step_optim.step.progress import Run
-from step_optim.step.transaction import Parts, Transaction
+from step_optim.step.proposal import loss_closure
+from step_optim.step.step import Step
 from step_optim.telemetry.log import open_log
 from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.trackers import Sink
 
 
 class STEPOptimizer(OptimizerWrapper):
@@ -128,23 +126,23 @@ class STEPOptimizer(OptimizerWrapper):
         check_line(optimizer, controller, budget)
         adaptive_rate = adaptive_rate if warm_start is None else warm_start
         if adaptive_rate:
-            check_rates(optimizer, "adaptive_rate=True", "adaptive_rate=False")
+            check_rates(optimizer)
         super().__init__(optimizer)
         self._on_error, self._log = on_error, log
-        self._snapshot = snapshot
+        self._snapshot_on = snapshot
         self._param_like = known_copies(optimizer) if param_like is None else param_like
         self._run = Run(budget, controller, adaptive_rate)
-        self._parts = self._make_parts(Ranks(process_group))
-        self._sink = open_log(log, self._header, lambda: self._parts.ranks.first)
+        self._snapshot, self._ranks = self._new_snapshot(), Ranks(process_group)
+        self._sink = self._open_log()
         if kl is not None:
             self.bind(kl)
 
-    def _make_parts(self, ranks: Ranks) -> Parts:
-        """Make what a step works with; nothing of it is part of a checkpoint."""
-        host = self._snapshot == "cpu"
-        weights, state = Weights(self._inner, host=host), OptimizerState(self._inner, host=host)
-        copies = Copies(self._inner, weights, state, self._param_like)
-        return Parts(self._inner, weights, state, Line(self._inner, weights, copies), ranks)
+    def _new_snapshot(self) -> Snapshot:
+        """Make what captures and moves the weights; nothing of it is part of a checkpoint."""
+        return Snapshot(self._inner, host=self._snapshot_on == "cpu", param_like=self._param_like)
+
+    def _open_log(self) -> Sink:
+        return open_log(self._log, self._header, lambda: self._ranks.first)
 
     @property
     def budget(self) -> Budget:
@@ -165,7 +163,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._refuse_inside_window("another controller")
         check_line(self._inner, check_controller(controller), self.budget)
         if self._run.kl is not None:
-            check_measures(self._run.kl, controller, self._inner, self._parts.ranks)
+            check_measures(self._run.kl, controller, self._inner, self._ranks)
         if controller is not self.controller:
             self._run.controller, self._run.memory = controller, {}
 
@@ -184,10 +182,8 @@ class STEPOptimizer(OptimizerWrapper):
         closure = self._fitting(kl)
         closure.load_state_dict(self._run.kl_state)
         self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
-        self._run.told.fixed.forget(closure)
-        self._run.warned = not self.budget.is_scheduled and below_noise(
-            self.budget.at(0, closure.slices or ()), closure
-        )
+        self._run.warned.fixed.forget(closure)
+        self._run.warned.of_noise = _warned_of_noise(self.budget, closure)
 
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
@@ -195,7 +191,7 @@ class STEPOptimizer(OptimizerWrapper):
         check_line(self._inner, self.controller, new)
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
-            self._run.warned = not new.is_scheduled and below_noise(new.at(0, self._run.kl.slices or ()), self._run.kl)
+            self._run.warned.of_noise = _warned_of_noise(new, self._run.kl)
         self._run.budget = new
 
     def refresh(self, *, restart_drift: bool = False) -> None:
@@ -275,11 +271,11 @@ class STEPOptimizer(OptimizerWrapper):
         if window is not None:  # inside a window this is one more part of its candidate
             loss = window.propose(args, kwargs)
         else:
-            transaction = self._transaction(kl, patient=loss_closure(args, kwargs) is None)
-            with self._atomic(transaction), self._atomic(transaction):
-                self._begin(transaction)  # theta_t, and its policy as the reference
-                loss = transaction.propose(args, kwargs)  # theta~ = OptStep(theta_t, gradient)
-                self._decide(transaction)  # theta_t+1
+            step = self._new_step(kl, may_wait=loss_closure(args, kwargs) is None)
+            with self._ending(step), self._ending(step):
+                step.begin()  # theta_t, and its policy as the reference
+                loss = step.propose(args, kwargs)  # theta~ = OptStep(theta_t, gradient)
+                step.decide()  # theta_t+1
         self._run_step_post_hooks(args, kwargs)
         return loss
 
@@ -291,97 +287,24 @@ class STEPOptimizer(OptimizerWrapper):
         in the body restores the weights and the state from before the window.
         """
         self._refuse_inside_window("window()")
-        transaction = self._transaction(kl, patient=False)
-        if isinstance(transaction.kl, Unbound):
-            transaction.kl.audit()  # raises: a window is there to move weights
-        transaction.rewind = False  # the body's dropout and data have drawn from the same random streams
-        with self._atomic(transaction), self._atomic(transaction):
-            self._begin(transaction)
-            transaction.in_body = True
+        if kl is None and self._run.kl is None:
+            Unbound().audit()  # raises: a window is there to move weights
+        step = self._new_step(kl, may_wait=False)
+        step.rewind = False  # the body's dropout and data have drawn from the same random streams
+        with self._ending(step), self._ending(step):
+            step.begin()
+            step.in_body = True
             yield
-            transaction.in_body = False
-            self._decide(transaction)
+            step.in_body = False
+            step.decide()
 
-    def _transaction(self, kl: KLClosure | Callable[[], Any] | None, *, patient: bool) -> Transaction:
+    def _new_step(self, kl: KLClosure | Callable[[], Any] | None, *, may_wait: bool) -> Step:
         closure = self._fitting(kl) if kl is not None else self._run.kl or Unbound()
-        self._parts.line.scale = self._run.progress.scale if self._run.adaptive_rate else 1.0
-        return Transaction(self._parts, closure, self.budget, self._run.progress.step, patient=patient)
+        raises = self._on_error == "raise"
+        return Step(self._run, self._inner, self._snapshot, self._ranks, closure, may_wait=may_wait, raises=raises)
 
-    def _atomic(self, transaction: Transaction) -> Atomic:
-        return Atomic(transaction, self._run, self._sink, self._on_error)
-
-    def _begin(self, transaction: Transaction) -> None:
-        """Capture theta_t, and take its policy as the reference unless it is that already."""
-        run, closure, ranks = self._run, transaction.kl, transaction.ranks
-        run.open = transaction
-        anchored, run.anchored = run.anchored, None  # until it is certain again
-        known = transaction.begin(anchored)
-        run.warned = run.warned or below_noise(transaction.limits, closure)  # a schedule may come down to it
-        votes = ranks.same(transaction.limits, (known, transaction.renewed))
-        transaction.renewed = any(renewed for _, renewed in votes)
-        if not all(known for known, _ in votes):
-            with transaction.clock("audit"), ranks.together():
-                closure.anchor()
-            run.drift = None
-        run.modules = closure.used or run.modules
-        transaction.capture_state(run.modules)
-        if run.told.fixed.is_due(closure):
-            self._look(transaction)
-
-    def _look(self, transaction: Transaction) -> None:
-        """Measure theta_t by a plain function: `FixedReference` judges what it reads."""
-        try:
-            transaction.look()
-        except Exception as error:
-            if self._on_error == "raise" or (isinstance(error, PeerFailed) and error.fatal):
-                raise
-            transaction.ranks.confess(error, fatal=False)
-            transaction.late = error
-
-    def _decide(self, transaction: Transaction) -> None:
-        """Commit a feasible candidate; otherwise do what the controller says."""
-        transaction.proposed = True
-        if transaction.late is not None:
-            raise transaction.late
-        candidate = transaction.candidate()  # K_global and K_s on the control set
-        if transaction.anchored_again:
-            self._run.drift = None
-        self._run.told.fixed.judge(transaction.kl, transaction.still, candidate, transaction.limits)
-        if candidate is None:
-            outcome = Outcome(Action.UNCHANGED)
-            self._run.told.no_gradient(transaction)
-        else:
-            outcome = self._judge(transaction, candidate)
-            outcome = transaction.settle(outcome, self.controller.on_reject, self.controller.on_shrink)
-            if outcome.action is Action.REJECT:
-                self._run.told.stall(self._run, transaction, candidate)
-        if outcome.point is not None:
-            with transaction.clock("audit"):
-                transaction.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference
-            self._run.drift = outcome.point.drift
-        transaction.stand(transaction.describe(outcome, candidate, self._drift_of(transaction)))
-
-    def _judge(self, transaction: Transaction, candidate: Point) -> Outcome:
-        if candidate.feasible:
-            return Outcome(Action.COMMIT, candidate)
-        if not math.isfinite(transaction.update_norm):
-            return Outcome(Action.REJECT)  # no part of it is finite either
-        with transaction.clock("search"):
-            run = self._run
-            rejected = run.progress.rejected_in_a_row
-
-            def explain() -> str:
-                transaction.go_back()
-                return str(run.told.why(run.progress, transaction, candidate, rejected, run.adaptive_rate))
-
-            return self.controller.decide(transaction.trial(candidate, rejected, run.memory, explain))
-
-    def _drift_of(self, transaction: Transaction) -> Movement | None:
-        """Movement of the committed policy from pi_ref; measured again only if the policy changed."""
-        if self._run.drift is None and transaction.kl.measures_drift:
-            with transaction.clock("audit"):
-                self._run.drift = transaction.drift()
-        return self._run.drift
+    def _ending(self, step: Step) -> Atomic:
+        return Atomic(step, self._sink, self._on_error)
 
     @property
     def step_was_skipped(self) -> bool:
@@ -397,7 +320,7 @@ class STEPOptimizer(OptimizerWrapper):
         closure = as_kl(kl)
         check_budget(self.budget, closure)
         closure.check_parameters([p for group in self.param_groups for p in group["params"]])
-        check_measures(closure, self.controller, self._inner, self._parts.ranks)
+        check_measures(closure, self.controller, self._inner, self._ranks)
         return closure
 
     @contextmanager
@@ -407,10 +330,10 @@ class STEPOptimizer(OptimizerWrapper):
             with self._run.open.part():
                 yield
             return
-        before = self._parts.weights.digest()
+        before = self._snapshot.digest()
         yield
-        if self._parts.weights.digest() != before:
-            self._run.told.outside(self._inner, name)
+        if self._snapshot.digest() != before:
+            self._run.warned.outside(self._inner, name)
 
     def _own_state(self) -> dict[str, Any]:
         return self._run.state_dict()
@@ -432,15 +355,13 @@ class STEPOptimizer(OptimizerWrapper):
         """Leave out the KL closure, which holds a model (`bind` one to a copy), and a log that is not a path."""
         state = super().__getstate__()
         log = self._log if isinstance(self._log, (str, Path)) else None
-        del state["_sink"], state["_parts"]
-        return state | {"_run": self._run.without_model(), "_log": log, "_ranks": self._parts.ranks}
+        del state["_sink"], state["_snapshot"]
+        return state | {"_run": self._run.without_model(), "_log": log}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Make anew what is not copied."""
-        ranks = state["_ranks"]
-        super().__setstate__({name: value for name, value in state.items() if name != "_ranks"})
-        self._parts = self._make_parts(ranks)
-        self._sink = open_log(self._log, self._header, lambda: self._parts.ranks.first)
+        super().__setstate__(state)
+        self._snapshot, self._sink = self._new_snapshot(), self._open_log()
 
     def _header(self) -> dict[str, Any]:
         """First line of a log."""
@@ -455,3 +376,8 @@ class STEPOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self._inner).__name__}, {self.budget}, {self.controller!r})"
+
+
+def _warned_of_noise(budget: Budget, kl: KLClosure) -> bool:
+    """Warn of a budget below the audit's noise; a schedule is looked at in every step."""
+    return not budget.is_scheduled and below_noise(budget.at(0, kl.slices or ()), kl)

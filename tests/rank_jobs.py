@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL
 from step_optim.host import watchdog
 from step_optim.host.ranks import Ranks
-from step_optim.step.transaction import Transaction
+from step_optim.step import step as step_module
 from tests.rank_training import INF, Training, local, story
 from tests.strategies import Policy
 
@@ -114,12 +114,12 @@ def failing(
         fail("loss")
         return loss
 
-    def describe(self: Transaction, *args: Any) -> Any:
+    def describe(*args: Any) -> Any:
         fail("describe")
-        return plain_describe(self, *args)
+        return plain_describe(*args)
 
     outcomes, exact = [], True
-    plain_describe, Transaction.describe = Transaction.describe, describe  # type: ignore[method-assign]
+    plain_describe, step_module.decided = step_module.decided, describe  # type: ignore[assignment]
     for now in range(4):
         if where != "loss":
             run.loss(now)
@@ -131,7 +131,7 @@ def failing(
             outcomes.append(f"{type(raised).__name__}: {raised}")
         if outcomes[-1] != "commit":
             exact = exact and run.picture() == before
-    Transaction.describe = plain_describe  # type: ignore[method-assign]
+    step_module.decided = plain_describe
     return {"outcomes": outcomes, "exact": exact, "weights": run.weights(), "last": run.optimizer.last.step}
 
 

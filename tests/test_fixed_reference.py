@@ -208,7 +208,7 @@ def test_looking_leaves_no_trace() -> None:
 
         optimizer = STEPOptimizer(inner, kl=kl, budget=1e-3)
         if not looked:
-            optimizer._run.told.fixed.is_due = lambda kl: False
+            optimizer._run.warned.fixed.is_due = lambda kl: False
         seen = []
         for step in range(4):
             model.eval()

@@ -23,7 +23,7 @@ from step_optim import (
     STEPOptimizer,
     TokenKL,
 )
-from step_optim import optimizer as optimizer_module
+from step_optim.step.step import Step
 from tests.strategies import Bigram, Policy, Problem, bits, picture, policy_problem, token_problem, wrap
 
 
@@ -72,15 +72,15 @@ def test_an_interrupt_between_begin_and_the_body_leaves_no_window_open(monkeypat
     problem = token_problem(1)
     optimizer = wrap(problem, Budget(mean=0.0), Gate())
     problem.backward(0)
-    plain = optimizer_module.Transaction.propose
+    plain = Step.propose
 
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimizer_module.Transaction, "propose", interrupted)
+    monkeypatch.setattr(Step, "propose", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
-    monkeypatch.setattr(optimizer_module.Transaction, "propose", plain)
+    monkeypatch.setattr(Step, "propose", plain)
     optimizer.step()
     assert optimizer.last.action is Action.REJECT
 
@@ -220,7 +220,7 @@ def test_an_interrupt_during_a_rejection_is_raised_when_the_rollback_is_complete
     optimizer = wrap(problem, Budget(mean=0.0), Gate())
     problem.backward(0)
     before = picture(problem.model, optimizer)
-    plain, calls = optimizer._parts.state.restore, []
+    plain, calls = optimizer._snapshot._state.restore, []
 
     def once(**options):
         calls.append(1)
@@ -228,7 +228,7 @@ def test_an_interrupt_during_a_rejection_is_raised_when_the_rollback_is_complete
             raise KeyboardInterrupt
         plain(**options)
 
-    monkeypatch.setattr(optimizer._parts.state, "restore", once)
+    monkeypatch.setattr(optimizer._snapshot._state, "restore", once)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert picture(problem.model, optimizer) == before

@@ -13,8 +13,8 @@ from torch import nn
 from step_optim import Action, Controller, Interpolate, PolicyKL, Project, STEPOptimizer
 from step_optim.controllers.search import largest_feasible
 from step_optim.host.ranks import Ranks
+from step_optim.snapshot.rounding import SAMPLE, Rounding
 from step_optim.snapshot.weights import Weights
-from step_optim.step.rounding import SAMPLE, Rounding
 from tests.strategies import bits
 from tests.test_search import Problem
 
@@ -164,7 +164,7 @@ def test_a_point_that_is_accepted_again_is_committed_bit_for_bit() -> None:
     record = run.step()
     assert len(record.trials) == 2
     assert record.alpha == 0.3
-    candidate = run.optimizer._parts.weights.previous  # theta_t of the next step: what stands
+    candidate = run.optimizer._snapshot.previous  # theta_t of the next step: what stands
     assert [bits(p) for p in run.net.parameters()] == [bits(c) for c in candidate]
     assert any(bits(p) != bits(b) for p, b in zip(run.net.parameters(), before, strict=True))
 

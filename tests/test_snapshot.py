@@ -124,7 +124,7 @@ def test_buffers_and_plan_are_kept_from_step_to_step():
             p.grad = torch.randn(p.shape)
         optimizer.step()
         assert optimizer.last.triggered
-        weights, state = optimizer._parts.weights, optimizer._parts.state
+        weights, state = optimizer._snapshot._weights, optimizer._snapshot._state
         stores_ = (weights._store, weights._candidate, state._tensors)
         held.append([copy.bits.data_ptr() for store in stores_ for copy in store.copies])
     assert held[1] == held[2] == held[3]
@@ -281,7 +281,7 @@ def test_a_snapshot_in_pinned_memory():
                 assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
             steps.append((optimizer.last.action, [p.detach().cpu() for p in model.parameters()]))
         seen[snapshot] = steps
-        pinned = [copy.bits.is_pinned() for copy in optimizer._parts.weights._store.copies]
+        pinned = [copy.bits.is_pinned() for copy in optimizer._snapshot._weights._store.copies]
         assert pinned == [snapshot == "cpu"] * 4
     for (action, weights), (other, others) in zip(seen["device"], seen["cpu"], strict=True):
         assert action == other

@@ -51,6 +51,9 @@ class KLClosure(ABC):
     takes_any_weights = False
     """Whether `audit` copes with weights that are not finite: it may then run before anybody has looked at them."""
 
+    opaque = False
+    """Whether it runs a function of the user's, which owns its reference and may write into weights."""
+
     used: Sequence[nn.Module] = ()
     """Modules that the latest measurement called. Their buffers are part of the policy, and roll back with it."""
 
@@ -134,6 +137,7 @@ class FunctionKL(KLClosure):
     """
 
     isolates = True
+    opaque = True
 
     def __init__(self, fn: Callable[[], Any]) -> None:
         if not callable(fn):

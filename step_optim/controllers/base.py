@@ -6,16 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from step_optim.audit.closure import Audit
 from step_optim.budget import Limits, Verdict
 from step_optim.movement import Movement
-
-if TYPE_CHECKING:
-    from step_optim.audit.closure import Audit
-    from step_optim.snapshot.weights import Weights
+from step_optim.snapshot.snapshot import Snapshot
 
 
 class Action(str, Enum):
@@ -93,6 +91,23 @@ class Outcome:
     """Residuals and step counts of `Project`."""
 
 
+class Ends:
+    """theta_t and the candidate, a tensor for each piece of memory that the optimizer moves. They are to be read."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    @property
+    def previous(self) -> list[Tensor]:
+        """theta_t."""
+        return self._snapshot.previous
+
+    @property
+    def candidate(self) -> list[Tensor]:
+        """What the inner step proposed, in the same order."""
+        return self._snapshot.candidate
+
+
 @dataclass(frozen=True)
 class Trial:
     """An infeasible candidate, and the means to try other weights. Trying leaves no trace.
@@ -109,7 +124,7 @@ class Trial:
     """How many steps before this one were rejected without a commit in between."""
     kl: Any
     """The KL closure; a `LogitKL` under `Project`."""
-    weights: Weights
+    weights: Ends
     """``weights.previous`` and ``weights.candidate``, tensor by tensor. Read them, never write them."""
     at: Callable[[float], Point]
     """Audit theta_t + alpha (candidate - theta_t), 0 <= alpha <= 1."""

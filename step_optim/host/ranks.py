@@ -39,7 +39,7 @@ class _Failure:
 
 
 @dataclass(frozen=True)
-class _Knock:
+class _Entering:
     """Sent before a forward that needs all processes; it answers to no other message."""
 
 
@@ -118,7 +118,9 @@ class Ranks:
             return [value]
         while True:
             heard = self._hear(value)
-            if not any(isinstance(message, _Knock) for message in heard):  # those that knock are still on their way
+            if not any(
+                isinstance(message, _Entering) for message in heard
+            ):  # those that enter one are still on their way
                 return heard
 
     def _hear(self, message: Any) -> list[Any]:
@@ -141,8 +143,8 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Run forwards in which modules talk: FSDP2's gather weights, those of DDP broadcast buffers.
 
-        A process that has failed does not come. So each knocks before it
-        enters such a module: one that hears of a failure stays out, where it
+        A failed rank never joins a collective. So each announces one before it
+        enters such a module: a rank that hears of a failure stays out, where it
         would wait for ever.
 
         Raises:
@@ -154,11 +156,13 @@ class Ranks:
         fsdp = sys.modules.get("torch.distributed.fsdp")
         talkative = (DistributedDataParallel,) if fsdp is None else (DistributedDataParallel, fsdp.FSDPModule)
 
-        def knock(module: nn.Module, _inputs: Any) -> None:
+        def announce(module: nn.Module, _inputs: Any) -> None:
             if isinstance(module, talkative):
-                self._hear(_Knock())
+                self._hear(_Entering())
 
-        with inserted(knock, _global_forward_pre_hooks):  # left behind, it would make training forwards knock
+        with inserted(
+            announce, _global_forward_pre_hooks
+        ):  # left behind, it would make training forwards announce themselves
             yield
 
     def same(self, value: Any, vote: T) -> list[T]:
@@ -172,7 +176,7 @@ class Ranks:
             raise ValueError(f"the processes do not agree on their budgets: {[other for other, _ in heard]}")
         return [vote for _, vote in heard]
 
-    def confess(self, error: BaseException, *, fatal: bool) -> None:
+    def announce_failure(self, error: BaseException, *, fatal: bool) -> None:
         """Tell the others, at their next exchange, what went wrong here; not what they know already.
 
         Args:

@@ -1,5 +1,6 @@
-"""Everything that can be put back: weights, the optimizer's state, gradients, group values, copies of the weights."""
+"""Everything that can be put back, behind one object: `Snapshot`."""
 
+from step_optim.snapshot.snapshot import Snapshot
 from step_optim.snapshot.weights import Update, Weights
 
-__all__ = ["Update", "Weights"]
+__all__ = ["Snapshot", "Update", "Weights"]

@@ -33,15 +33,19 @@ class Copies:
         self._keys = () if callable(param_like) else (param_like,) if isinstance(param_like, str) else tuple(param_like)
         self._before: dict[Any, Tensor] = {}
         self._copies: list[_Copy] = []
+        self._has_candidate = False
 
     def mark(self) -> None:
         """Note which copies there are at theta_t; `OptimizerState` has their bits."""
-        self._copies = []
+        self._copies, self._has_candidate = [], False
         self._before = {place: copy for place, copy, _ in self._pairs()}
 
     @torch.no_grad()
     def keep_candidate(self) -> None:
-        """Remember what the inner step made of them; one that it has created began as a copy of theta_t."""
+        """Remember what the inner step made of them, once; one that it has created began as a copy of theta_t."""
+        if self._has_candidate:
+            return
+        self._has_candidate = True
         for place, copy, parameter in self._pairs():
             weight, previous, candidate = self._weights.of(parameter)
             old = self._before.get(place)

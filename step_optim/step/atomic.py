@@ -13,8 +13,7 @@ import torch
 from step_optim.controllers.gate import GateStalled
 from step_optim.host.ranks import PeerFailed
 from step_optim.host.undo import depth, finish
-from step_optim.step.progress import Run
-from step_optim.step.transaction import Transaction
+from step_optim.step.step import Step
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.trackers import Sink
 
@@ -26,17 +25,16 @@ class Atomic:
     exit has left unfinished.
 
     Args:
-        transaction: the step.
-        run: goes on with it.
+        step: the step.
         sink: takes its record.
         on_error: whether an exception in the audit is raised or settled as a rejection.
     """
 
-    def __init__(self, transaction: Transaction, run: Run, sink: Sink, on_error: str) -> None:
-        self._transaction, self._run, self._sink = transaction, run, sink
+    def __init__(self, step: Step, sink: Sink, on_error: str) -> None:
+        self._step, self._run, self._sink = step, step.run, sink
         self._rejects = on_error == "reject"
         self._depth, self._grad = depth(), torch.is_grad_enabled()
-        self._controller, self._memory = copy.deepcopy((run.controller.state_dict(), run.memory))
+        self._controller, self._memory = copy.deepcopy((step.run.controller.state_dict(), step.run.memory))
 
     def __enter__(self) -> None:
         """Nothing has happened yet."""
@@ -53,10 +51,10 @@ class Atomic:
         return settled
 
     def _end(self, error: BaseException | None) -> bool:
-        transaction, run = self._transaction, self._run
-        if transaction.over:
+        step, run = self._step, self._run
+        if step.ended:
             return False
-        stands, record = transaction.record is not None, transaction.record
+        stands, record = step.record is not None, step.record
         settled = not stands and self._settles(error)
         if record is None:
             assert error is not None
@@ -66,30 +64,30 @@ class Atomic:
         elapsed = {} if run.ended is None else {"elapsed": now - run.ended}
         record = replace(
             record,
-            seconds=transaction.seconds | elapsed,
+            seconds=step.seconds | elapsed,
             reward=notes.pop("reward", None),
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
         progress = run.progress.after(record, adaptive_rate=adaptive_rate)
-        run.progress, run.open, run.notes, run.ended, transaction.over = progress, None, {}, now, True
+        run.progress, run.open, run.notes, run.ended, step.ended = progress, None, {}, now, True
         if stands:
-            run.remember(transaction)
-        transaction.release()
+            step.remember()
+        step.snapshot.release()
         # An error of the log must not take the place of the error that is being raised.
         with nullcontext() if error is None or settled else suppress(Exception):
             self._sink(record)
         return settled
 
     def _settles(self, error: BaseException | None) -> bool:
-        if not (self._rejects and self._transaction.proposed) or isinstance(error, GateStalled):
+        if not (self._rejects and self._step.proposed) or isinstance(error, GateStalled):
             return False
         return not error.fatal if isinstance(error, PeerFailed) else isinstance(error, Exception)
 
     def _undo(self, error: BaseException, *, fatal: bool) -> StepRecord:
-        self._transaction.restore()
+        self._step.restore()
         self._run.drift = None
         self._run.controller.load_state_dict(self._controller)
         self._run.memory = copy.deepcopy(self._memory)
-        self._transaction.ranks.confess(error, fatal=fatal)
-        return self._transaction.failed(error)
+        self._step.ranks.announce_failure(error, fatal=fatal)
+        return self._step.failed(error)

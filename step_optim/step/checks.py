@@ -69,6 +69,19 @@ def check_line(optimizer: Optimizer, controller: Controller, budget: Budget) -> 
         )
 
 
+def check_rates(optimizer: Optimizer) -> None:
+    """Refuse ``adaptive_rate=True`` where there is no learning rate to scale.
+
+    Raises:
+        ValueError: a parameter group without one.
+    """
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"adaptive_rate=True scales the learning rate, and {type(optimizer).__name__} has a parameter group "
+            "without one; use adaptive_rate=False"
+        )
+
+
 def check_controller(controller: Any) -> Controller:
     """Refuse what cannot decide, and options of a subclass that would be taken for something else."""
     if not isinstance(controller, Controller):

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Hashable
 from typing import Any
 
-from step_optim.audit.closure import FunctionKL, KLClosure
+from step_optim.audit.closure import KLClosure
 from step_optim.budget import Limits
 from step_optim.controllers.base import Point
 from step_optim.movement import Movement
@@ -44,14 +44,14 @@ class FixedReference:
 
     def is_due(self, kl: KLClosure) -> bool:
         """Whether this step should look at theta_t."""
-        if not isinstance(kl, FunctionKL):
+        if not kl.opaque:
             return False
         key = _key(kl)
         return key not in self._told and (key not in self._looks or (self._looks[key] == 1 and key in self._moved))
 
     def forget(self, kl: KLClosure) -> None:
         """Look at a function that is bound anew from the beginning."""
-        if isinstance(kl, FunctionKL):
+        if kl.opaque:
             key = _key(kl)
             self._looks.pop(key, None)
             self._moved.discard(key)
@@ -70,7 +70,7 @@ class FixedReference:
             candidate: None if that did not move.
             limits: the budgets in force.
         """
-        if still is None or not isinstance(kl, FunctionKL):
+        if still is None or not kl.opaque:
             return
         finite = [limit for limit in (limits.mean, *limits.slices.values()) if limit < math.inf]
         if not finite and (candidate is None or not candidate.movement.is_finite):
@@ -84,7 +84,7 @@ class FixedReference:
             warnings.warn(_told(kl, still.largest), stacklevel=2)
 
 
-def _told(kl: FunctionKL, reading: float) -> str:
+def _told(kl: KLClosure, reading: float) -> str:
     rounding = " (or it is rounding that is as large as the budget)" if reading <= FLOAT32 else ""
     return (
         f"{kl!r} reads {reading:.3g} at the weights before the step, and the movement of weights that have not moved "
@@ -94,7 +94,7 @@ def _told(kl: FunctionKL, reading: float) -> str:
     )
 
 
-def _key(kl: FunctionKL) -> Any:
+def _key(kl: Any) -> Any:
     """What a function is recognised by; a lambda that is made anew for every step is one function."""
     fn = kl.fn
     while isinstance(fn, functools.partial):

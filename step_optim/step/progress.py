@@ -1,11 +1,12 @@
-"""What changes from step to step, apart from the optimizer that it belongs to."""
+"""What a run remembers between steps."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -15,12 +16,9 @@ from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
 from step_optim.step.radius import next_scale
 from step_optim.step.stall import STALL
-from step_optim.step.told import Told
+from step_optim.step.warned import Warned
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.summary import Summary
-
-if TYPE_CHECKING:
-    from step_optim.step.transaction import Transaction
 
 VERSION = 1
 """Of the wrapper's part of a checkpoint."""
@@ -63,6 +61,16 @@ class Progress:
         return (*self.latest, constraint)[-STALL:]
 
 
+class OpenStep(Protocol):
+    """A step in progress, as those see it that add inner steps to a window."""
+
+    def propose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one more inner step."""
+
+    def part(self) -> AbstractContextManager[None]:
+        """Around any other call of the inner optimizer that may move weights."""
+
+
 @dataclass
 class Run:
     """The state of a run.
@@ -83,7 +91,7 @@ class Run:
     """What the controller remembers of this run; see `Trial.memory`."""
     notes: dict[str, Any] = field(default_factory=dict)
     """For the record of the step to come."""
-    open: Transaction | None = None
+    open: OpenStep | None = None
     """The step in progress."""
     anchored: Any = None
     """A fingerprint of the policy that is the KL closure's reference; None if that has to be taken anew."""
@@ -91,23 +99,10 @@ class Run:
     """Of the committed policy from pi_ref; None if it has to be measured."""
     ended: float | None = None
     """When this process ended the latest step, on its own clock."""
-    warned: bool = False
-    """Whether a budget below the audit's noise was warned of."""
-    told: Told = field(default_factory=Told)
-    """What else was warned of."""
+    warned: Warned = field(default_factory=Warned)
+    """What was warned of so far."""
     modules: Sequence[nn.Module] = ()
     """Whose buffers are part of the policy."""
-
-    def remember(self, transaction: Transaction) -> None:
-        """Keep what the next step begins with, to see whether somebody else writes weights until then."""
-        record = transaction.record
-        if record is not None and record.action not in (Action.REJECT, Action.UNCHANGED):
-            self.told.fixed.weights_moved()
-        transaction.weights.remember(as_proposed=record is not None and record.action is Action.COMMIT)
-        self.modules = transaction.kl.used or self.modules
-        # Without an audit, a forward in a loss closure or a window may have moved buffers away from the reference.
-        stale = record is not None and record.action is Action.UNCHANGED and not transaction.rewind
-        self.anchored = None if stale else transaction.fingerprint()
 
     def without_model(self) -> Run:
         """Return what a copy of the optimizer goes on with; the KL closure holds a model, so it stays behind."""
@@ -183,7 +178,7 @@ def _read(state: Mapping[str, Any], controller: Controller) -> tuple[Progress, M
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r:.60} counts nothing")
+        raise ValueError(f"{value!r:.60} is not a count")
     return value
 
 

@@ -1,0 +1,163 @@
+"""One step's snapshot: theta_t and all that belongs to it, the candidate, and any point between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from step_optim.host.rng import RNGState
+from step_optim.host.undo import uninterrupted
+from step_optim.snapshot.copies import Copies
+from step_optim.snapshot.groups import GroupJournal
+from step_optim.snapshot.known import ParamLike
+from step_optim.snapshot.rounding import Rounding
+from step_optim.snapshot.state import OptimizerState
+from step_optim.snapshot.weights import Update, Weights
+
+
+class Snapshot:
+    """Everything that a step may change, captured at theta_t, and put back or moved as one.
+
+    It covers the weights, the copies of weights that the optimizer keeps, its
+    state, attributes and group values, gradients, the buffers of some modules,
+    and the random streams. Only this object writes weights. One of them serves
+    all steps of an optimizer: its memory is allocated once.
+
+    Args:
+        optimizer: the inner optimizer.
+        host: keep the copies of a CUDA device's tensors in pinned host memory.
+        param_like: where the optimizer keeps copies of the weights.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, host: bool = False, param_like: ParamLike = ()) -> None:
+        self._weights, self._state = Weights(optimizer, host=host), OptimizerState(optimizer, host=host)
+        self._copies = Copies(optimizer, self._weights, self._state, param_like)
+        self._rng: RNGState | None = None
+
+    # -- theta_t ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Begin a new step: until `capture_rest` is done, there is nothing to restore."""
+        self._rng = None
+
+    def capture_weights(self) -> bool | Tensor:
+        """Take the current weights as theta_t.
+
+        Returns:
+            Whether they are others, in any bit, than those of the latest `remember`; a tensor if only an accelerator
+            can tell, later.
+        """
+        return self._weights.capture()
+
+    def capture_rest(self, modules: Iterable[nn.Module]) -> None:
+        """Capture all else, and the buffers of these modules. From here on there is something to restore."""
+        self._state.capture(b for module in modules for b in module._buffers.values() if b is not None)
+        self._copies.mark()
+        self._rng = RNGState.capture()  # last: `restore` takes it for the sign that all of it is captured
+
+    def watch_groups(self) -> GroupJournal:
+        """Return a context; group values that change inside it are rolled back by `restore`, others are not."""
+        return self._state.watch_groups()
+
+    def restore(self, *, keep_state: bool = False, rewind: bool = True) -> None:
+        """Put theta_t and all that belongs to it back, bit for bit; an interrupt is raised when that is done.
+
+        Args:
+            keep_state: leave the optimizer's own state as the step made it.
+            rewind: put the random streams back, too.
+        """
+        rng = self._rng
+        if rng is None:  # nothing has moved yet
+            return
+
+        def undo() -> None:
+            self._weights.restore()
+            if keep_state:
+                self._copies.go(0)
+            self._state.restore(keep_state=keep_state)
+            if rewind:
+                rng.restore()
+
+        uninterrupted(undo)
+
+    def restore_weights(self) -> None:
+        """Put back the weights alone."""
+        self._weights.restore()
+
+    def restore_state(self) -> None:
+        """Put back what belongs to the optimizer, and leave weights, gradients and buffers as they are."""
+        self._state.restore_optimizer()
+
+    def remember(self, *, as_proposed: bool) -> None:
+        """Keep the current weights: the next `capture_weights` tells whether somebody else has written them.
+
+        Args:
+            as_proposed: these are the candidate's, of which there may be a copy already.
+        """
+        self._weights.remember(as_proposed=as_proposed)
+
+    def release(self) -> None:
+        """Let go of the gradients, which would keep their memory through the next backward pass."""
+        self._state.release()
+
+    # -- the candidate ------------------------------------------------------------------------------------------------
+
+    def update(self) -> Update:
+        """Compare the current weights with theta_t."""
+        return self._weights.update()
+
+    def keep_candidate(self) -> None:
+        """Remember the current weights, and the copies of them, as the candidate; once a step."""
+        self._weights.keep_candidate()
+        self._copies.keep_candidate()
+
+    def copied_aside(self) -> AbstractContextManager[None]:
+        """Return a context for an audit, beside which the candidate is copied to the host."""
+        return self._weights.copied_aside()
+
+    @property
+    def previous(self) -> list[Tensor]:
+        """theta_t, a tensor for each piece of memory. To be read."""
+        return self._weights.previous
+
+    @property
+    def candidate(self) -> list[Tensor]:
+        """What the inner step proposed, in the same order. To be read."""
+        return self._weights.candidate
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters themselves, in the same order, for autograd."""
+        return self._weights.parameters
+
+    # -- points -------------------------------------------------------------------------------------------------------
+
+    def go(self, alpha: float) -> None:
+        """Write theta_t + alpha (candidate - theta_t), with the candidate's state; copies of the weights move along."""
+        self._weights.go(alpha)
+        self._copies.go(alpha)
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Write weights off the line, a tensor for each of `previous`; copies of them move along."""
+        self._weights.write(values)
+        self._copies.follow()
+
+    def digest(self) -> int:
+        """A number that tells the current weights from others."""
+        return self._weights.digest()
+
+    def alignment(self) -> tuple[float, float]:
+        """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖²."""
+        return self._weights.alignment()
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether rounding leaves few points between theta_t and the candidate; known with the candidate."""
+        return self._weights.is_coarse and not self._copies.round_weights
+
+    def rounding(self) -> Rounding:
+        """Return what tells how rounding changes parts of the update."""
+        return Rounding(self._weights)

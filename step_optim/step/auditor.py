@@ -1,0 +1,209 @@
+"""What measures and judges the weights in one step, and knows again what it has measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary
+
+from torch import Tensor
+
+from step_optim.audit.closure import Audit, KLClosure
+from step_optim.budget import Budget, Limits, Verdict
+from step_optim.controllers.base import Ends, Point, Trial
+from step_optim.host.ranks import Ranks
+from step_optim.isolation.eval_mode import isolated
+from step_optim.movement import Movement
+from step_optim.snapshot.rounding import Rounding
+from step_optim.snapshot.snapshot import Snapshot
+from step_optim.telemetry.record import TrialRecord
+
+
+class Auditor:
+    """Audits points, pools figures over processes, and holds them against the budgets.
+
+    Args:
+        kl: measures movement.
+        budget: resolved at ``step``.
+        step: the step index.
+        snapshot: has the weights.
+        ranks: who has to agree.
+    """
+
+    def __init__(self, kl: KLClosure, budget: Budget, step: int, snapshot: Snapshot, ranks: Ranks) -> None:
+        self.kl, self._snapshot, self._ranks = kl, snapshot, ranks
+        self._budget, self._step = budget, step
+        self.limits = Limits()
+        self.audited: list[TrialRecord] = []
+        """Every audit of this step, the candidate's first."""
+        self._candidate: Point | None = None
+        self._current: Point | None = None
+        """The point whose weights are in place, as far as that is certain."""
+        self._measured: WeakSet[Point] = WeakSet()  # the policies of discarded trials need not stay in memory
+        self._known: WeakValueDictionary[tuple[int, ...], Point] = WeakValueDictionary()
+        """Audited points by the digest of their weights, in every process."""
+        self._infeasible: dict[tuple[int, ...], Point] = {}
+        """Those that will not be committed, without their policies."""
+        self._rounding: Rounding | None = None
+
+    def resolve_budget(self, slices: Iterable[str]) -> None:
+        """Find the limits of this step, for these slices."""
+        self.limits = self._budget.at(self._step, slices)
+
+    def audit(self, *, with_drift: bool = False) -> Audit:
+        """Measure the current weights; the figures are those of all processes together.
+
+        Args:
+            with_drift: measure the drift in the same pass, if that is cheap.
+        """
+        kl = self.kl
+        isolation = nullcontext() if kl.isolates else isolated(kl.modules())
+        with self._snapshot.watch_groups(), isolation:
+            with self._ranks.together():
+                audit = kl.audit_with_drift() if with_drift or self._caps_drift else kl.audit()
+            return self._pooled(audit)
+
+    @property
+    def _caps_drift(self) -> bool:
+        return self.limits.reference < math.inf
+
+    def _pooled(self, audit: Audit) -> Audit:
+        return replace(audit, movement=Movement.pooled(self._ranks.exchange(audit.movement)))
+
+    def drift(self, audit: Audit | None = None) -> Movement | None:
+        """Movement of an audited policy, or of the reference, from pi_ref; None if that is not measured."""
+        drift = self.kl.drift(audit)
+        return None if drift is None else Movement.pooled(self._ranks.exchange(drift))
+
+    def candidate(self, audit: Audit) -> Point:
+        """Judge the candidate, which is where the weights are."""
+        if self.kl.slices is None:  # a plain function says what its slices are by measuring them
+            self._budget.check_slices(audit.movement.slices)
+            self.resolve_budget(audit.movement.slices)
+        return self._judged(audit, alpha=1.0)
+
+    def not_finite(self) -> Point:
+        """The candidate, where its update is not finite: infeasible without an audit."""
+        return self._noted(Point(Audit(self.everywhere(math.nan)), Verdict({}, finite=False), alpha=1.0))
+
+    def everywhere(self, kl: float) -> Movement:
+        """One figure for the mean and for every slice."""
+        return Movement(kl, dict.fromkeys(self.kl.slices or (), kl))
+
+    def _judged(self, audit: Audit, **where: Any) -> Point:
+        drift = self.drift(audit) if self._caps_drift or audit.drift is not None else None
+        verdict = self.limits.judge(audit.movement, drift if self._caps_drift else None)
+        return self._noted(Point(audit, verdict, drift=drift, **where))
+
+    def _noted(self, point: Point) -> Point:
+        self.audited.append(TrialRecord(point.alpha, point.movement, point.feasible))
+        return self._taken(point)
+
+    def _taken(self, point: Point) -> Point:
+        # A plain function may have written weights: what is committed are the weights that it was given.
+        self._current = None if self.kl.opaque else point
+        self._measured.add(point)
+        return point
+
+    def trial(self, candidate: Point, rejected: int, memory: dict[str, Any], explain: Callable[[], str]) -> Trial:
+        """What a controller is given."""
+        snapshot = self._snapshot
+        snapshot.keep_candidate()
+        self._candidate = candidate
+        if self._current is None:
+            snapshot.go(1)  # a plain function may have written into the weights
+        bits = tuple(self._ranks.exchange(snapshot.digest()))
+        self._known[bits], self._infeasible[bits] = candidate, candidate
+        return Trial(
+            candidate,
+            self.limits,
+            rejected,
+            self.kl,
+            Ends(snapshot),
+            self._at,
+            self._at_weights,
+            self._distill,
+            self._ranks.agree,
+            memory,
+            explain,
+            self._realised if snapshot.is_coarse else None,
+        )
+
+    @property
+    def rounded(self) -> bool:
+        """Whether a search asked what rounding makes of smaller steps."""
+        return self._rounding is not None
+
+    def _realised(self, alphas: Sequence[float]) -> list[float]:
+        """Which part of the update rounding leaves of each of these alphas, about."""
+        if self._rounding is None:
+            self._rounding = self._snapshot.rounding()
+        return self._rounding.realised(alphas, self._ranks)
+
+    def _at(self, alpha: float) -> Point:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha={alpha} must lie between 0 (previous weights) and 1 (candidate)")
+        self._snapshot.go(alpha)
+        return self._audited_once(alpha=float(alpha))
+
+    def _at_weights(self, values: Sequence[Tensor]) -> Point:
+        values = self._write(values)
+        return self._audited_once(weights=values)
+
+    def _audited_once(self, **where: Any) -> Point:
+        """Audit these weights, unless that was done in this step: rounding makes one point of many."""
+        bits = tuple(self._ranks.exchange(self._snapshot.digest()))
+        known = self._known.get(bits) or (self._infeasible.get(bits) if where.get("alpha") is not None else None)
+        if known is None:
+            point = self._judged(self.audit(), **where)
+        else:
+            point = self._taken(replace(known, again=True, **({"alpha": None, "weights": None} | where)))
+        self._known[bits] = point
+        if not point.feasible:
+            self._infeasible[bits] = replace(point, audit=replace(point.audit, policy=None))
+        return point
+
+    def _write(self, values: Sequence[Tensor]) -> list[Tensor]:
+        values = [value.detach().clone() for value in values]
+        self._snapshot.write(values)
+        return values
+
+    def _distill(self, values: Sequence[Tensor], strength: Tensor) -> tuple[Point, float, list[Tensor]]:
+        values = self._write(values)
+        kl: Any = self.kl
+        assert self._candidate is not None
+        audit, loss, gradients = kl.distill(self._candidate.audit, strength, self._snapshot.parameters)
+        gradients = self._ranks.average(gradients, weight=kl.prompts)
+        return self._judged(self._pooled(audit), weights=values), self._ranks.agree(loss), gradients
+
+    def go(self, point: Point | None, *, restore_state: bool = False) -> None:
+        """Leave a point in the weights.
+
+        Args:
+            point: one that was measured in this step, and is feasible.
+            restore_state: with the optimizer state of theta_t.
+
+        Raises:
+            RuntimeError: any other point.
+        """
+        if point is None or point not in self._measured or not point.feasible:
+            raise RuntimeError(
+                f"the controller accepted {point}, which is not a feasible point that this trial measured"
+            )
+        if restore_state:  # copies of the weights are part of that state: they are moved along once more
+            self._snapshot.restore_state()
+        elif point is self._current:
+            return
+        if point.alpha is not None:
+            self._snapshot.go(point.alpha)
+        else:
+            assert point.weights is not None
+            self._snapshot.write(point.weights)
+
+    def leave(self) -> None:
+        """Leave the candidate for theta_t in the middle of a decision that ends in an error."""
+        self._snapshot.go(0)
+        self._current = None

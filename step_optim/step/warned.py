@@ -1,0 +1,51 @@
+"""What a run is warned of when something looks wrong: each thing once, with its cause and the remedy."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch.optim import Optimizer
+
+from step_optim.step.fixed_reference import FixedReference
+from step_optim.step.stall import Stall
+
+
+class Warned:
+    """What was warned of so far. It belongs to a process: a resumed run is warned again."""
+
+    def __init__(self) -> None:
+        self.fixed = FixedReference()
+        self.of_noise = False
+        """Whether a budget is below the audit's noise, and that was said."""
+        self._methods: set[str] = set()
+        self._no_gradient = False
+
+    def outside(self, optimizer: Optimizer, method: str) -> None:
+        """A method of the inner optimizer moved weights, and no step was in progress."""
+        if method in self._methods:
+            return
+        self._methods.add(method)
+        warnings.warn(
+            f"{type(optimizer).__name__}.{method}() moved the weights outside of step(): nothing audited it; use "
+            "step(closure), or put the calls into `with optimizer.window():`",
+            stacklevel=5,
+        )
+
+    def no_gradient(self, optimizer: Optimizer) -> None:
+        """A step had no gradient and moved nothing: its parameters are perhaps not those that are trained."""
+        if self._no_gradient:
+            return
+        self._no_gradient = True
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        frozen = sum(not p.requires_grad for p in parameters)
+        warnings.warn(
+            f"the step moved nothing: none of the optimizer's {len(parameters)} parameters has a gradient, and "
+            f"{frozen} of them do not require one. If they were replaced or frozen after the optimizer was made (PEFT "
+            "does both), make it from the parameters that are trained: after get_peft_model(), or in a Trainer by "
+            "trainer.create_optimizer(). If they are the right ones, call loss.backward() before step()",
+            stacklevel=2,
+        )
+
+    def of_stall(self, stall: Stall) -> None:
+        """Several steps in a row were rejected."""
+        warnings.warn(str(stall), stacklevel=2)
