@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import inspect
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from smollm import DEFAULT_MODEL
 
@@ -14,26 +12,17 @@ CONTROLLERS = ("interpolate", "gate", "project")
 
 @dataclass(frozen=True)
 class Args:
-    """What can be set on the command line."""
+    """The command line; the help of `parse_args` says what each field is."""
 
-    model: str = DEFAULT_MODEL
-    """a hub id, or a directory written by save_pretrained"""
-    updates: int = 8
-    """PPO updates in each run"""
-    seed: int = 0
-    """of the adapter's first weights and of every rollout"""
-    controller: str = "interpolate"
-    """what happens to an update that is over budget"""
-    budget_mean: float = 0.03
-    """eps_g: largest movement of one update, mean over the control set [nats per token]"""
-    budget_slices: float = 0.05
-    """eps_s: the same for each of its slices"""
-    shock_at: int = 5
-    """the update whose learning rate is four times too large, counted from 1; 0 for none"""
-    out: str = "runs/demo"
-    """directory for the traces and the picture"""
-    tiny: bool = False
-    """a tiny random model in place of --model: seconds, nothing to download"""
+    model: str
+    updates: int
+    seed: int
+    controller: str
+    budget_mean: float
+    budget_slices: float
+    shock_at: int
+    out: str
+    tiny: bool
 
     @property
     def shock(self) -> int:
@@ -42,18 +31,24 @@ class Args:
 
 
 def parse_args(description: str | None, argv: list[str] | None = None) -> Args:
-    """Read the command line; the docstrings above are its help."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="demo", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    helps = dict(re.findall(r'^    (\w+): .*\n    """(.+)"""', inspect.getsource(Args), re.M))
-    for f in fields(Args):
-        option, text = "--" + f.name.replace("_", "-"), f"{helps[f.name]} (default: {f.default!r})"
-        if isinstance(f.default, bool):
-            parser.add_argument(option, action="store_true", help=helps[f.name])
-        else:
-            choices = CONTROLLERS if f.name == "controller" else None
-            parser.add_argument(option, type=type(f.default), default=f.default, choices=choices, help=text)
+    add, default = parser.add_argument, "(default: %(default)r)"
+    add("--model", default=DEFAULT_MODEL, help=f"a hub id, or a directory written by save_pretrained {default}")
+    add("--updates", type=int, default=8, help=f"PPO updates in each run {default}")
+    add("--seed", type=int, default=0, help=f"of the adapter's first weights and of every rollout {default}")
+    text = f"what happens to an update that is over budget {default}"
+    add("--controller", choices=CONTROLLERS, default="interpolate", help=text)
+    text = f"eps_g: largest movement of one update, mean over the control set [nats per token] {default}"
+    add("--budget-mean", type=float, default=0.03, help=text)
+    add("--budget-slices", type=float, default=0.05, help=f"eps_s: the same for each of its slices {default}")
+    text = f"the update whose learning rate is four times too large, counted from 1; 0 for none {default}"
+    add("--shock-at", type=int, default=5, help=text)
+    add("--out", default="runs/demo", help=f"directory for the traces and the picture {default}")
+    text = "a tiny random model in place of --model: seconds, nothing to download"
+    add("--tiny", action="store_true", help=text)
     args = Args(**vars(parser.parse_args(argv)))
     if args.updates < 1:
         parser.error(f"--updates {args.updates}: at least 1 is needed")
