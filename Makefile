@@ -22,7 +22,7 @@ help:  ## list the verbs
 	@touch $@
 
 demo: .venv/.installed  ## LoRA-PPO on a real language model, with STEP and without (ARGS="--model ...")
-	$(BIN)/python examples/demo.py $(ARGS)
+	$(BIN)/python examples/demo $(ARGS)
 
 quickstart: .venv/.installed  ## the smallest complete example, seconds
 	$(BIN)/python examples/quickstart.py

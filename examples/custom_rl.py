@@ -14,12 +14,9 @@ Shapes: T steps of E environments in one rollout, N samples, D numbers in an obs
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
-import re
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -42,41 +39,25 @@ CONTROLLERS: dict[str, Callable[[], Controller]] = {
 }
 
 
-@dataclass
-class Args:
-    """What can be set on the command line."""
-
-    env_id: str = "CartPole-v1"
-    """a Gymnasium task with a vector as observation, and discrete or Box actions"""
-    controller: str = "interpolate"
-    """what happens to an update that is over budget: interpolate, gate, project; none only measures"""
-    budget_mean: float = 0.01
-    """largest movement of one update, mean over the control observations [nats per action]"""
-    budget_slices: float = 0.015
-    """largest movement of one update in any slice of them [nats per action]"""
-    total_steps: int = 40960
-    """environment steps in all"""
-    seed: int = 0
-    """of everything that is random"""
-    log: str = ""
-    """path of a JSONL log; empty for none"""
-    learning_rate: float = 5e-3
-    """of Adam"""
-    num_envs: int = 8
-    """environments that run side by side"""
-    num_steps: int = 256
-    """steps of each environment in one rollout"""
-
-
-def parse_args() -> Args:
-    """Read the command line; the docstrings of the fields are its help."""
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    helps = dict(re.findall(r'(\w+): \w+ = .*\n    """(.+)"""', inspect.getsource(Args)))
-    for f in fields(Args):
-        flag, choices = "--" + f.name.replace("_", "-"), list(CONTROLLERS) if f.name == "controller" else None
-        text = f"{helps[f.name]} (default: {f.default})"
-        parser.add_argument(flag, type=type(f.default), default=f.default, choices=choices, help=text)
-    return Args(**vars(parser.parse_args()))
+    add, default = parser.add_argument, "(default: %(default)s)"
+    text = f"a Gymnasium task with a vector as observation, and discrete or Box actions {default}"
+    add("--env-id", default="CartPole-v1", help=text)
+    text = f"what happens to an update that is over budget: interpolate, gate, project; none only measures {default}"
+    add("--controller", choices=list(CONTROLLERS), default="interpolate", help=text)
+    text = f"largest movement of one update, mean over the control observations [nats per action] {default}"
+    add("--budget-mean", type=float, default=0.01, help=text)
+    text = f"largest movement of one update in any slice of them [nats per action] {default}"
+    add("--budget-slices", type=float, default=0.015, help=text)
+    add("--total-steps", type=int, default=40960, help=f"environment steps in all {default}")
+    add("--seed", type=int, default=0, help=f"of everything that is random {default}")
+    add("--log", default="", help=f"path of a JSONL log; empty for none {default}")
+    add("--learning-rate", type=float, default=5e-3, help=f"of Adam {default}")
+    add("--num-envs", type=int, default=8, help=f"environments that run side by side {default}")
+    add("--num-steps", type=int, default=256, help=f"steps of each environment in one rollout {default}")
+    return parser.parse_args()
 
 
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
@@ -111,7 +92,7 @@ class Policy(nn.Module):
         return middle + half * actions.numpy().clip(-1, 1).reshape(-1, *self.box.shape)
 
 
-def make_envs(args: Args) -> gym.vector.VectorEnv:
+def make_envs(args: argparse.Namespace) -> gym.vector.VectorEnv:
     """Return E environments that step together and reset themselves."""
     return gym.vector.SyncVectorEnv([lambda: gym.make(args.env_id)] * args.num_envs)
 
@@ -121,7 +102,7 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.as_tensor(array, dtype=torch.float32)
 
 
-def control_observations(args: Args) -> Tensor:
+def control_observations(args: argparse.Namespace) -> Tensor:
     """Return observations that a uniformly random policy met, [C, D].
 
     They are collected once and stay fixed. The audit that licensed one update is the reference of the next, and two
@@ -164,7 +145,7 @@ class Rollout(NamedTuple):
 class Sampler:
     """Runs the environments on from where the last rollout ended; keeps the returns of the latest 20 episodes."""
 
-    def __init__(self, args: Args) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(args))
         # Rewards in units of their discounted sum's spread: one learning rate then suits every task.
         self.envs = gym.wrappers.vector.NormalizeReward(envs, GAMMA)
@@ -222,7 +203,7 @@ def describe(record: StepRecord) -> str:
     return f"update {record.step:3}  return {reward}  {kl}  {worst}  {record.action:8} {alpha}".rstrip()
 
 
-def report(optimizer: STEPOptimizer, args: Args) -> None:
+def report(optimizer: STEPOptimizer, args: argparse.Namespace) -> None:
     """Print the figures of the run, and the sentence that matters."""
     summary = optimizer.summary()
     print("\n" + "\n".join(lines(summary)))
@@ -233,7 +214,7 @@ def report(optimizer: STEPOptimizer, args: Args) -> None:
     )
 
 
-def main(args: Args) -> STEPOptimizer:
+def main(args: argparse.Namespace) -> STEPOptimizer:
     """Train; print how far every update wanted to move the policy, and did."""
     torch.manual_seed(args.seed)
     sampler, control = Sampler(args), control_observations(args)

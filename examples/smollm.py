@@ -138,7 +138,7 @@ def not_found(name: str) -> str:
     return (
         f"The model {name} is not on this computer, and the Hugging Face hub did not provide it. Either\n"
         + (package if name == DEFAULT_MODEL else "")
-        + "  python examples/demo.py --model DIRECTORY     # one that save_pretrained wrote\n"
+        + "  python examples/demo --model DIRECTORY        # one that save_pretrained wrote\n"
         "or run the same command again when the hub can be reached."
     )
 

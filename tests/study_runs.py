@@ -15,10 +15,10 @@ from step_optim import Action, Limits, Movement, StepRecord
 from step_optim.telemetry.record import TrialRecord
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "study"))
+sys.path.insert(0, str(ROOT / "examples"))
 
-from config import ARMS, CONDITIONS, Batch, Study  # noqa: E402
-from traces import Run  # noqa: E402
+from study.config import ARMS, CONDITIONS, Batch, Study  # noqa: E402
+from study.traces import Run  # noqa: E402
 
 STUDY = replace(
     Study(),

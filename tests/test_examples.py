@@ -43,7 +43,7 @@ def test_quickstart_shows_a_controller_acting(tmp_path):
 def test_the_demo_runs_on_a_tiny_model(tmp_path, controller, action):
     """Traces of both runs, a picture, a table and the sentence; the shock is controlled in one run only."""
     shown = run(
-        str(ROOT / "examples" / "demo.py"),
+        str(ROOT / "examples" / "demo"),
         *("--tiny", "--updates", "3", "--shock-at", "2", "--out", str(tmp_path / "out"), "--controller", controller),
         directory=tmp_path,
     )
@@ -59,7 +59,7 @@ def test_the_demo_runs_on_a_tiny_model(tmp_path, controller, action):
 def test_the_demo_says_what_to_do_without_a_model(tmp_path):
     """A directory that holds no model ends with exit code 2 and one clear message."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "demo.py"), "--model", str(tmp_path), "--out", str(tmp_path / "o")],
+        [sys.executable, str(ROOT / "examples" / "demo"), "--model", str(tmp_path), "--out", str(tmp_path / "o")],
         capture_output=True,
         text=True,
         timeout=300,

@@ -16,14 +16,12 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "examples" / "study"
-sys.path[:0] = [str(STUDY), str(STUDY.parent)]
+sys.path.insert(0, str(STUDY.parent))
 
-import branching  # noqa: E402
-import training  # noqa: E402
-import work  # noqa: E402
-import world as worlds  # noqa: E402
-from config import ARMS, BRANCHES, CONDITIONS, PLAN, PRIMARY, SMOKE, Study, run_settings  # noqa: E402
-from prompts import SLICES, TRAINED, UNSEEN  # noqa: E402
+from study.config import ARMS, BRANCHES, CONDITIONS, PLAN, PRIMARY, SMOKE, Study, run_settings  # noqa: E402
+from study.running import branching, training, work  # noqa: E402
+from study.running import world as worlds  # noqa: E402
+from study.running.prompts import SLICES, TRAINED, UNSEEN  # noqa: E402
 
 TINY = replace(SMOKE, updates=4, shocks=(2,))
 

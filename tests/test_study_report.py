@@ -17,21 +17,13 @@ from step_optim import Action, Limits, Movement
 from tests.study_runs import PLAN, SLICES, STUDY, branches, run, whole_study
 
 # What follows is found through the path that tests.study_runs has set.
-import activation  # isort: skip
-import answers  # isort: skip
-import figures as figures_module  # isort: skip
-import findings  # isort: skip
-import forks  # isort: skip
-import mechanisms  # isort: skip
-import paired  # isort: skip
-import setting  # isort: skip
-import style  # isort: skip
-import traces  # isort: skip
-import wording  # isort: skip
-from config import Batch  # isort: skip
-from evidence import METRICS, Evidence  # isort: skip
-from figures import composite, figures, share_within  # isort: skip
-from traces import Run, load_runs, save_runs  # isort: skip
+from study import traces  # isort: skip
+from study.config import Batch  # isort: skip
+from study.reporting import activation, answers, findings, forks, mechanisms, paired, setting, style, wording  # isort: skip
+from study.reporting import figures as figures_module  # isort: skip
+from study.reporting.evidence import METRICS, Evidence  # isort: skip
+from study.reporting.figures import composite, figures, share_within  # isort: skip
+from study.traces import Run, load_runs, save_runs  # isort: skip
 
 ALL = whole_study()
 SECTIONS = [

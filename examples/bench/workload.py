@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from step_optim import ControlSet
 
-sys.path.append(str(Path(__file__).parent.parent))  # smollm, demo_prompts, tiny
+sys.path.append(str(Path(__file__).parent.parent))  # demo, smollm, tiny
 
 BATCH, LENGTH = 8, 64
 """The training batch."""
@@ -106,7 +106,7 @@ def slices_of(prompts: int) -> dict[str, list[int]]:
 
 def exchange(draw: random.Random, subject: str) -> tuple[str, str]:
     """A question of this subject, and an answer long enough to be cut anywhere: the demo's, in other combinations."""
-    from demo_prompts import CONTROL
+    from demo.prompts import CONTROL
 
     questions, answers = zip(*CONTROL[subject], strict=True)
     opening = draw.choice(("", "Please help me. ", "Be brief. ", "In other words: ", "I have to know this today. "))

@@ -20,12 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(1, str(HERE.parent))  # ppo, smollm, tiny
+sys.path.insert(0, str(HERE.parent))  # study, ppo, smollm, tiny
 
 import torch  # noqa: E402
-from config import BRANCH_SEEDS, CUDA, CUDA_SEEDS, PILOT, PLAN, SMOKE, Batch, Study, run_settings  # noqa: E402
-from traces import Run, load, load_runs, save, save_runs, shortened  # noqa: E402
-from work import Job, Task, TaskFailed, work_off  # noqa: E402
+
+from study.config import BRANCH_SEEDS, CUDA, CUDA_SEEDS, PILOT, PLAN, SMOKE, Batch, Study, run_settings  # noqa: E402
+from study.running.work import Job, Task, TaskFailed, work_off  # noqa: E402
+from study.traces import Run, load, load_runs, save, save_runs, shortened  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
@@ -65,7 +66,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
     tasks = [task for task in dict.fromkeys(tasks_of(args)) if args.only in str(task)]
     if not tasks:
         sys.exit(f"--only {args.only}: no run has that in its name")
-    import world
+    from study.running import world
 
     try:
         world.prepare(study, folder, args.device, small=args.smoke)
@@ -113,8 +114,7 @@ def collect(args: argparse.Namespace, folder: Path, out: Path) -> None:
 
 def report(args: argparse.Namespace, out: Path) -> None:
     """Check that every condition is one, and write the report."""
-    import activation
-    import findings
+    from study.reporting import activation, findings
 
     runs, branches, study = load_runs(out / "runs.jsonl.gz"), load(out / "branches.jsonl.gz"), study_of(args)
     found = activation.check(runs, branches, study)

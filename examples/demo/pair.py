@@ -16,12 +16,11 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
-from demo_report import RUNS, RunResult
-from demo_screen import Screen
+from demo.report import RUNS, RunResult
+from demo.screen import Screen
 
 if TYPE_CHECKING:
-    from demo import Args
-
+    from demo.arguments import Args
     from step_optim import StepRecord
 
 CONTEXT = multiprocessing.get_context("spawn")  # a fork would share the thread pools of whatever is loaded already
@@ -120,8 +119,8 @@ def work(connection: Connection, args: Args, source: str, run: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     warnings.simplefilter("ignore")  # of the libraries underneath: the screen belongs to the demo
     try:
-        import demo_run  # seconds of imports, which --help and the first line on the screen do not wait for
+        import demo.run  # seconds of imports, which --help and the first line on the screen do not wait for
 
-        connection.send(("done", demo_run.run(args, source, run, Reporter(connection, run))))
+        connection.send(("done", demo.run.run(args, source, run, Reporter(connection, run))))
     except Exception:
         connection.send(("failed", traceback.format_exc()))

@@ -16,12 +16,9 @@ from typing import Any
 
 import ppo
 import torch
-from config import ARMS, BRANCH_FROM, CONDITIONS, Arm, Condition, run_settings
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from traces import Run
-from world import World, once, stream
 
 import step_optim
 from step_optim import (
@@ -38,6 +35,9 @@ from step_optim import (
     read_log,
     sampled_kl,
 )
+from study.config import ARMS, BRANCH_FROM, CONDITIONS, Arm, Condition, run_settings
+from study.running.world import World, once, stream
+from study.traces import Run
 
 REFERENCES = {"fixed": FixedReference, "ema": EMAReference, "ratchet": RatchetReference}
 Say = Callable[[int], None]

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import forks
-from evidence import BASELINE, Evidence, arm_of, label
-from forks import Forks
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
-from style import BRANCHES, GREY, drawn, few_ticks, logarithmic, look, named_beside, row, rows_named
-from wording import counted
+
+from study.reporting import forks
+from study.reporting.evidence import BASELINE, Evidence, arm_of, label
+from study.reporting.forks import Forks
+from study.reporting.style import BRANCHES, GREY, drawn, few_ticks, logarithmic, look, named_beside, row, rows_named
+from study.reporting.wording import counted
 
 OUTCOME_PANELS = {
     "gain": "gain in\nheld-out reward\n(more is better)",

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-import forks
-import paired
-from config import PRIMARY
-from evidence import BASELINE, HIGH, METRICS, Evidence, arm_of, label
-from forks import OUTCOMES, Forks
-from mechanisms import generalises, livelock, reward_lost, shocks_harm
-from paired import Contrast
-from wording import listed, number, percent, sentence, verdict
+from study.config import PRIMARY
+from study.reporting import forks, paired
+from study.reporting.evidence import BASELINE, HIGH, METRICS, Evidence, arm_of, label
+from study.reporting.forks import OUTCOMES, Forks
+from study.reporting.mechanisms import generalises, livelock, reward_lost, shocks_harm
+from study.reporting.paired import Contrast
+from study.reporting.wording import listed, number, percent, sentence, verdict
 
 MEANINGS = {
     (1, 1): "STEP helped: M and reward are both higher",

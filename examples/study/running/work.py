@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BRANCHES, Study
+from study.config import BRANCHES, Study
 
 CONTEXT = multiprocessing.get_context("spawn")  # a fork would share the thread pools of whatever is loaded already
 EXIT_SECONDS = 10.0
@@ -200,10 +200,9 @@ def worker(job: Job, to_do: Any, told: Any) -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")  # of the libraries underneath
-    import branching
     import torch
-    import training
-    import world
+
+    from study.running import branching, training, world
 
     torch.set_num_threads(1)  # what a run rounds to must not depend on how many are made at a time
     here = None

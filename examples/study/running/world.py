@@ -14,13 +14,13 @@ import ppo
 import smollm
 import tiny
 import torch
-from config import Study, folder_settings
 from peft import LoraConfig, PeftModel, get_peft_model
-from prompts import SLICES, TRAINED
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from step_optim import ControlSet
+from study.config import Study, folder_settings
+from study.running.prompts import SLICES, TRAINED
 
 DRAW_SEED = 20_000_003
 """Of the responses in the control and the held-out set."""

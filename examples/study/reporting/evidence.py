@@ -8,11 +8,11 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-import paired
-from config import ARMS, CONDITIONS, PLAN, PRIMARY, Arm, Batch, Condition, Study
-from figures import Figures, figures
-from paired import Contrast
-from traces import Run
+from study.config import ARMS, CONDITIONS, PLAN, PRIMARY, Arm, Batch, Condition, Study
+from study.reporting import paired
+from study.reporting.figures import Figures, figures
+from study.reporting.paired import Contrast
+from study.traces import Run
 
 BASELINE = "fixed"
 """The condition that all others are compared with."""

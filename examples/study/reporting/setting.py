@@ -7,12 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
-from activation import Activation, own_action
-from config import PRIMARY, Condition
-from evidence import Evidence, arm_of, condition_of, label
-from figures import Figures, mean, unseen_slices
-from traces import Run
-from wording import bullets, counted, folded, listed, number, percent, table
+
+from study.config import PRIMARY, Condition
+from study.reporting.activation import Activation, own_action
+from study.reporting.evidence import Evidence, arm_of, condition_of, label
+from study.reporting.figures import Figures, mean, unseen_slices
+from study.reporting.wording import bullets, counted, folded, listed, number, percent, table
+from study.traces import Run
 
 COMMANDS = ("make study",)
 """What makes this report."""

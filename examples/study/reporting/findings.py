@@ -6,18 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import activation
-import pictures
-from activation import Activation
-from answers import answer, answers, in_short
-from config import PLAN, PRIMARY, Batch, Study
-from evidence import BASELINE, Evidence, arm_of, label
-from forks import Forks
-from mechanisms import generalises, limits
-from results import branching_part, grid_part, paper_part, primary_part, results_part, short_table
-from setting import COMMANDS, activation_part, setup_part
-from traces import Run
-from wording import bullets, counted, number, sentence
+from study.config import PLAN, PRIMARY, Batch, Study
+from study.reporting import activation, pictures
+from study.reporting.activation import Activation
+from study.reporting.answers import answer, answers, in_short
+from study.reporting.evidence import BASELINE, Evidence, arm_of, label
+from study.reporting.forks import Forks
+from study.reporting.mechanisms import generalises, limits
+from study.reporting.results import branching_part, grid_part, paper_part, primary_part, results_part, short_table
+from study.reporting.setting import COMMANDS, activation_part, setup_part
+from study.reporting.wording import bullets, counted, number, sentence
+from study.traces import Run
 
 
 def write(

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 
-import paired
-from config import PRIMARY, Condition
-from evidence import BASELINE, METRICS, Evidence, arm_of, condition_of, label
-from figures import path_length, rejections
-from paired import Contrast
-from wording import NOTHING, bracket, counted, listed, number, percent, verdict
-
 from step_optim import Action, StepRecord
+from study.config import PRIMARY, Condition
+from study.reporting import paired
+from study.reporting.evidence import BASELINE, METRICS, Evidence, arm_of, condition_of, label
+from study.reporting.figures import path_length, rejections
+from study.reporting.paired import Contrast
+from study.reporting.wording import NOTHING, bracket, counted, listed, number, percent, verdict
 
 FLAT = (0.9, 1.1)
 """Successive updates whose lengths have a median ratio in this range are called as long as each other."""

@@ -8,18 +8,18 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from comparisons import draw_branches, draw_differences, draw_learning_rates, draw_outcomes
-from config import PRIMARY, Limit
-from evidence import Evidence, arm_of, condition_of, label
-from figures import accepted_records, accepted_updates, shared
-from forks import Forks
 from matplotlib.axes import Axes
-from mechanisms import by_seed
-from style import GREY, SHOCK, drawn, logarithmic, look
-from traces import Run
-from wording import number, percent
 
 from step_optim import Action, Movement, StepRecord
+from study.config import PRIMARY, Limit
+from study.reporting.comparisons import draw_branches, draw_differences, draw_learning_rates, draw_outcomes
+from study.reporting.evidence import Evidence, arm_of, condition_of, label
+from study.reporting.figures import accepted_records, accepted_updates, shared
+from study.reporting.forks import Forks
+from study.reporting.mechanisms import by_seed
+from study.reporting.style import GREY, SHOCK, drawn, logarithmic, look
+from study.reporting.wording import number, percent
+from study.traces import Run
 
 KINDS = {False: ("without such a budget", GREY), True: ("under this budget", "#0072B2")}
 """Of runs, as the scatter of held-out movement tells them apart."""

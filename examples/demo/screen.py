@@ -7,12 +7,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from demo_report import RUNS, SHOCK, WITH, Limits
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+
+from demo.report import RUNS, SHOCK, WITH, Limits
 
 if TYPE_CHECKING:
     from step_optim import StepRecord

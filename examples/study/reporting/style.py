@@ -12,10 +12,11 @@ import matplotlib as mpl
 mpl.use("Agg")  # no window, wherever this runs
 
 import matplotlib.pyplot as plt
-import paired
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from study.reporting import paired
 
 WIDTH = 11.0
 """inches; with 11 points of text, readable at the width of a README"""

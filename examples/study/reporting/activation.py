@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from config import Condition, Study
-from evidence import arm_of, condition_of
-from figures import accepted_records, is_limited, within
-from traces import Run
-
 from step_optim import Action
 from step_optim.telemetry import integrity
+from study.config import Condition, Study
+from study.reporting.evidence import arm_of, condition_of
+from study.reporting.figures import accepted_records, is_limited, within
+from study.traces import Run
 
 SHRUNK = "shrink"
 """The branch whose controller must have something to do."""

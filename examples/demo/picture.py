@@ -9,12 +9,12 @@ import matplotlib as mpl
 mpl.use("Agg")  # no window, wherever this runs
 
 import matplotlib.pyplot as plt
-from demo_report import SHOCK, Limits, RunResult, describe
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from demo.report import SHOCK, Limits, RunResult, describe
 from step_optim import StepRecord
 
 # Blue and vermilion stay apart for colour-blind readers, and in grey.

@@ -17,11 +17,11 @@ from typing import Any
 
 import ppo
 import torch
-from config import ARMS, BRANCH_FROM, BRANCH_SAMPLES, BRANCHES, CONDITIONS, Branch
-from training import Learner, plain
-from world import World, mean, stream
 
 from step_optim import Action, Audit, Budget, Movement
+from study.config import ARMS, BRANCH_FROM, BRANCH_SAMPLES, BRANCHES, CONDITIONS, Branch
+from study.running.training import Learner, plain
+from study.running.world import World, mean, stream
 
 Record = dict[str, Any]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
-from paired import SEEDS_FOR_P, SEEDS_FOR_WORDS, Contrast
+from study.reporting.paired import SEEDS_FOR_P, SEEDS_FOR_WORDS, Contrast
 
 NOTHING = "n/a"
 """In the place of a figure that is not defined."""
@@ -70,7 +70,7 @@ def difference(found: Contrast) -> str:
 def verdict(found: Contrast, pairs: str = "seed") -> str:
     """Say what a contrast shows: a verb, and what follows it.
 
-    >>> from paired import of
+    >>> from study.reporting.paired import of
     >>> verdict(of({seed: 0.1 + seed / 100 for seed in range(9)}))
     'is higher by 0.14 (interval [0.123, 0.157], 9 seeds, p = 0.00391)'
     >>> verdict(of({0: 0.1, 1: 0.2, 2: 0.3}))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import paired
-from figures import mean, worst
-from paired import Contrast
+from study.reporting import paired
+from study.reporting.figures import mean, worst
+from study.reporting.paired import Contrast
 
 ORDER = (
     "accept",

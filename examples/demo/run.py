@@ -18,17 +18,17 @@ import ppo
 import smollm
 import tiny
 import torch
-from demo_prompts import TRAINING, chat, control_set
-from demo_report import SHOCK, WITH, WITHOUT, RunResult
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from demo.prompts import TRAINING, chat, control_set
+from demo.report import SHOCK, WITH, WITHOUT, RunResult
 from step_optim import Budget, Controller, Gate, Interpolate, Project, STEPOptimizer, StepRecord, TokenKL
 
 if TYPE_CHECKING:
-    from demo import Args
-    from demo_pair import Reporter
+    from demo.arguments import Args
+    from demo.pair import Reporter
 
 LOGS = {WITH: "step.jsonl", WITHOUT: "without.jsonl"}
 CONTROLLERS: dict[str, type[Controller]] = {"interpolate": Interpolate, "gate": Gate, "project": Project}

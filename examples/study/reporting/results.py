@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import forks
-from config import CONDITIONS, PRIMARY
-from evidence import BASELINE, COMPONENTS, HIGH, METRICS, Evidence, arm_of, label
-from figures import Figures
-from forks import OUTCOMES, Forks
-from paired import SEEDS_FOR_P, Contrast, smallest_p
-from wording import bracket, counted, difference, folded, listed, number, spread, table
+from study.config import CONDITIONS, PRIMARY
+from study.reporting import forks
+from study.reporting.evidence import BASELINE, COMPONENTS, HIGH, METRICS, Evidence, arm_of, label
+from study.reporting.figures import Figures
+from study.reporting.forks import OUTCOMES, Forks
+from study.reporting.paired import SEEDS_FOR_P, Contrast, smallest_p
+from study.reporting.wording import bracket, counted, difference, folded, listed, number, spread, table
 
 OUTCOME: Mapping[str, str] = {
     "score": "M ↑",

@@ -14,10 +14,9 @@ from itertools import groupby
 from statistics import fmean, median
 from typing import Any
 
-from config import Study
-from traces import Run
-
 from step_optim import Action, Limits, Movement, StepRecord
+from study.config import Study
+from study.traces import Run
 
 OWN_PHASES = ("snapshot", "audit", "search")
 """What STEP spends, by its own clock; the inner step is the host's."""

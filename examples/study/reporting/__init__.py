@@ -1,0 +1,1 @@
+"""What makes the report of finished runs: checks, figures, contrasts, words, tables and pictures."""
