@@ -1,19 +1,29 @@
-"""The examples run, on tiny budgets, as a user would run them; and the package is packaged."""
+"""The examples and the guides run, on tiny budgets, as a user would run them; and the package is packaged."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed
 
 import step_optim
 from step_optim import Action, read_log
+from tests.hosts_text import forget_accelerator
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
+PAGES = [README, *GUIDES]
 
 
 def run(*arguments: str, directory: Path) -> str:
@@ -119,6 +129,102 @@ def test_ddp_takes_one_decision_on_two_processes(tmp_path, options):
     assert actions[5] == "shrink"
     assert "commit" in actions
     assert "2 processes hold the same bits" in shown
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """The fenced blocks of a page in one language: the number of the line before each, and its text."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.finditer(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+        yield text.count("\n", 0, block.start(1)), block[1]
+
+
+def execute(page: Path, line: int, source: str, namespace: dict[str, Any]) -> None:
+    """Run a block, so that an error names its line on the page."""
+    exec(compile("\n" * line + source, str(page), "exec", dont_inherit=True), namespace)
+
+
+@pytest.fixture
+def as_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In an empty folder, where the modules of `examples` can be imported; what is global is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    forget_accelerator()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+    forget_accelerator()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# Trainers say this of tiny runs, of the number of cores, and of options that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:The '?.*'? does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.usefixtures("as_a_script")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_on_every_page_runs(page):
+    """The python blocks of a page run in order, in one namespace, without a warning."""
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for line, source in blocks(page, "python"):
+        execute(page, line, source, namespace)
+
+
+@pytest.mark.usefixtures("as_a_script")
+def test_the_three_lines_of_the_readme_run():
+    """The README's diff: what stands after it is a training step that is audited and logged."""
+    import tiny
+
+    model, tokenizer = tiny.load()
+    prompts, responses = ["2 + 2?", "3 * 5?", "Eat soap?", "Drink bleach?"], ["4.", "15.", "Never.", "No."]
+    ids = tokenizer("It is 5.", return_tensors="pt")["input_ids"]
+    namespace = vars(step_optim) | {"torch": torch, "model": model, "tokenizer": tokenizer}
+    namespace |= {"prompts": prompts, "responses": responses, "loss": model(input_ids=ids, labels=ids).loss}
+    ((line, diff),) = blocks(README, "diff")
+    marked = [row for row in diff.splitlines() if row.startswith("+")]
+    assert len(marked) == 3
+    execute(README, line, "\n".join("" if row.startswith("-") else row[2:] for row in diff.splitlines()), namespace)
+    (record,) = read_log("run.jsonl")
+    assert record.accepted.mean <= 0.03
+    assert set(record.accepted.slices) == {"math", "safety"}
+
+
+def test_the_record_in_the_readme_is_one():
+    """It is JSON of a record's fields, and its decision follows from its figures."""
+    ((_, text),) = blocks(README, "json")
+    record = json.loads(text)
+    assert record.keys() <= {field.name for field in dataclasses.fields(step_optim.StepRecord)}
+    worst = record["candidate"]["slices"]["story"]
+    assert record["triggered"]
+    assert worst > record["budget"]["slices"]["story"] >= record["accepted"]["slices"]["story"]
+
+
+def test_the_readme_is_short_and_leads_to_every_guide():
+    """At most 130 lines; each guide is linked from it."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    assert GUIDES
+    assert [guide.name for guide in GUIDES if f"(examples/guides/{guide.name})" not in text] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as GitHub writes them in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_of_a_page_leads_somewhere(page):
+    """Relative links point at files that exist, and at headings that they have; so do test files that are named."""
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    assert [name for name in re.findall(r"\btests/\w+\.py\b", text) if not (ROOT / name).exists()] == []
 
 
 def test_the_package_is_typed_and_imports_no_integration():
