@@ -4,15 +4,20 @@ from step_optim.controllers.base import Action, Controller, Outcome, Point, Tria
 from step_optim.controllers.gate import Gate, GateStalled
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.controllers.project import Project
+from step_optim.controllers.searches import Backtracking, Bisection, ModelSearch, Search
 
 __all__ = [
     "Action",
+    "Backtracking",
+    "Bisection",
     "Controller",
     "Gate",
     "GateStalled",
     "Interpolate",
+    "ModelSearch",
     "Outcome",
     "Point",
     "Project",
+    "Search",
     "Trial",
 ]

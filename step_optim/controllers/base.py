@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
@@ -158,6 +159,12 @@ class Trial:
 STATES = ("restore", "keep_state")
 """Values of ``on_reject`` and ``on_shrink``: the optimizer state of theta_t, or that of the candidate."""
 
+OPTIONS = ("on_reject", "on_shrink")
+"""Options that every controller has."""
+
+NEARLY = 0.85
+"""Likeness from which on a name is taken for a misspelt option: on_rejct, onreject, on_rejects, on_shrinks."""
+
 
 class Controller(ABC):
     """Decides what happens to an infeasible candidate. It never writes weights itself.
@@ -193,6 +200,22 @@ class Controller(ABC):
     @abstractmethod
     def decide(self, trial: Trial) -> Outcome:
         """Return the outcome of a step whose candidate is infeasible."""
+
+    def check_options(self) -> None:
+        """Refuse unknown values of the options, and what looks like one of them misspelt, in a subclass too.
+
+        Raises:
+            ValueError: an unknown value; a name that is nearly that of an option.
+        """
+        for name in OPTIONS:
+            _checked(f"{type(self).__name__}.{name}", getattr(self, name))
+        for name in dir(self):
+            meant = get_close_matches(name, OPTIONS, n=1, cutoff=NEARLY)
+            if meant and name not in OPTIONS and isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"{type(self).__name__}.{name}={getattr(self, name)!r}: there is no such option; if {meant[0]} is "
+                    f"meant, call it that, with {' or '.join(map(repr, STATES))}"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of the controller's own attributes, besides ``trial.memory``; plain values."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from step_optim.controllers.base import Controller, Outcome, Trial, checked_on_reject
-from step_optim.controllers.interpolate import Interpolate
+from step_optim.controllers.searches import ModelSearch
 
 
+@dataclass(frozen=True)
 class Gate(Controller):
     """Reject every infeasible candidate.
 
@@ -20,23 +23,30 @@ class Gate(Controller):
     ``patience`` ends the row by shrinking one, and the record says so
     (``stalled``).
 
-    Args:
-        patience: rejections in a row before it gives up rejecting; None for never.
-        on_stall: ``"shrink"`` commits the largest feasible part of the step
-            (`Interpolate`); ``"raise"`` raises `GateStalled`, with the weights restored.
-        on_reject: ``"restore"`` or ``"keep_state"``.
-
     Raises:
         ValueError: ``patience`` below 1, or an unknown option.
     """
 
-    def __init__(self, patience: int | None = None, on_stall: str = "shrink", on_reject: str = "restore") -> None:
-        if patience is not None and patience < 1:
-            raise ValueError(f"patience={patience} must be at least 1 rejection, or None")
-        if on_stall not in ("shrink", "raise"):
-            raise ValueError(f"on_stall={on_stall!r} is unknown; use 'shrink' or 'raise'")
-        self.patience, self.on_stall, self.on_reject = patience, on_stall, checked_on_reject(on_reject)
-        self.shrinks = patience is not None and on_stall == "shrink"
+    patience: int | None = None
+    """Rejections in a row before it gives up rejecting; None for never."""
+
+    on_stall: str = "shrink"
+    """``"shrink"`` commits the largest feasible part of the step (`ModelSearch`); ``"raise"`` raises `GateStalled`,
+    with the weights restored."""
+
+    on_reject: str = "restore"
+    """``"restore"`` or ``"keep_state"``."""
+
+    shrinks: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience={self.patience} must be at least 1 rejection, or None")
+        if self.on_stall not in ("shrink", "raise"):
+            raise ValueError(f"on_stall={self.on_stall!r} is unknown; use 'shrink' or 'raise'")
+        checked_on_reject(self.on_reject)
+        object.__setattr__(self, "shrinks", self.patience is not None and self.on_stall == "shrink")
 
     def decide(self, trial: Trial) -> Outcome:
         """Reject, unless the patience is used up."""
@@ -44,11 +54,8 @@ class Gate(Controller):
             return trial.reject()
         if self.on_stall == "raise":
             raise GateStalled(trial.explain())
-        found = Interpolate(memory=False).search_alpha(trial)
+        found = ModelSearch(memory=False).find(trial)
         return trial.reject(stalled=True) if found is None else trial.accept(found, stalled=True)
-
-    def __repr__(self) -> str:
-        return f"Gate(patience={self.patience}, on_stall={self.on_stall!r}, on_reject={self.on_reject!r})"
 
 
 class GateStalled(RuntimeError):

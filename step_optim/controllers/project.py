@@ -14,8 +14,8 @@ from step_optim.audit.closure import Audit
 from step_optim.audit.logit_kl import LogitKL
 from step_optim.budget import Limits
 from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject, checked_on_shrink
-from step_optim.controllers.interpolate import Interpolate
 from step_optim.controllers.search import largest_feasible
+from step_optim.controllers.searches import ModelSearch, check_profile
 
 TARGET_ROUNDS = 24
 """Corrections of lambda at most; where KL is nearly proportional to lambda², 2 or 3 are enough."""
@@ -27,7 +27,7 @@ TARGET_TOLERANCE = 0.02
 """Relative distance of a target's KL from its budget at which lambda is good enough: the audit has the last word."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Project(Controller):
     """Minimise mean ‖l_theta - l_candidate‖² subject to the budgets (the paper's section 3.3).
 
@@ -70,18 +70,23 @@ class Project(Controller):
         """Check the arguments."""
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1 distillation step")
-        self._line = Interpolate(tol=self.tol, max_trials=self.max_trials, memory=self.memory)
+        self.line  # noqa: B018 - refuses what is out of range
         checked_on_reject(self.on_reject)
         checked_on_shrink(self.on_shrink)
 
+    @property
+    def line(self) -> ModelSearch:
+        """The search that finds the start."""
+        return ModelSearch(tol=self.tol, max_trials=self.max_trials, memory=self.memory)
+
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse what is no profile."""
-        self._line.check_state_dict(state)
+        check_profile(state)
 
     def decide(self, trial: Trial) -> Outcome:
         """Interpolate, distil, keep the best feasible point."""
         kl: LogitKL = trial.kl
-        start = self._line.search_alpha(trial)
+        start = self.line.find(trial)
         if not trial.candidate.movement.is_finite:  # there are no logits to aim at
             return trial.reject() if start is None else trial.accept(start)
         strength = trial.agree(mixture_strength(kl, trial.candidate.audit, trial.limits))

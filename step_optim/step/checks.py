@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from difflib import get_close_matches
 from typing import Any
 
 from torch.optim import Optimizer
 
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget, Limits
-from step_optim.controllers.base import STATES, Controller
+from step_optim.controllers.base import Controller
 from step_optim.host.ranks import Ranks
 from step_optim.host.wrapper import OptimizerWrapper
 from step_optim.snapshot.known import steps_in_backward, why_recomputed
 from step_optim.snapshot.tensors import shard_count
-
-OPTIONS = ("on_reject", "on_shrink")
-"""Options that every controller has."""
-
-ALLOWED = " or ".join(map(repr, STATES))
-
-NEARLY = 0.85
-"""Likeness from which on a name is taken for a misspelt option: on_rejct, onreject, on_rejects, on_shrinks."""
 
 INTERFACE = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
 
@@ -88,21 +79,8 @@ def check_controller(controller: Any) -> Controller:
         raise TypeError(
             f"controller={controller!r} is no Controller; use Gate(), Interpolate(), Project() or a subclass"
         )
-    for name in OPTIONS:
-        if getattr(controller, name) not in STATES:
-            raise ValueError(f"{_named(controller, name)} is unknown; use {ALLOWED}")
-    for name in dir(controller):
-        meant = get_close_matches(name, OPTIONS, n=1, cutoff=NEARLY)
-        if meant and name not in OPTIONS and isinstance(getattr(controller, name), str):
-            raise ValueError(
-                f"{_named(controller, name)}: there is no such option; if {meant[0]} is meant, call it that, "
-                f"with {ALLOWED}"
-            )
+    controller.check_options()
     return controller
-
-
-def _named(controller: Controller, name: str) -> str:
-    return f"{type(controller).__name__}.{name}={getattr(controller, name)!r}"
 
 
 def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, ranks: Ranks) -> None:
