@@ -18,63 +18,75 @@ set, and the proposal, a smaller version of it, or nothing is committed::
     optimizer.last  # StepRecord of this step
 """
 
-from step_optim.audit.closure import Audit, FunctionKL, KLClosure, kl_closure
-from step_optim.audit.policy_kl import PolicyKL
-from step_optim.audit.token_kl import TokenKL
-from step_optim.budget import Budget, Limits, Verdict
-from step_optim.control.control_set import ControlSet
+from typing import TYPE_CHECKING
+
+from step_optim.audit import KLClosure, PolicyKL, TokenKL, kl_closure
+from step_optim.budget import Budget
+from step_optim.control import ControlSet
 from step_optim.controllers import (
     Action,
     Controller,
     Gate,
     GateStalled,
     Interpolate,
+    ModelSearch,
     Outcome,
-    Point,
     Project,
     Trial,
 )
 from step_optim.movement import Movement
-from step_optim.objective.ppo import AdaptiveKL, TargetKL, sampled_kl
-from step_optim.objective.references import EMAReference, FixedReference, RatchetReference, Reference, ReferenceAction
 from step_optim.optimizer import STEPOptimizer
-from step_optim.telemetry.log import read_log
-from step_optim.telemetry.record import StepRecord
-from step_optim.telemetry.summary import summarise
+from step_optim.telemetry import StepRecord, read_log, summarise
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Action",
-    "AdaptiveKL",
-    "Audit",
     "Budget",
     "ControlSet",
     "Controller",
-    "EMAReference",
-    "FixedReference",
-    "FunctionKL",
     "Gate",
     "GateStalled",
     "Interpolate",
     "KLClosure",
-    "Limits",
+    "ModelSearch",
     "Movement",
     "Outcome",
-    "Point",
     "PolicyKL",
     "Project",
-    "RatchetReference",
-    "Reference",
-    "ReferenceAction",
     "STEPOptimizer",
     "StepRecord",
-    "TargetKL",
     "TokenKL",
     "Trial",
-    "Verdict",
     "kl_closure",
     "read_log",
-    "sampled_kl",
     "summarise",
 ]
+
+_MOVED = {
+    "step_optim.audit": ("Audit", "FunctionKL"),
+    "step_optim.budget": ("Limits", "Verdict"),
+    "step_optim.controllers": ("Point",),
+    "step_optim.objective": (
+        "AdaptiveKL",
+        "EMAReference",
+        "FixedReference",
+        "RatchetReference",
+        "Reference",
+        "ReferenceAction",
+        "TargetKL",
+        "sampled_kl",
+    ),
+}
+"""Names that stood here once, by where they live."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Find a name that has moved: imports from here go on working."""
+        from importlib import import_module
+
+        for module, names in _MOVED.items():
+            if name in names:
+                return getattr(import_module(module), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from step_optim import Action, Limits, Movement, StepRecord
+from step_optim import Action, Movement, StepRecord
+from step_optim.budget import Limits
 from step_optim.telemetry.record import TrialRecord
 
 ROOT = Path(__file__).parent.parent

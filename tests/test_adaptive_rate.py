@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from step_optim import Action, Budget, Gate, Interpolate, Limits, Movement, STEPOptimizer, StepRecord
+from step_optim import Action, Budget, Gate, Interpolate, Movement, STEPOptimizer, StepRecord
+from step_optim.budget import Limits
 from step_optim.step.radius import AIM, CHANGE, next_scale
 
 SCALES = st.floats(1e-6, 1.0)

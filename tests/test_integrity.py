@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_optim import Action, Budget, Controller, Gate, Interpolate, Limits, Movement, STEPOptimizer, StepRecord
+from step_optim import Action, Budget, Controller, Gate, Interpolate, Movement, STEPOptimizer, StepRecord
 from step_optim.__main__ import main
+from step_optim.budget import Limits
 from step_optim.telemetry.integrity import check
 
 

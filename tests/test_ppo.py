@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_optim import AdaptiveKL, TargetKL, sampled_kl
+from step_optim.objective import AdaptiveKL, TargetKL, sampled_kl
 
 numbers = st.floats(-10, 10) | st.floats(width=64, allow_nan=True, allow_infinity=True)
 

@@ -15,17 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from step_optim import (
-    EMAReference,
-    FixedReference,
-    Gate,
-    Interpolate,
-    RatchetReference,
-    Reference,
-    ReferenceAction,
-    STEPOptimizer,
-    TokenKL,
-)
+from step_optim import Gate, Interpolate, STEPOptimizer, TokenKL
+from step_optim.objective import EMAReference, FixedReference, RatchetReference, Reference, ReferenceAction
 from step_optim.snapshot.tensors import same_bits
 from tests import reference as oracle
 from tests.models import VOCAB, Bigram, nudge, ragged_control, tiny_gpt2, tiny_llama, tiny_qwen

@@ -10,7 +10,6 @@ from torch import nn
 
 from step_optim import (
     Action,
-    Audit,
     Budget,
     ControlSet,
     Gate,
@@ -23,6 +22,7 @@ from step_optim import (
     STEPOptimizer,
     TokenKL,
 )
+from step_optim.audit import Audit
 from step_optim.step.step import Step
 from tests.strategies import Bigram, Policy, Problem, bits, picture, policy_problem, token_problem, wrap
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_optim import Action, Limits, Movement
+from step_optim import Action, Movement
+from step_optim.budget import Limits
 from tests.study_runs import PLAN, SLICES, STUDY, branches, run, whole_study
 
 # What follows is found through the path that tests.study_runs has set.

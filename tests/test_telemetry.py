@@ -18,7 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_optim import Action, Budget, Gate, Limits, Movement, STEPOptimizer, StepRecord, read_log, summarise
+from step_optim import Action, Budget, Gate, Movement, STEPOptimizer, StepRecord, read_log, summarise
+from step_optim.budget import Limits
 from step_optim.telemetry import log as telemetry
 from step_optim.telemetry.log import JSONLWriter, read_trace
 from step_optim.telemetry.record import TrialRecord

@@ -24,7 +24,8 @@ def next_scale(scale: float, record: StepRecord) -> float:
     rate, and is left out. It is the radius of a trust region, which grows and
     shrinks with what the last step has shown.
 
-    >>> from step_optim import Limits, Movement
+    >>> from step_optim.budget import Limits
+    >>> from step_optim.movement import Movement
     >>> def after(kl):
     ...     return StepRecord(0, Action.SHRINK, Movement(kl), Movement(0.0), Limits(mean=0.04))
     >>> next_scale(1.0, after(0.0576)), next_scale(0.5, after(0.02)), next_scale(1.0, after(0.02))

@@ -14,7 +14,8 @@ from itertools import groupby
 from statistics import fmean, median
 from typing import Any
 
-from step_optim import Action, Limits, Movement, StepRecord
+from step_optim import Action, Movement, StepRecord
+from step_optim.budget import Limits
 from study.config import Study
 from study.traces import Run
 

@@ -18,7 +18,8 @@ from typing import Any
 import ppo
 import torch
 
-from step_optim import Action, Audit, Budget, Movement
+from step_optim import Action, Budget, Movement
+from step_optim.audit import Audit
 from study.config import ARMS, BRANCH_FROM, BRANCH_SAMPLES, BRANCHES, CONDITIONS, Branch
 from study.running.training import Learner, plain
 from study.running.world import World, mean, stream

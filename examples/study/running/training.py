@@ -21,20 +21,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import step_optim
-from step_optim import (
-    Action,
-    AdaptiveKL,
-    Budget,
-    EMAReference,
-    FixedReference,
-    RatchetReference,
-    STEPOptimizer,
-    StepRecord,
-    TargetKL,
-    TokenKL,
-    read_log,
-    sampled_kl,
-)
+from step_optim import Action, Budget, STEPOptimizer, StepRecord, TokenKL, read_log
+from step_optim.objective import AdaptiveKL, EMAReference, FixedReference, RatchetReference, TargetKL, sampled_kl
 from study.config import ARMS, BRANCH_FROM, CONDITIONS, Arm, Condition, run_settings
 from study.running.world import World, once, stream
 from study.traces import Run
