@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from step_optim.audit.closure import Audit, KLClosure
-from step_optim.audit.fingerprint import fingerprint
+from step_optim.audit.fingerprint import Fingerprints
 from step_optim.host.modules import has_fsdp
 from step_optim.isolation.eval_mode import isolated
 from step_optim.isolation.module_state import ModuleState
@@ -44,7 +44,7 @@ class ReferenceKL(KLClosure):
     def __init__(self) -> None:
         self._reference: Any = None
         self._origin: Any = None
-        self._state = ModuleState()
+        self._state, self._fingerprints = ModuleState(), Fingerprints()
         self._told: set[tuple[nn.Module, str]] = set()
         """Attributes that forwards left behind, and what they make of a reading was told."""
         self._watch = True
@@ -156,8 +156,8 @@ class ReferenceKL(KLClosure):
         self._state.forget()
 
     def fingerprint(self, own: Collection[int] = ()) -> Any:
-        """Of every parameter and buffer of the modules that were used; see `fingerprint.fingerprint`."""
-        return fingerprint(self.used, own)
+        """Of every parameter and buffer of the modules that were used; see `Fingerprints`."""
+        return self._fingerprints.of(self.used, own)
 
     @property
     def measures_drift(self) -> bool:

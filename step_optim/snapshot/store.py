@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_optim.snapshot.tensors import Home, TensorCopy, any_of, dense, differs, memory
+from step_optim.snapshot.tensors import Located, TensorCopy, any_of, dense, differs, memory, place
 
 CHUNK = {"cpu": 2**22, "cuda": 2**25}
 """Elements that are compared at once; smaller tensors are put together up to this many."""
@@ -34,10 +34,12 @@ class TensorStore:
     def __init__(self, *, host: bool = False) -> None:
         self.copies: list[TensorCopy] = []
         self._host = host
-        self._sources: list[Home] = []
+        self._sources: list[Located] = []
         self._copy_of: dict[int, TensorCopy] = {}
         self._buckets: list[_Bucket] = []
-        self._spare: list[Tensor] = []
+        self._ordered: list[TensorCopy] = []
+        self._kinds: list[Hashable] | None = None
+        """Of the tensors that the plan is for, in the order of the copies; None if some share memory."""
         self._aside: Any = None
         """The stream on which a copy may still be going on."""
 
@@ -65,7 +67,7 @@ class TensorStore:
         """
         tensors = list(tensors)
         self.wait()
-        if not self.covers(tensors):
+        if not self.covers(tensors) and not self._aim(tensors, group):
             self._plan(tensors, group)
         with self._stream(tensors) if aside and self._host else nullcontext():
             for bucket in self._buckets:
@@ -93,23 +95,39 @@ class TensorStore:
         for tensor in seen.values():
             alike.setdefault((tensor.device, tensor.dtype, group(tensor)), []).append(tensor)
         self._buckets = [
-            _Bucket(part, group(part[0]), self._spare, host=self._host)
-            for every in alike.values()
-            for part in _parts(every)
+            _Bucket(part, group(part[0]), host=self._host) for every in alike.values() for part in _parts(every)
         ]
         scratch: dict[Any, _Scratch] = {}
         for bucket in self._buckets:
             bucket.share(scratch)
         copies = {id(copy.tensor): copy for bucket in self._buckets for copy in bucket.copies}
         self._copy_of = {id(tensor): copies[id(seen[memory(tensor)])] for tensor in tensors}
-        self.copies, self._spare = [copies[id(tensor)] for tensor in seen.values()], []
-        self._sources = [copies.get(id(tensor)) or Home(tensor) for tensor in tensors]
+        self.copies = [copies[id(tensor)] for tensor in seen.values()]
+        self._sources = [copies.get(id(tensor)) or Located(tensor) for tensor in tensors]
+        shared = len(self.copies) < len(tensors)
+        self._ordered, self._kinds = self.copies, None if shared else [_kind(tensor, group) for tensor in tensors]
+
+    def _aim(self, tensors: list[Tensor], group: Callable[[Tensor], Hashable]) -> bool:
+        """Keep the plan for tensors of the same kinds in other memory; whether that can be done."""
+        kinds = [_kind(tensor, group) for tensor in tensors]
+        if kinds != self._kinds or len({memory(tensor) for tensor in tensors}) < len(tensors):
+            return False
+        self._sources, self.copies = [], []  # until all of it is in place
+        for copy, tensor in zip(self._ordered, tensors, strict=True):
+            copy.aim(tensor)
+        for bucket in self._buckets:
+            bucket.aim()
+        self._copy_of = {id(tensor): copy for copy, tensor in zip(self._ordered, tensors, strict=True)}
+        self.copies, self._sources = self._ordered, list(self._ordered)
+        return True
 
     def forget(self) -> None:
-        """Let the tensors go; small buffers are kept, for others of the same sizes."""
-        small = sum(bucket.flat.nbytes for bucket in self._buckets) <= SMALL
-        self._spare = [bucket.flat for bucket in self._buckets] if small else []
-        self.copies, self._sources, self._buckets, self._copy_of = [], [], [], {}
+        """Let the tensors go; small buffers are kept, for others of the same kinds."""
+        self.copies, self._sources, self._copy_of = [], [], {}
+        if self._kinds is None or sum(bucket.flat.nbytes for bucket in self._buckets) > SMALL:
+            self._kinds, self._ordered, self._buckets = None, [], []
+        for bucket in self._buckets:
+            bucket.forget()
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor, Any]]:
         """Yield (elements now, the saved ones, group), flat and `CHUNK` at a time; for tensors that are in place."""
@@ -127,12 +145,14 @@ class TensorStore:
         """Whether all tensors live in the memory that they had."""
         return all(source.in_place for source in self._sources)
 
+    @torch.no_grad()
     def changed(self) -> bool | Tensor:
         """Whether any tensor has other bits than the saved ones, or another place; see `differs`."""
         if not self.in_place:
             return True
         return any_of(differs(now, saved) for now, saved, _ in self.pairs())
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Put all bits back, into the memory where they were."""
         self.put_back()
@@ -144,6 +164,12 @@ class TensorStore:
         self.wait()
         for source in self._sources:
             source.put_back()
+
+
+def _kind(tensor: Tensor, group: Callable[[Tensor], Hashable]) -> Hashable:
+    """What has to be equal for a plan to serve another tensor."""
+    size = 0 if tensor.is_contiguous() else tensor.untyped_storage().nbytes()  # one that overlaps is copied with it
+    return (*place(tensor)[1:], size, tensor.device, tensor.is_conj(), tensor.is_neg(), group(tensor))
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -162,21 +188,30 @@ def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 class _Bucket:
     """Tensors of one device and dtype, whose copies lie one after another."""
 
-    def __init__(self, tensors: list[Tensor], group: Hashable, spare: Sequence[Tensor], *, host: bool) -> None:
+    def __init__(self, tensors: list[Tensor], group: Hashable, *, host: bool) -> None:
         self.group, self._host = group, host
-        aliases = [dense(tensor.detach()) for tensor in tensors]
-        size, like = sum(alias.numel() for alias in aliases), aliases[0]
+        places = [dense(tensor) for tensor in tensors]
+        size, like = sum(tensor.numel() for tensor in places), places[0]
         pinned = host and like.is_cuda
         device = torch.device("cpu") if pinned else like.device
-        fitting = (old for old in spare if (old.numel(), old.dtype, old.device) == (size, like.dtype, device))
-        free = next(fitting, None)
-        self.flat = torch.empty(size, dtype=like.dtype, device=device, pin_memory=pinned) if free is None else free
+        self.flat = torch.empty(size, dtype=like.dtype, device=device, pin_memory=pinned)
         self.copies = [
-            TensorCopy(tensor, bits) for tensor, bits in zip(tensors, _views(self.flat, aliases), strict=True)
+            TensorCopy(tensor, bits) for tensor, bits in zip(tensors, _views(self.flat, places), strict=True)
         ]
-        self._live = [copy.dense for copy in self.copies]
+        self._bits = [copy.bits for copy in self.copies]
+        self._live = places
         self._scratch = _Scratch()
         self._views: list[Tensor] = []
+
+    def aim(self) -> None:
+        """Take the tensors that the copies are of now."""
+        self._live = [copy.dense for copy in self.copies]
+
+    def forget(self) -> None:
+        """Let the tensors go."""
+        self._live = []
+        for copy in self.copies:
+            copy.aim(copy.bits)
 
     def share(self, scratch: dict[Any, _Scratch]) -> None:
         """Gather into the same memory as others of this device and dtype."""
@@ -185,7 +220,7 @@ class _Bucket:
 
     def fill(self) -> None:
         """Take the bits as they are now."""
-        torch._foreach_copy_([copy.bits for copy in self.copies], self._live, non_blocking=True)
+        torch._foreach_copy_(self._bits, self._live, non_blocking=True)
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (elements now, the saved ones), some at a time."""

@@ -39,57 +39,6 @@ def as_bits(tensor: Tensor) -> Tensor:
     return tensor.view(BITS[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 
-class Home:
-    """A tensor, and the memory that it has now: an optimizer may put its `.data` somewhere else."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.alias = tensor.detach()  # that memory, also if `.data` is swapped later
-        self._place = place(self.alias)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the tensor still lives there."""
-        return place(self.tensor) == self._place
-
-    def put_back(self) -> None:
-        """Let it live there again."""
-        if not self.in_place:
-            self.tensor.data = self.alias
-
-
-class TensorCopy(Home):
-    """The bits of one tensor, and the memory that they have to go back to.
-
-    Args:
-        tensor: what is copied.
-        bits: where to; a tensor of its own by default.
-    """
-
-    def __init__(self, tensor: Tensor, bits: Tensor | None = None) -> None:
-        super().__init__(tensor)
-        self.dense = dense(self.alias)
-        self.bits = torch.empty_like(self.dense) if bits is None else bits
-
-    @property
-    def saved(self) -> Tensor:
-        """The saved bits, in the tensor's shape and on its device."""
-        bits = self.bits.to(self.alias.device)
-        return bits if bits.shape == self.alias.shape else bits.as_strided(self.alias.shape, self.alias.stride())
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether the tensor has the saved bits, in the memory that it had."""
-        return self.in_place and same_bits(self.dense, self.bits.to(self.alias.device))
-
-    def restore(self) -> None:
-        """Put the bits back; the tensor object and its memory are those of the capture."""
-        self.put_back()
-        bits = self.bits.to(self.alias.device)
-        if not same_bits(self.dense, bits):  # an unneeded write would look like an outside edit
-            self.dense.copy_(bits)
-
-
 def place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor's elements are in memory."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
@@ -98,11 +47,22 @@ def place(tensor: Tensor) -> tuple[Any, ...]:
 class Memory:
     """The memory that a tensor has now. Noting it is no operation on the tensor."""
 
-    __slots__ = ("_offset", "_place", "_storage")
+    __slots__ = ("_alias", "_offset", "_place", "_storage")
 
     def __init__(self, tensor: Tensor) -> None:
         self._storage, self._offset = tensor.untyped_storage(), tensor.storage_offset()
         self._place = place(tensor)
+        self._alias = tensor.detach() if tensor.is_conj() or tensor.is_neg() else None
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Of its elements; see `place`."""
+        return self._place
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._storage.device
 
     @property
     def address(self) -> int:
@@ -115,9 +75,68 @@ class Memory:
 
     def tensor(self) -> Tensor:
         """Return a tensor that has it."""
+        if self._alias is not None:
+            return self._alias
         _, shape, stride, dtype = self._place
         empty = torch.empty(0, dtype=dtype, device=self._storage.device)
         return empty.set_(self._storage, self._offset, shape, stride)
+
+
+class Located:
+    """A tensor, and the memory that it has now: an optimizer may put its `.data` somewhere else."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._memory = tensor, Memory(tensor)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the tensor still lives there."""
+        return self._memory.is_of(self.tensor)
+
+    def put_back(self) -> None:
+        """Let it live there again."""
+        if not self.in_place:
+            self.tensor.data = self._memory.tensor()
+
+
+class TensorCopy(Located):
+    """The bits of one tensor, and the memory that they have to go back to. Used without gradients.
+
+    Args:
+        tensor: what is copied.
+        bits: where to; a tensor of its own by default.
+    """
+
+    def __init__(self, tensor: Tensor, bits: Tensor | None = None) -> None:
+        super().__init__(tensor)
+        self.bits = torch.empty_like(self.dense) if bits is None else bits
+
+    def aim(self, tensor: Tensor) -> None:
+        """Copy another tensor of the same shape, strides, dtype and device from now on."""
+        self.tensor, self._memory = tensor, Memory(tensor)
+
+    @property
+    def dense(self) -> Tensor:
+        """The memory that the tensor had; all of it, if its elements overlap."""
+        return dense(self.tensor if self.in_place else self._memory.tensor())
+
+    @property
+    def saved(self) -> Tensor:
+        """The saved bits, in the tensor's shape and on its device."""
+        bits, (_, shape, stride, _) = self.bits.to(self._memory.device), self._memory.place
+        return bits if bits.shape == shape else bits.as_strided(shape, stride)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the tensor has the saved bits, in the memory that it had."""
+        return self.in_place and same_bits(self.dense, self.bits.to(self._memory.device))
+
+    def restore(self) -> None:
+        """Put the bits back; the tensor object and its memory are those of the capture."""
+        self.put_back()
+        there, bits = self.dense, self.bits.to(self._memory.device)
+        if not same_bits(there, bits):  # an unneeded write would look like an outside edit
+            there.copy_(bits)
 
 
 def is_plain_memory(tensor: Tensor) -> bool:
