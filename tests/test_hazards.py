@@ -151,13 +151,14 @@ def test_a_step_that_parts_what_shared_memory(moves, controller) -> None:
             torch.testing.assert_close(p.detach(), record.alpha * size * way)
 
 
-def test_a_capture_that_is_interrupted_vouches_for_nothing(monkeypatch) -> None:
-    """After an interrupt while buffers are made anew, the store covers nothing, whatever is in it."""
+@pytest.mark.parametrize(("size", "where"), [(4, "store._Bucket"), (3, "store.TensorCopy.aim")])
+def test_a_capture_that_is_interrupted_vouches_for_nothing(monkeypatch, size, where) -> None:
+    """After an interrupt while buffers are made anew, or given other tensors, the store covers nothing."""
     tensors = [torch.ones(3), torch.ones(2, dtype=torch.float64)]
     store = TensorStore()
     store.capture(tensors)
-    moved = [tensors[0].clone(), tensors[1]]
-    monkeypatch.setattr("step_optim.snapshot.store._Bucket", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    moved = [torch.ones(size), tensors[1]]
+    monkeypatch.setattr(f"step_optim.snapshot.{where}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         store.capture(moved)
     assert not store.covers(tensors)

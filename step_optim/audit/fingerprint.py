@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from step_optim.snapshot.tensors import any_of, as_bits, differs, place, plain_tensors
+from step_optim.isolation.held import Membership
+from step_optim.snapshot.tensors import any_of, as_bits, differs, plain_tensors
 
 SAMPLE = 256
 """Elements read of a frozen tensor: an edit of the whole tensor changes them. To read all would be a pass over the
@@ -25,7 +26,7 @@ class Fingerprint:
     """
 
     def __init__(self, plain: Any, sums: Sequence[Tensor], buffers: Fingerprint | None = None) -> None:
-        self._plain, self._sums, self._buffers = plain, sums, buffers
+        self.plain, self.sums, self._buffers = plain, sums, buffers
 
     def differs(self, other: Any) -> bool | Tensor:
         """Whether another one is of another policy; a tensor if only an accelerator can tell."""
@@ -40,11 +41,11 @@ class Fingerprint:
 
     def weights_differ(self, other: Any) -> bool | Tensor:
         """Whether another one is of other weights, whatever became of the buffers."""
-        if not isinstance(other, Fingerprint) or self._plain != other._plain or len(self._sums) != len(other._sums):
+        if not isinstance(other, Fingerprint) or self.plain != other.plain or len(self.sums) != len(other.sums):
             return True
         return any_of(
             a.shape != b.shape or a.device != b.device or differs(a, b)
-            for a, b in zip(self._sums, other._sums, strict=True)
+            for a, b in zip(self.sums, other.sums, strict=True)
         )
 
     def __eq__(self, other: object) -> bool:
@@ -54,7 +55,7 @@ class Fingerprint:
 
 
 class Fingerprints:
-    """Takes fingerprints of modules. Views of what is read are kept as long as the tensors stay where they are.
+    """Takes fingerprints of modules, and keeps the list of what is read as long as they hold the same tensors.
 
     An ordinary write counts up a tensor's version. One through `.data`, and
     the kernels of some optimizers, do not, so bits are read besides: all of a
@@ -64,7 +65,10 @@ class Fingerprints:
     """
 
     def __init__(self) -> None:
-        self._views: dict[int, tuple[Any, Tensor]] = {}
+        self._modules: list[nn.Module] = []
+        self._held: Membership | None = None
+        self._children: list[int] = []
+        self._parts: tuple[_Part, ...] = ()
 
     def of(self, modules: Iterable[nn.Module], own: Collection[int] = ()) -> Fingerprint:
         """Identity, place, version, requires_grad and bits of every parameter and buffer of some modules; children.
@@ -73,50 +77,78 @@ class Fingerprints:
             modules: those whose own parameters and buffers count (not their children's).
             own: ids of the parameters whose bits the caller compares itself.
         """
-        modules, kept = list(modules), self._views
-        children = [id(child) for module in modules for child in module._modules.values()]
-        self._views = {}
-        buffers = self._of((buffer for module in modules for buffer in module._buffers.values()), own, kept)
-        weights = self._of((weight for module in modules for weight in module._parameters.values()), own, kept)
-        return Fingerprint((children, weights._plain), weights._sums, buffers)
+        modules = list(modules)
+        if self._held is None or modules != self._modules or not self._held.same:
+            self._list(modules)
+        weights, buffers = (part.read(own) for part in self._parts)
+        return Fingerprint((self._children, weights.plain), weights.sums, buffers)
 
-    def _of(self, parts: Iterable[Tensor | None], own: Collection[int], kept: dict[int, Any]) -> Fingerprint:
-        tensors = list(_tensors(parts))
+    def _list(self, modules: list[nn.Module]) -> None:
+        held = [(part, dict(part.items())) for m in modules for part in (m._parameters, m._buffers, m._modules)]
+        can_change = [(part, saved) for part, saved in held if isinstance(part, dict)]
+        self._held = None  # until all of it is known
+        self._modules, self._children = modules, [id(child) for module in modules for child in module._modules.values()]
+        self._parts = tuple(
+            _Part([t for module in modules for t in getattr(module, name).values() if t is not None])
+            for name in ("_parameters", "_buffers")
+        )
+        if len(can_change) == len(held):  # TorchScript's are listed anew every time
+            self._held = Membership(can_change)
+
+
+class _Part:
+    """The parameters, or the buffers, of some modules."""
+
+    def __init__(self, held: list[Tensor]) -> None:
+        self._held = held
+        self._wrapped = any(hasattr(tensor, "__tensor_flatten__") or tensor.is_inference() for tensor in held)
+        self._tensors = list(_tensors(held))
+        self._places: list[Any] = []
+        self._views: list[Tensor | None] = []
+
+    def read(self, own: Collection[int]) -> Fingerprint:
+        """Take the fingerprint."""
+        if self._wrapped:  # what is inside may be others by now
+            self._tensors = list(_tensors(self._held))
+        tensors = [tensor for tensor, _ in self._tensors]
+        needs = [owner.requires_grad for _, owner in self._tensors]
+        places = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
         marks = [
-            (id(tensor), tensor.data_ptr(), tensor._version, needs_grad)
-            for tensor, needs_grad, _ in tensors
+            (id(tensor), where[0], tensor._version, grad)
+            for tensor, where, grad in zip(tensors, places, needs, strict=True)
             if not tensor.is_inference()
         ]
+        if places != self._places:
+            self._places, self._views = places, [None] * len(places)
         sums: dict[torch.device, list[Tensor]] = {}
         samples: dict[Any, list[Tensor]] = {}
-        for tensor, needs_grad, identity in tensors:
-            if identity in own or tensor.numel() == 0 or tensor.device.type == "meta":
+        for place, (tensor, owner) in enumerate(self._tensors):
+            if id(owner) in own or tensor.numel() == 0 or tensor.device.type == "meta":
                 continue
-            if needs_grad and tensor.numel() > SAMPLE:
+            if needs[place] and tensor.numel() > SAMPLE:
                 sums.setdefault(tensor.device, []).append(as_bits(tensor).sum(dtype=torch.int64))
             else:
-                view = self._view(tensor, kept)
+                view = self._view(place, tensor)
                 samples.setdefault((view.device, view.dtype), []).append(view)
         # One operation for all samples of a kind, where there may be hundreds of tensors.
         found = [torch.stack(parts) for parts in sums.values()] + [torch.cat(parts) for parts in samples.values()]
         return Fingerprint(marks, found)
 
-    def _view(self, tensor: Tensor, kept: dict[int, Any]) -> Tensor:
+    def _view(self, place: int, tensor: Tensor) -> Tensor:
         """The bits of a tensor that are looked at, flat; always in the memory that it has now."""
-        where, known = place(tensor), kept.get(id(tensor))
-        if known is None or known[0] != where:
-            known = (where, as_bits(_sample(tensor)).reshape(-1))
-        if known[1]._base is not None:  # a view, and no copy of what cannot be viewed
-            self._views[id(tensor)] = known
-        return known[1]
+        kept = self._views[place]
+        if kept is None:
+            kept = as_bits(_sample(tensor)).reshape(-1)
+            if kept.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():  # no copy
+                self._views[place] = kept
+        return kept
 
 
-def _tensors(parts: Iterable[Tensor | None]) -> Iterator[tuple[Tensor, bool, int]]:
-    """The tensors that hold the data; whether what they belong to is trained; its id."""
-    for tensor in parts:
-        if tensor is not None:
-            for plain in plain_tensors(tensor):
-                yield plain, tensor.requires_grad, id(tensor)
+def _tensors(held: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors that hold the data, each with the one that it belongs to."""
+    for tensor in held:
+        for plain in plain_tensors(tensor):
+            yield plain, tensor
 
 
 def _sample(tensor: Tensor) -> Tensor:

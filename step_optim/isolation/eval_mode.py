@@ -38,13 +38,19 @@ class _Modes:
         for module in sharded(modules):
             module.reshard()
         self.modules += modules
+        patched = []
         for module in modules:
-            self._flags[module] = module.training
-            _set_training(module, False)
+            own = module.__dict__  # faster than attributes, and models have a thousand modules
+            if "training" in own:
+                self._flags[module], own["training"] = own["training"], False
+            else:
+                self._flags[module] = module.training
+                _set_training(module, False)
+            if "forward" in own:
+                patched.append(module)
         self._state.enter_all(modules)
-        for module in modules:
-            if "forward" in vars(module):
-                self._without_autocast(module)
+        for module in patched:
+            self._without_autocast(module)
 
     def quiet(self, module: nn.Module, _inputs: Any = None) -> None:
         """Switch one module to eval mode, and save what it holds."""
@@ -80,7 +86,8 @@ class _Modes:
             self._state.leave()
         finally:
             for module, training in reversed(self._flags.items()):  # a compiled module shares its inner one's flag
-                _set_training(module, training)
+                if module.__dict__.get("training") is not training:
+                    _set_training(module, training)
 
 
 def _set_training(module: nn.Module, training: bool) -> None:

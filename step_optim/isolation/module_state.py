@@ -48,6 +48,8 @@ class ModuleState:
         self._now: dict[nn.Module, Held] = {}
         self._buffers: list[tuple[Name, Copied]] = []
         self._weights: list[_Weight] = []
+        self._latest: dict[int, _Weight] = {}
+        """Of the latest reading, by the ids of their parameters."""
         self._volatile: set[nn.Module] = set()
         self._written: set[Name] = set()
         self._rewritten: set[int] = set()
@@ -81,7 +83,7 @@ class ModuleState:
 
     def forget(self) -> None:
         """Take what the modules hold next for what they held at first."""
-        self._first, self._first_buffers, self._all = {}, {}, None
+        self._first, self._first_buffers, self._latest, self._all = {}, {}, {}, None
 
     def below(self, roots: Iterable[nn.Module]) -> list[nn.Module]:
         """All modules of these roots; a list that is kept until one of them has others below it."""
@@ -173,12 +175,16 @@ class ModuleState:
         if module in self._entered:
             return
         self._entered.add(module)
-        renormed = getattr(module, "max_norm", None) is not None
+        renormed = module._parameters and getattr(module, "max_norm", None) is not None
         for name, parameter in module._parameters.items():
             if parameter is not None and is_plain_memory(parameter):
-                copied = self._examining or renormed or id(parameter) in self._rewritten
-                self._weights.append(_Weight((module, name), parameter, copied=copied))
-                self._memory.add(self._weights[-1].address)
+                copied = bool(self._examining or renormed or id(parameter) in self._rewritten)
+                weight = self._latest.get(id(parameter))
+                if copied or weight is None or not weight.begins_again((module, name)):
+                    weight = _Weight((module, name), parameter, copied=copied)
+                    self._latest[id(parameter)] = weight
+                self._weights.append(weight)
+                self._memory.add(weight.address)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 copy = Copied(buffer, bits=True)
@@ -242,7 +248,7 @@ class ModuleState:
         # Buffers first: what a module is made of, which ones it has included, is put back whole.
         yield from (partial(self._put_back_buffer, name, buffer) for name, buffer in self._buffers)
         yield from (partial(self._put_back, held) for held in self._now.values())
-        yield from (partial(self._put_back_weight, weight) for weight in self._weights)
+        yield from (partial(self._put_back_weight, weight) for weight in self._weights if not weight.is_untouched)
 
     def refuse(self) -> None:
         """Refuse a model that cannot be measured without a trace.
@@ -303,6 +309,19 @@ class _Weight:
         self._memory, self._version = Memory(parameter), parameter._version
         self.address = self._memory.address
         self.bits = parameter.detach().to("cpu", copy=True) if copied else None
+
+    def begins_again(self, name: Name) -> bool:
+        """Note the parameter for one more reading; whether it still is where it was, and its bits were not copied."""
+        if self.bits is not None or self.name != name or not self._memory.is_of(self.parameter):
+            return False
+        self._version = self.parameter._version
+        return True
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether it is where it was, and nobody has written it, as far as that can be told without its bits."""
+        parameter = self.parameter
+        return self.bits is None and parameter._version == self._version and self._memory.is_of(parameter)
 
     def put_back(self) -> tuple[bool, bool]:
         """Let it be where it was, with the bits that it had, as far as they were copied.

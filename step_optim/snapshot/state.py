@@ -24,6 +24,7 @@ from step_optim.snapshot.groups import GroupJournal
 from step_optim.snapshot.store import TensorStore
 from step_optim.snapshot.tensors import plain_tensors
 
+_PLAIN = frozenset([bool, int, float, str, type(None)])
 _OPAQUE = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 
@@ -147,8 +148,14 @@ class _Walk:
             self._visit(vars(item))
 
     def _visit_all(self, items: Iterable[Any]) -> None:
+        seen, tensors = self._seen, self.tensors
         for item in items:
-            self._visit(item)
+            if type(item) is Tensor and item.layout is torch.strided:  # most of all items, in the fewest steps
+                if id(item) not in seen:
+                    seen[id(item)] = item
+                    tensors.append(item)
+            elif type(item) not in _PLAIN:
+                self._visit(item)
 
     def _container(self, item: Any) -> None:
         members = dict(item) if isinstance(item, dict) else list(item)

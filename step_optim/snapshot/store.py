@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import is_
 from typing import Any
 
 import torch
@@ -45,8 +46,10 @@ class TensorStore:
 
     def covers(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the copies are of these very tensors, each in the memory that it had."""
-        return len(tensors) == len(self._sources) and all(
-            tensor is source.tensor and source.in_place for tensor, source in zip(tensors, self._sources, strict=True)
+        return (
+            len(tensors) == len(self._sources)
+            and all(map(is_, tensors, [source.tensor for source in self._sources]))
+            and self.in_place
         )
 
     @torch.no_grad()
@@ -110,7 +113,7 @@ class TensorStore:
     def _aim(self, tensors: list[Tensor], group: Callable[[Tensor], Hashable]) -> bool:
         """Keep the plan for tensors of the same kinds in other memory; whether that can be done."""
         kinds = [_kind(tensor, group) for tensor in tensors]
-        if kinds != self._kinds or len({memory(tensor) for tensor in tensors}) < len(tensors):
+        if kinds != self._kinds or _share_memory(tensors):
             return False
         self._sources, self.copies = [], []  # until all of it is in place
         for copy, tensor in zip(self._ordered, tensors, strict=True):
@@ -143,13 +146,11 @@ class TensorStore:
     @property
     def in_place(self) -> bool:
         """Whether all tensors live in the memory that they had."""
-        return all(source.in_place for source in self._sources)
+        return all(source.memory.is_of(source.tensor) for source in self._sources)
 
     @torch.no_grad()
     def changed(self) -> bool | Tensor:
-        """Whether any tensor has other bits than the saved ones, or another place; see `differs`."""
-        if not self.in_place:
-            return True
+        """Whether any tensor that is in place has other bits than the saved ones; see `differs`."""
         return any_of(differs(now, saved) for now, saved, _ in self.pairs())
 
     @torch.no_grad()
@@ -170,6 +171,11 @@ def _kind(tensor: Tensor, group: Callable[[Tensor], Hashable]) -> Hashable:
     """What has to be equal for a plan to serve another tensor."""
     size = 0 if tensor.is_contiguous() else tensor.untyped_storage().nbytes()  # one that overlaps is copied with it
     return (*place(tensor)[1:], size, tensor.device, tensor.is_conj(), tensor.is_neg(), group(tensor))
+
+
+def _share_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether two of these tensors, of which none is empty, begin at one place."""
+    return len({tensor.data_ptr() for tensor in tensors}) < len(tensors)
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -70,8 +70,14 @@ class Memory:
         return self._storage.data_ptr()
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Whether a tensor has this memory."""
-        return place(tensor) == self._place
+        """Whether a tensor has this memory; `place`, in the fewest steps: it is asked of every tensor in every step."""
+        pointer, shape, stride, dtype = self._place
+        return bool(
+            tensor.data_ptr() == pointer
+            and tensor.stride() == stride
+            and tensor.shape == shape
+            and tensor.dtype is dtype
+        )
 
     def tensor(self) -> Tensor:
         """Return a tensor that has it."""
@@ -86,17 +92,17 @@ class Located:
     """A tensor, and the memory that it has now: an optimizer may put its `.data` somewhere else."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self._memory = tensor, Memory(tensor)
+        self.tensor, self.memory = tensor, Memory(tensor)
 
     @property
     def in_place(self) -> bool:
         """Whether the tensor still lives there."""
-        return self._memory.is_of(self.tensor)
+        return self.memory.is_of(self.tensor)
 
     def put_back(self) -> None:
         """Let it live there again."""
         if not self.in_place:
-            self.tensor.data = self._memory.tensor()
+            self.tensor.data = self.memory.tensor()
 
 
 class TensorCopy(Located):
@@ -113,28 +119,28 @@ class TensorCopy(Located):
 
     def aim(self, tensor: Tensor) -> None:
         """Copy another tensor of the same shape, strides, dtype and device from now on."""
-        self.tensor, self._memory = tensor, Memory(tensor)
+        self.tensor, self.memory = tensor, Memory(tensor)
 
     @property
     def dense(self) -> Tensor:
         """The memory that the tensor had; all of it, if its elements overlap."""
-        return dense(self.tensor if self.in_place else self._memory.tensor())
+        return dense(self.tensor if self.in_place else self.memory.tensor())
 
     @property
     def saved(self) -> Tensor:
         """The saved bits, in the tensor's shape and on its device."""
-        bits, (_, shape, stride, _) = self.bits.to(self._memory.device), self._memory.place
+        bits, (_, shape, stride, _) = self.bits.to(self.memory.device), self.memory.place
         return bits if bits.shape == shape else bits.as_strided(shape, stride)
 
     @property
     def unchanged(self) -> bool:
         """Whether the tensor has the saved bits, in the memory that it had."""
-        return self.in_place and same_bits(self.dense, self.bits.to(self._memory.device))
+        return self.in_place and same_bits(self.dense, self.bits.to(self.memory.device))
 
     def restore(self) -> None:
         """Put the bits back; the tensor object and its memory are those of the capture."""
         self.put_back()
-        there, bits = self.dense, self.bits.to(self._memory.device)
+        there, bits = self.dense, self.bits.to(self.memory.device)
         if not same_bits(there, bits):  # an unneeded write would look like an outside edit
             there.copy_(bits)
 
