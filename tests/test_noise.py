@@ -300,7 +300,7 @@ def bf16_policy() -> PolicyKL:
 
 def unchecked(kl):
     """The closure, for an optimizer of other parameters."""
-    kl._refuse_strangers = False
+    kl._check_parameters = False
     return kl
 
 

@@ -23,7 +23,7 @@ from tests.strategies import bits
 @pytest.fixture(params=[False, True], ids=["at once", "behind"])
 def behind(request):
     """Whether the CPU plays an accelerator."""
-    with mock.patch.object(stores, "AT_ONCE", () if request.param else ("cpu", "meta")):
+    with mock.patch.object(stores, "SYNCHRONOUS", () if request.param else ("cpu", "meta")):
         yield request.param
 
 
@@ -85,7 +85,7 @@ def history(controller: object, budget: Budget) -> list:
 )
 def test_the_steps_are_the_same_and_edits_are_noticed(controller, budget) -> None:
     """Decisions, figures and weights are those of a device that can be looked at, bit for bit."""
-    with mock.patch.object(stores, "AT_ONCE", ()):
+    with mock.patch.object(stores, "SYNCHRONOUS", ()):
         late = history(controller(), budget)
     early = history(controller(), budget)
     for step, (a, b) in enumerate(zip(late, early, strict=True)):

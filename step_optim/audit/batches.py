@@ -127,7 +127,7 @@ class Shard:
     """Prompts of each slice; here a slice may have none."""
     sharded: bool = False
     """Whether there are others."""
-    spare: int = 0
+    idle: int = 0
     """How many micro-batches more the busiest process has."""
 
     @classmethod

@@ -99,8 +99,8 @@ class PolicyKL(LogitKL):
         self.prompts = output.batch_shape[0]
         given: Any = {} if slices is None else slices
         self.members = checked_slices(given, self.prompts)
-        self._parts, self._over = output.parts, output.beside if reduction == "mean" else 1
-        self._factors = self._parts // self._over
+        self._parts, self._averaged = output.parts, output.beside if reduction == "mean" else 1
+        self._factors = self._parts // self._averaged
         rows = torch.arange(self.prompts, device=policy.x.device if isinstance(policy, Rows) else policy.device)
         self._prompt_of_row = rows.repeat_interleave(self._parts)
         self._constants = () if isinstance(policy, Rows) else policy.constants
@@ -152,9 +152,11 @@ class PolicyKL(LogitKL):
     def _figure(self) -> str:
         """What one observation's figure is."""
         several = self._factors > 1
-        if self._over == 1:
+        if self._averaged == 1:
             return f"sum of {self._factors} KLs" if several else "KL"
-        return f"mean over {self._over} sums of {self._factors} KLs" if several else f"mean over {self._over} KLs"
+        return (
+            f"mean over {self._averaged} sums of {self._factors} KLs" if several else f"mean over {self._averaged} KLs"
+        )
 
     def _evaluate(self) -> Output:
         self._state.reset()
@@ -186,7 +188,7 @@ class PolicyKL(LogitKL):
         if isinstance(candidate, Rows):
             return super()._prompt_kls(candidate, references)
         kls = [candidate.kl(reference).reshape(self.prompts, -1) for reference in references]
-        return [(kl.sum(1) / self._over).tolist() for kl in kls]
+        return [(kl.sum(1) / self._averaged).tolist() for kl in kls]
 
     def _measure_noise(self) -> NoiseFloor | None:
         """Read the policy at rest, and moved by less and less; every process calls fn equally often."""

@@ -104,11 +104,11 @@ class TokenKL(LogitKL):
         vocab_size = vocab_size_of(model)
         if vocab_size is not None:
             control.check_vocabulary(vocab_size)
-        self._refuse_strangers = check_parameters
+        self._check_parameters = check_parameters
         self._live_head: Head | None = None
         part = Shard.of(control, micro_batch, shard)
         self.model, self.control = model, part.control
-        self.sharded, self._spare_forwards = part.sharded, part.spare if has_fsdp(model) else 0
+        self.sharded, self._idle_forwards = part.sharded, part.idle if has_fsdp(model) else 0
         self.prompts, self.members = len(self.control), part.members
         lengths = torch.tensor([len(response) for response in self.control.responses], device="cpu")
         self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts, device="cpu"), lengths).to(
@@ -259,11 +259,11 @@ class TokenKL(LogitKL):
         for module in self.model.modules():
             reshard(module)  # FSDP2 has other parameter objects while a module is unsharded
         known = {id(p) for p in self.model.parameters()}
-        strangers = [tuple(p.shape) for p in parameters if id(p) not in known]
-        if strangers and self._refuse_strangers:
+        unknown = [tuple(p.shape) for p in parameters if id(p) not in known]
+        if unknown and self._check_parameters:
             raise ValueError(
-                f"{len(strangers)} of the optimizer's {len(parameters)} parameters are not parameters of the model in "
-                f"TokenKL (shapes {strangers[:3]}{'...' if len(strangers) > 3 else ''}); pass the model that they "
+                f"{len(unknown)} of the optimizer's {len(parameters)} parameters are not parameters of the model in "
+                f"TokenKL (shapes {unknown[:3]}{'...' if len(unknown) > 3 else ''}); pass the model that they "
                 "belong to, or TokenKL(..., check_parameters=False) if the policy does not read them (a value head)"
             )
 
@@ -282,7 +282,7 @@ class TokenKL(LogitKL):
                 if past is None or torch.is_grad_enabled():  # a graph serves one batch
                     past = reading.past(layout.prefix)
                 yield batch.rows, reading.rows(batch, past, readout=readout)
-            for _ in range(self._spare_forwards):  # FSDP2 gathers weights in every forward: all make as many
+            for _ in range(self._idle_forwards):  # FSDP2 gathers weights in every forward: all make as many
                 reading.rows(layout.batches[-1], readout=readout)
 
     def _head(self, *, live: bool) -> Head | None:

@@ -1,4 +1,4 @@
-"""Undoing that an interrupt cannot prevent, wherever it arrives."""
+"""Interrupt-safe clean-up, wherever the interrupt arrives."""
 
 from __future__ import annotations
 

@@ -264,9 +264,9 @@ def _chosen(model: nn.Module, parameters: Iterable[Tensor] | None) -> list[str]:
         wanted = set(map(id, parameters))
         chosen = [name for name, p in named.items() if id(p) in wanted]
         if len(chosen) < len(wanted):
-            strangers = len(wanted) - len(chosen)
+            unknown = len(wanted) - len(chosen)
             raise ValueError(
-                f"parameters: {strangers} of the {len(wanted)} are not parameters of the model; leave them out"
+                f"parameters: {unknown} of the {len(wanted)} are not parameters of the model; leave them out"
             )
     if not chosen:
         raise ValueError(

@@ -18,7 +18,7 @@ BLOCK = 2**16
 MULTIPLIER = 0x9E3779B97F4A7C15
 """Odd, and without a pattern in its bits."""
 
-AT_ONCE = ("cpu", "meta")
+SYNCHRONOUS = ("cpu", "meta")
 """Devices whose results can be looked at without waiting for anything."""
 
 
@@ -193,9 +193,9 @@ def shard_count(parameter: Tensor) -> int:
     return math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_shard())
 
 
-def at_once(tensor: Tensor) -> bool:
+def is_synchronous(tensor: Tensor) -> bool:
     """Whether its device can be looked at without waiting."""
-    return tensor.device.type in AT_ONCE
+    return tensor.device.type in SYNCHRONOUS
 
 
 def differs(a: Tensor, b: Tensor) -> bool | Tensor:
@@ -203,7 +203,7 @@ def differs(a: Tensor, b: Tensor) -> bool | Tensor:
     if a.device.type == "meta":
         return False
     a, b = as_bits(a), as_bits(b)
-    if not at_once(a):
+    if not is_synchronous(a):
         return (a != b).any()
     if all(x.is_contiguous() and x.nbytes % 8 == 0 and x.data_ptr() % 8 == 0 for x in (a, b)):
         a, b = _words(a), _words(b)  # half the time

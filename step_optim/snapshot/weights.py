@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from step_optim.snapshot.store import TensorStore
-from step_optim.snapshot.tensors import TensorCopy, at_once, differs, digest, memory, plain_tensors, shard_count
+from step_optim.snapshot.tensors import TensorCopy, differs, digest, is_synchronous, memory, plain_tensors, shard_count
 
 
 class Update:
@@ -57,7 +57,7 @@ class Weights:
 
     @property
     def _copies(self) -> list[TensorCopy]:
-        """One for each piece of memory: the candidate's, once it is known. A step may part what shared some."""
+        """One copy per storage: the candidate's, once it is known; the inner step may un-share tied tensors."""
         return (self._candidate if self._has_candidate else self._store).copies
 
     @property
@@ -139,7 +139,7 @@ class Weights:
             if now.is_meta:  # no bits that could differ
                 continue
             square = _square(now, previous)
-            sure = at_once(now) and bool(square > 0)  # else 0.0 may have become -0.0
+            sure = is_synchronous(now) and bool(square > 0)  # else 0.0 may have become -0.0
             squares.append(shards * square)
             differences.append(sure or differs(now, previous))
         return Update(differences, squares)
@@ -234,8 +234,8 @@ IN_CACHE = 2**17
 
 
 def _square(now: Tensor, previous: Tensor) -> Tensor:
-    """‖now - previous‖², 0-dim float64; what did not move counts nothing, be it infinite."""
-    if not at_once(now) or now.dim() != 1:
+    """‖now - previous‖², 0-dim float64; what did not move counts as 0, be it infinite."""
+    if not is_synchronous(now) or now.dim() != 1:
         return _square_of(now, previous)
     pieces = zip(now.split(IN_CACHE), previous.split(IN_CACHE), strict=True)  # type: ignore[no-untyped-call]
     return torch.stack([_square_of(a, b) for a, b in pieces]).sum()
@@ -248,7 +248,7 @@ def _square_of(now: Tensor, previous: Tensor) -> Tensor:
         now, previous = now.double(), previous.double()
     wide: Any = torch.complex128 if now.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(now - previous, dtype=wide)
-    if not at_once(now) or not bool(norm.isfinite()):
+    if not is_synchronous(now) or not bool(norm.isfinite()):
         stayed = (now == previous) | (now.isnan() & previous.isnan())
         norm = torch.linalg.vector_norm(torch.where(stayed, 0, now - previous), dtype=wide)
     return norm.double().square()
