@@ -1,6 +1,6 @@
 """The fault campaign: what a step, a log and a checkpoint do when something goes wrong.
 
-``python -m tests.faults`` runs all of it and prints how many cases there were; ``tests/test_faults.py`` runs a
+``python -m tests.faults`` runs all of it and prints how many cases there were; ``tests/faults/test_campaign.py`` runs a
 seeded part. Kinds of cases, each with a name by which it can be run alone (``--case NAME``):
 
 - ``line``: an exception, a KeyboardInterrupt or an out-of-memory error at a line of step_optim, or a signal that

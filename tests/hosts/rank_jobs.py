@@ -1,0 +1,352 @@
+"""What the processes of `test_distributed` do. A job returns plain values: they travel between processes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL
+from step_optim.host import watchdog
+from step_optim.host.ranks import Ranks
+from step_optim.step import step as step_module
+from tests.hosts.rank_training import INF, Training, local, story
+from tests.strategies import Policy
+
+
+def train(kind: str, *, steps: int = 6, budget: Any = None, **options: Any) -> dict[str, Any]:
+    """Train; rejected steps must leave no trace."""
+    run = Training(kind, budget=budget, **options)
+    records = []
+    for step in range(steps):
+        run.loss(step)
+        before = run.picture()
+        run.optimizer.step()
+        if budget is not None:
+            records.append(story(run.optimizer.last))
+            if records[-1]["action"] == "reject":
+                assert run.picture() == before
+    return {"records": records, "weights": run.weights(), "values": run.values(), "state": run.state()}
+
+
+def movement(kind: str, **options: Any) -> Any:
+    """Measure a change of the weights which is the same everywhere."""
+    run = Training(kind, budget=INF, shard=True, exact=True, **options)
+    kl = run.optimizer._run.kl
+    run.step(0)
+    run.step(1)
+    return kl.sharded, story(run.optimizer.last)
+
+
+def failing(
+    kind: str,
+    where: str,
+    error: str = "RuntimeError",
+    on_error: str = "raise",
+    culprit: int = 1,
+    nth: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train four steps; in the third one rank fails, ``"forward"`` in the midst of the audit's ``nth``.
+
+    Return what each step was here, and the weights.
+    """
+    errors = {"RuntimeError": RuntimeError, "KeyboardInterrupt": KeyboardInterrupt, "MemoryError": MemoryError}
+    guilty = dist.get_rank() == culprit
+    now = -1
+
+    def fails(place: str) -> bool:
+        return guilty and place == where and now == 2
+
+    def fail(place: str) -> None:
+        if fails(place):
+            raise errors[error]("as planned")
+
+    def measured(kl: TokenKL) -> TokenKL:
+        audit = kl.audit
+
+        def audited() -> Any:
+            fail("audit")
+            result = audit()
+            if fails("nan"):
+                bad = replace(result.movement, prompts=(math.nan,) * len(result.movement.prompts or ()), mean=math.nan)
+                return replace(result, movement=bad)
+            return result
+
+        kl.audit = audited  # type: ignore[method-assign]
+        return kl
+
+    run = Training(kind, shard=True, measure=measured, on_error=on_error, **({"budget": INF} | options))
+    forwards: list[int] = []
+
+    def in_the_embedding(module: torch.nn.Module, _inputs: Any) -> None:
+        if not module.training and now == 2:
+            forwards.append(1)
+            if len(forwards) == nth:
+                fail("forward")
+
+    run.plain.embed.register_forward_pre_hook(in_the_embedding)
+    plain_step = run.inner.step
+
+    def inner_step(*args: Any, **kwargs: Any) -> Any:
+        result = plain_step(*args, **kwargs)
+        fail("inner")
+        if fails("weights"):
+            with torch.no_grad():
+                local(next(iter(run.plain.parameters()))).view(-1)[:1] = math.nan
+        return result
+
+    run.inner.step = inner_step  # type: ignore[method-assign]
+
+    def closure() -> Any:
+        loss = run.loss(now)
+        fail("loss")
+        return loss
+
+    def describe(*args: Any) -> Any:
+        fail("describe")
+        return plain_describe(*args)
+
+    outcomes, exact = [], True
+    plain_describe, step_module.decided = step_module.decided, describe  # type: ignore[assignment]
+    for now in range(4):
+        if where != "loss":
+            run.loss(now)
+        before = run.picture()
+        try:
+            run.optimizer.step(closure if where == "loss" else None)
+            outcomes.append(str(run.optimizer.last.action))
+        except BaseException as raised:
+            outcomes.append(f"{type(raised).__name__}: {raised}")
+        if outcomes[-1] != "commit":
+            exact = exact and run.picture() == before
+    step_module.decided = plain_describe
+    return {"outcomes": outcomes, "exact": exact, "weights": run.weights(), "last": run.optimizer.last.step}
+
+
+def without_step(kind: str, left_out: int) -> list[Any]:
+    """Train four steps but one, on the gradients that they have in a run where it was rejected."""
+    run = Training(kind)
+    for step in range(4):
+        run.loss(step)
+        if step != left_out:
+            run.inner.step()
+    return run.weights()
+
+
+def hiding(kind: str) -> list[str]:
+    """Fail in the audit of one rank, under a KL closure that makes errors its own: also that of another rank."""
+    now = -1
+
+    def measured(kl: TokenKL) -> TokenKL:
+        audit = kl.audit
+
+        def audited() -> Any:
+            try:
+                if dist.get_rank() == 1 and now == 1:
+                    raise RuntimeError("as planned")
+                return audit()
+            except RuntimeError as error:
+                raise ArithmeticError("no measurement") from error
+
+        kl.audit = audited  # type: ignore[method-assign]
+        return kl
+
+    run = Training(kind, budget=INF, shard=True, measure=measured, on_error="reject")
+    outcomes = []
+    for now in range(3):
+        run.step(now)
+        outcomes.append(str(run.optimizer.last.action))
+    return outcomes
+
+
+def uneven() -> list[dict[str, Any]]:
+    """Measure with a function that makes more forwards on one rank; FSDP2's root gathers its weights in the first."""
+
+    def measured(kl: TokenKL) -> Any:
+        def fn() -> float:
+            times = 3 if dist.get_rank() == 0 else 1
+            rows = [kl._reading.rows(kl._layout.batches[0], readout="full") for _ in range(times)]
+            return float(rows[-1].square().mean())
+
+        return fn
+
+    run = Training("root", budget=INF, measure=measured)
+    stories = []
+    for step in range(3):
+        run.step(step)
+        stories.append(story(run.optimizer.last))
+    return stories
+
+
+def averaged() -> list[Any]:
+    """Average tensors of this rank, weighted with its number."""
+    mine = [torch.full((2,), 1.0 + dist.get_rank()), torch.tensor([complex(0, dist.get_rank())])]
+    return [tensor.tolist() for tensor in Ranks().average(mine, weight=1 + 2 * dist.get_rank())]
+
+
+def unequal_budgets() -> str:
+    """Give each rank a budget of its own."""
+    run = Training("ddp", budget=Budget(mean=1.0 + dist.get_rank()))
+    before = run.weights()
+    try:
+        run.step(0)
+    except ValueError as error:
+        assert run.weights() == before
+        return str(error)
+    return "no error"
+
+
+def refused(kind: str, shard: bool) -> str:
+    """Try `Project` where it cannot be."""
+    try:
+        Training(kind, budget=1.0, controller="Project", shard=shard)
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+def windowed(kind: str, budget: float) -> dict[str, Any]:
+    """Three inner steps in one window."""
+    run = Training(kind, budget=budget, shard=True, own=True)
+    before = run.weights()
+    with run.optimizer.window():
+        for step in range(3):
+            run.step(step)
+    return {"record": story(run.optimizer.last), "weights": run.weights(), "moved": run.weights() != before}
+
+
+def broken_window(kind: str) -> tuple[str, bool, list[Any]]:
+    """Fail on one rank at the end of a window; then train on."""
+    run = Training(kind, budget=INF, shard=True, own=True)
+    before, outcome = run.weights(), "no error"
+    try:
+        with run.optimizer.window():
+            run.step(0)
+            if dist.get_rank() == 1:
+                raise RuntimeError("as planned")
+    except RuntimeError as error:
+        outcome = f"{type(error).__name__}: {error}"
+    restored = run.weights() == before
+    run.step(1)
+    return outcome, restored, run.weights()
+
+
+def alone() -> dict[str, Any]:
+    """Let each rank decide by itself: `process_group=None`."""
+    run = Training("plain", budget=1e-4 if dist.get_rank() == 0 else INF, process_group=None)
+    run.step(0)
+    return story(run.optimizer.last)
+
+
+def in_pairs() -> dict[str, Any]:
+    """Ranks 0 and 1 train one policy together, 2 and 3 another."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = dist.get_rank() // 2
+    run = Training("plain", budget=[1e-4, INF][pair], process_group=pairs[pair])
+    run.step(0)
+    return story(run.optimizer.last)
+
+
+def logged(folder: str, group: Any = "world") -> int:
+    """Write a log from every rank, each to a path of its own."""
+    run = Training("ddp", budget=INF, log=f"{folder}/rank{dist.get_rank()}/log.jsonl", process_group=group)
+    for step in range(3):
+        run.step(step)
+    return run.optimizer.last.step
+
+
+def resumed(kind: str, folder: str, way: str, budget: float) -> tuple[Any, Any, Any]:
+    """Train six steps; and three, save, load into a fresh run, three more."""
+    whole, first, second = (Training(kind, budget=budget, shard=True) for _ in range(3))
+    for step in range(6):
+        whole.step(step)
+    for step in range(3):
+        first.step(step)
+    own = copy.deepcopy(first.optimizer.state_dict())
+    if way == "dcp":
+        save(first, folder)
+        load(second, folder)
+        # torch.distributed.checkpoint knows nothing of STEP's own part: each rank keeps that by itself.
+        second.optimizer.load_state_dict({**second.inner.state_dict(), "step_optim": own["step_optim"]})
+    else:
+        second.plain.load_state_dict(copy.deepcopy(first.plain.state_dict()))
+        second.optimizer.load_state_dict(own)
+    for step in range(3, 6):
+        second.step(step)
+    same = [story(run.optimizer.last) for run in (whole, second)]
+    return (whole.weights(), whole.state()) == (second.weights(), second.state()), *same
+
+
+def save(run: Training, folder: str) -> None:
+    """Save model and optimizer with torch.distributed.checkpoint."""
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+
+
+def load(run: Training, folder: str) -> None:
+    """Load them into another run."""
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    state = {"model": model, "optimizer": optimizer}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def broadcasting() -> list[str]:
+    """Audit through DDP, whose forward broadcasts BatchNorm's buffers; in the second step one rank fails before it."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Policy(), find_unused_parameters=True)
+    observations = torch.randn(6, 5)
+    now, calls = -1, 0
+
+    def policy() -> torch.Tensor:
+        nonlocal calls
+        calls += 1  # training has moved the buffers: the first one in a step is the reference
+        if dist.get_rank() == 1 and now == 1 and calls == 2:
+            raise RuntimeError("as planned")
+        return model(observations)
+
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = STEPOptimizer(inner, PolicyKL(policy), budget=INF, on_error="reject")
+    actions = []
+    for now in range(3):
+        optimizer.zero_grad()
+        model(observations + now).square().mean().backward()
+        calls = 0
+        optimizer.step()
+        actions.append(str(optimizer.last.action))
+    return actions
+
+
+def late(folder: str) -> list[str]:
+    """Rank 1 comes to the first step, and to the third, only when rank 0 has said twice that it waits; what it said."""
+    said: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            Path(folder, f"said{len(said)}").touch()
+
+    handler = Handler()
+    watchdog.LOGGER.addHandler(handler)
+    run = Training("plain", budget=INF)
+    with mock.patch.multiple(watchdog, PATIENCE=0.2, AGAIN=0.2):
+        for step in range(4):
+            run.loss(step)
+            if dist.get_rank() == 1 and step in (0, 2):
+                while not Path(folder, f"said{step + 2}").exists():
+                    time.sleep(0.01)
+            run.optimizer.step()
+    watchdog.LOGGER.removeHandler(handler)
+    return said
