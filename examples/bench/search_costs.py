@@ -154,7 +154,7 @@ def _solve(curve: Curve, part: float, controllers: dict[str, tuple[Interpolate, 
     found = {}
     for name, (controller, memory) in controllers.items():
         asked: list[float] = []
-        point = controller.search_alpha(trial_over(curve, limits, asked, memory))
+        point = controller.line.find(trial_over(curve, limits, asked, memory))
         found[name] = {"audits": len(asked), "alpha": 0.0 if point is None else point.alpha}
     return {"kl": curve.known[1.0].mean, "part": part, "best": curve.best(limits), "found": found}
 

@@ -39,6 +39,8 @@ class TensorStore:
         self._copy_of: dict[int, TensorCopy] = {}
         self._buckets: list[_Bucket] = []
         self._ordered: list[TensorCopy] = []
+        self._planned: list[_Bucket] = []
+        """Buckets of the plan, which is kept when the tensors are let go."""
         self._kinds: list[Hashable] | None = None
         """Of the tensors that the plan is for, in the order of the copies; None if some share memory."""
         self._aside: Any = None
@@ -107,8 +109,8 @@ class TensorStore:
         self._copy_of = {id(tensor): copies[id(seen[memory(tensor)])] for tensor in tensors}
         self.copies = [copies[id(tensor)] for tensor in seen.values()]
         self._sources = [copies.get(id(tensor)) or Located(tensor) for tensor in tensors]
-        shared = len(self.copies) < len(tensors)
-        self._ordered, self._kinds = self.copies, None if shared else [_kind(tensor, group) for tensor in tensors]
+        kinds = None if len(self.copies) < len(tensors) else [_kind(tensor, group) for tensor in tensors]
+        self._planned, self._ordered, self._kinds = self._buckets, self.copies, kinds  # an interrupt finds all or none
 
     def _aim(self, tensors: list[Tensor], group: Callable[[Tensor], Hashable]) -> bool:
         """Keep the plan for tensors of the same kinds in other memory; whether that can be done."""
@@ -118,6 +120,7 @@ class TensorStore:
         self._sources, self.copies = [], []  # until all of it is in place
         for copy, tensor in zip(self._ordered, tensors, strict=True):
             copy.aim(tensor)
+        self._buckets = self._planned
         for bucket in self._buckets:
             bucket.aim()
         self._copy_of = {id(tensor): copy for copy, tensor in zip(self._ordered, tensors, strict=True)}
@@ -126,10 +129,10 @@ class TensorStore:
 
     def forget(self) -> None:
         """Let the tensors go; small buffers are kept, for others of the same kinds."""
-        self.copies, self._sources, self._copy_of = [], [], {}
-        if self._kinds is None or sum(bucket.flat.nbytes for bucket in self._buckets) > SMALL:
-            self._kinds, self._ordered, self._buckets = None, [], []
-        for bucket in self._buckets:
+        self.copies, self._sources, self._copy_of, self._buckets = [], [], {}, []
+        if self._kinds is None or sum(bucket.flat.nbytes for bucket in self._planned) > SMALL:
+            self._kinds, self._ordered, self._planned = None, [], []
+        for bucket in self._planned:
             bucket.forget()
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor, Any]]:
