@@ -63,6 +63,21 @@ def test_a_quick_run_measures_everything_and_can_be_rendered_again(tmp_path):
     assert "again" in shown
 
 
+def test_what_saves_waits_is_measured_in_turns(tmp_path):
+    """A row for each kind of step, with its paired ratio; on a CPU the script only shows that it runs."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/bench/waits.py"), "--device", "cpu", "--layers", "1", "--width", "32"]
+        + ["--rounds", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows == ["committed step", "---", "as it is", "judged early", "one by one"]
+
+
 def check_methods(methods: dict) -> None:
     """Commits commit, gates reject, interpolation shrinks, and copies of everything take memory."""
     trials = {name: row["trials"]["median"] for name, row in methods.items() if "trials" in row}
