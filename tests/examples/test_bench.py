@@ -66,8 +66,11 @@ def test_a_quick_run_measures_everything_and_can_be_rendered_again(tmp_path):
 def test_what_saves_waits_is_measured_in_turns(tmp_path):
     """A row for each kind of step, with its paired ratio; on a CPU the script only shows that it runs."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/bench/waits.py"), "--device", "cpu", "--layers", "1", "--width", "32"]
-        + ["--rounds", "2"],
+        [
+            sys.executable,
+            str(ROOT / "examples/bench/waits.py"),
+            *"--device cpu --layers 1 --width 32 --rounds 2".split(),
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
