@@ -159,6 +159,12 @@ def kl_closure(fn: F) -> FunctionKL:
     """Mark a function as KL closure, so that ``optimizer.step(fn)`` takes it as one.
 
     A plain function in that place is always torch's loss closure.
+
+    >>> @kl_closure
+    ... def movement():
+    ...     return {"math": 0.01, "story": 0.03}
+    >>> movement().mean, movement().worst
+    (0.02, ('story', 0.03))
     """
     return FunctionKL(fn)
 

@@ -77,6 +77,12 @@ class TokenKL(LogitKL):
             model, that does not return logits of all tokens, or whose forward
             leaves a trace that cannot be undone (see `module_state`); unmoved
             weights that do not read 0 (dropout in eval mode, say).
+
+    >>> model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))  # input_ids -> logits
+    >>> control = ControlSet.from_ids([[1, 2], [3]], [[4, 5], [6]], slices={"math": [0], "story": [1]})
+    >>> kl = TokenKL(model, control)
+    >>> kl.anchor(); kl().mean
+    0.0
     """
 
     takes_any_weights = True

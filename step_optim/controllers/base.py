@@ -173,12 +173,22 @@ class Controller(ABC):
     controller that keeps it in attributes instead serves one optimizer alone,
     and returns it in `state_dict`.
 
-    Write one by subclassing::
+    Write one by subclassing:
 
-        class Halve(Controller):
-            def decide(self, trial):
-                half = trial.at(0.5)
-                return trial.accept(half) if half.feasible else trial.reject()
+    >>> class Halve(Controller):
+    ...     def decide(self, trial):
+    ...         half = trial.at(0.5)
+    ...         return trial.accept(half) if half.feasible else trial.reject()
+    >>> import torch
+    >>> from step_optim import STEPOptimizer
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> optimizer = STEPOptimizer(
+    ...     torch.optim.SGD([weight], lr=1.0), kl=lambda: float(weight) ** 2, budget=0.5, controller=Halve()
+    ... )
+    >>> weight.grad = -torch.ones(1)
+    >>> optimizer.step()
+    >>> str(optimizer.last.action), weight.item()
+    ('shrink', 0.5)
     """
 
     on_reject: str = "restore"

@@ -25,6 +25,17 @@ class Gate(Controller):
 
     Raises:
         ValueError: ``patience`` below 1, or an unknown option.
+
+    >>> import torch
+    >>> from step_optim import STEPOptimizer
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> optimizer = STEPOptimizer(
+    ...     torch.optim.SGD([weight], lr=1.0), kl=lambda: float(weight) ** 2, budget=0.5, controller=Gate()
+    ... )
+    >>> weight.grad = -torch.ones(1)
+    >>> optimizer.step()
+    >>> str(optimizer.last.action), weight.item()
+    ('reject', 0.0)
     """
 
     patience: int | None = None

@@ -43,6 +43,17 @@ class Project(Controller):
 
     Raises:
         ValueError: an argument out of range, or an unknown option.
+
+    >>> from step_optim import PolicyKL, STEPOptimizer
+    >>> policy = torch.nn.Linear(2, 3, bias=False)
+    >>> kl = PolicyKL(lambda: policy(torch.eye(2)), slices={"left": [0], "right": [1]})
+    >>> optimizer = STEPOptimizer(
+    ...     torch.optim.SGD(policy.parameters(), lr=1.0), kl=kl, budget=0.01, controller=Project()
+    ... )
+    >>> policy.weight.grad = torch.tensor([[1.0, 0.1], [0.0, 0.0], [0.0, 0.0]])
+    >>> optimizer.step()
+    >>> optimizer.last.triggered, optimizer.last.accepted.mean <= 0.01
+    (True, True)
     """
 
     steps: int = 2

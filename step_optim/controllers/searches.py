@@ -64,6 +64,10 @@ class ModelSearch(Search):
     Where the weights have few numbers between theta_t and the candidate
     (bf16), it works with the alpha that rounding leaves (`Trial.realised`): K
     is a parabola in that.
+
+    >>> from step_optim import Interpolate
+    >>> Interpolate(ModelSearch(strict=True)).line.max_trials
+    24
     """
 
     strict: bool = False

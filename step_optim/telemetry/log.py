@@ -186,5 +186,16 @@ def _parses(line: str) -> dict[str, Any] | None:
 
 
 def read_log(path: str | Path) -> list[StepRecord]:
-    """Read the records of a log; see `read_trace`."""
+    """Read the records of a log; see `read_trace`.
+
+    >>> import tempfile
+    >>> from step_optim.budget import Limits
+    >>> from step_optim.controllers import Action
+    >>> from step_optim.movement import Movement
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write = JSONLWriter(f"{folder}/run.jsonl", dict)
+    ...     write(StepRecord(0, Action.COMMIT, Movement(0.01), Movement(0.01), Limits(mean=0.03)))
+    ...     [str(record.action) for record in read_log(f"{folder}/run.jsonl")]
+    ['commit']
+    """
     return list(read_trace(path).records)

@@ -26,7 +26,12 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Everything about one step. KL figures are in nats per token, times in seconds."""
+    """Everything about one step. KL figures are in nats per token, times in seconds.
+
+    >>> record = StepRecord(0, Action.COMMIT, Movement(0.01), Movement(0.01), Limits(mean=0.03))
+    >>> StepRecord.from_dict(record.to_dict()) == record
+    True
+    """
 
     step: int
     """Step index t, counted from 0; rejected steps count."""

@@ -110,7 +110,11 @@ def _per(total: float, count: float) -> float | None:
 
 
 def summarise(records: Iterable[StepRecord]) -> dict[str, Any]:
-    """Return the figures of `STEPOptimizer.summary()` for a log that was read back."""
+    """Return the figures of `STEPOptimizer.summary()` for a log that was read back.
+
+    >>> summarise([])["steps"]
+    0
+    """
     summary = Summary()
     for record in records:
         summary = summary.plus(record)

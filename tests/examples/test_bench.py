@@ -69,7 +69,7 @@ def test_what_saves_waits_is_measured_in_turns(tmp_path):
         [
             sys.executable,
             str(ROOT / "examples/bench/waits.py"),
-            *"--device cpu --layers 1 --width 32 --rounds 2".split(),
+            *["--device", "cpu", "--layers", "1", "--width", "32", "--rounds", "2"],
         ],
         cwd=tmp_path,
         capture_output=True,
