@@ -43,7 +43,7 @@ class _Modes:
             own = module.__dict__  # faster than attributes, and models have a thousand modules
             if "training" in own:
                 self._flags[module], own["training"] = own["training"], False
-            else:
+            else:  # TorchScript has it elsewhere
                 self._flags[module] = module.training
                 _set_training(module, False)
             if "forward" in own:
@@ -86,7 +86,10 @@ class _Modes:
             self._state.leave()
         finally:
             for module, training in reversed(self._flags.items()):  # a compiled module shares its inner one's flag
-                if module.__dict__.get("training") is not training:
+                own = module.__dict__
+                if "training" in own:
+                    own["training"] = training
+                else:
                     _set_training(module, training)
 
 

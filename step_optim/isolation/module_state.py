@@ -177,14 +177,16 @@ class ModuleState:
         self._entered.add(module)
         renormed = module._parameters and getattr(module, "max_norm", None) is not None
         for name, parameter in module._parameters.items():
-            if parameter is not None and is_plain_memory(parameter):
-                copied = bool(self._examining or renormed or id(parameter) in self._rewritten)
-                weight = self._latest.get(id(parameter))
-                if copied or weight is None or not weight.begins_again((module, name)):
-                    weight = _Weight((module, name), parameter, copied=copied)
-                    self._latest[id(parameter)] = weight
-                self._weights.append(weight)
-                self._memory.add(weight.address)
+            if parameter is None:
+                continue
+            copied = bool(self._examining or renormed or id(parameter) in self._rewritten)
+            weight = None if copied else self._latest.get(id(parameter))
+            if weight is None or not weight.begins_again((module, name)):
+                if not is_plain_memory(parameter):
+                    continue
+                weight = self._latest[id(parameter)] = _Weight((module, name), parameter, copied=copied)
+            self._weights.append(weight)
+            self._memory.add(weight.address)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 copy = Copied(buffer, bits=True)
