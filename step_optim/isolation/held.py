@@ -194,6 +194,8 @@ def address(tensor: Tensor) -> int:
     """Where the memory of a tensor begins; 0 of one that has none of its own."""
     try:
         return tensor.untyped_storage().data_ptr()
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError):  # sparse, a wrapper around other tensors
         return 0
 
