@@ -61,6 +61,8 @@ class LogitKL(ReferenceKL):
         try:
             origin = self._read_origin(state)
             damage = "NaN in it" if any(value.isnan().any() for value in _values(state)) else None
+        except torch.OutOfMemoryError:
+            raise
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"the checkpoint's pi_ref is damaged ({type(error).__name__}: {error})") from error
         if damage:

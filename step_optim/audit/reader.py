@@ -163,6 +163,8 @@ class Reading:
     def _try_rows(self, batch: Batch) -> Tensor | None:
         try:
             return self.rows(batch, readout="rows")
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None  # a model that does more with its head's output than pass it on
 
