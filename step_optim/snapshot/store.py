@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, pairwise
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from step_optim.snapshot.tensors import Located, TensorCopy, any_of, dense, differs, memory, place
+from step_optim.snapshot.tensors import Located, TensorCopy, any_of, as_bits, dense, differs, memory, place
 
 CHUNK = {"cpu": 2**22, "cuda": 2**25}
 """Elements that are compared at once; smaller tensors are put together up to this many."""
@@ -160,8 +161,8 @@ class TensorStore:
     def restore(self) -> None:
         """Put all bits back, into the memory where they were."""
         self.put_back()
-        for copy in self.copies:
-            copy.restore()
+        for bucket in self._buckets:
+            bucket.restore()
 
     def put_back(self) -> None:
         """Let all tensors live in the memory that they had, whatever is in it."""
@@ -237,6 +238,25 @@ class _Bucket:
         size = chunk_of(every)
         for now, saved in zip(every.split(size), self.flat.split(size), strict=True):  # type: ignore[no-untyped-call]
             yield now, saved.to(now.device, non_blocking=True)
+
+    def restore(self) -> None:
+        """Put back the bits that have changed; an unneeded write would look like an outside edit."""
+        if not any(differs(now, saved) for now, saved in self.pairs()):
+            return
+        changed = self._changed()
+        torch._foreach_copy_([self._live[i] for i in changed], [self._bits[i] for i in changed], non_blocking=True)
+
+    def _changed(self) -> list[int]:
+        """Which tensors have other bits than the saved ones, found in a few operations for all of them."""
+        if len(self._live) == 1:
+            return [0]
+        every = self._all()
+        different = as_bits(every) != as_bits(self.flat.to(every.device))
+        counts = different.reshape(len(every), -1).any(1).cumsum(0, dtype=torch.int32)
+        ends = list(accumulate(tensor.numel() for tensor in self._live))
+        so_far = [0, *(counts[[end - 1 for end in ends if end > 0]].tolist() if len(counts) else [])]
+        so_far = [0] * (len(ends) + 1 - len(so_far)) + so_far  # empty tensors at the beginning
+        return [i for i, (before, after) in enumerate(pairwise(so_far)) if after > before]
 
     def _all(self) -> Tensor:
         """All elements one after another, in memory that the next bucket writes over; a single tensor lies there."""
