@@ -124,7 +124,9 @@ class STEPOptimizer(OptimizerWrapper):
         controller = check_controller(Interpolate() if controller is None else controller)
         budget = Budget.of(budget)
         check_line(optimizer, controller, budget)
-        adaptive_rate = adaptive_rate if warm_start is None else warm_start
+        if adaptive_rate and warm_start is False:
+            raise ValueError("adaptive_rate=True and warm_start=False contradict each other; give adaptive_rate alone")
+        adaptive_rate = adaptive_rate or bool(warm_start)
         if adaptive_rate:
             check_rates(optimizer)
         super().__init__(optimizer)

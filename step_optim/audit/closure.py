@@ -40,7 +40,7 @@ class KLClosure(ABC):
     """Whether `Project` can work with this closure: it derives from `LogitKL`."""
 
     isolates = False
-    """Whether `audit` runs itself isolated; if not, the transaction does that."""
+    """Whether `audit` runs itself isolated; if not, `Auditor.audit` does that."""
 
     sharded = False
     """Whether each process measures a part of the control prompts only (see `Movement.pooled`)."""
@@ -103,6 +103,9 @@ class KLClosure(ABC):
             own: ids of the parameters that the caller watches itself.
         """
         return None
+
+    def release(self) -> None:
+        """Let go of what only serves a step in progress: the step has ended."""
 
     @property
     def measures_drift(self) -> bool:

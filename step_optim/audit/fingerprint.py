@@ -81,7 +81,14 @@ class Fingerprints:
         if self._held is None or modules != self._modules or not self._held.same:
             self._list(modules)
         weights, buffers = (part.read(own) for part in self._parts)
+        if self._held is None:
+            self.release()
         return Fingerprint((self._children, weights.plain), weights.sums, buffers)
+
+    def release(self) -> None:
+        """Let go of the views of what was read; they would keep its memory."""
+        for part in self._parts:
+            part.release()
 
     def _list(self, modules: list[nn.Module]) -> None:
         held = [(part, dict(part.items())) for m in modules for part in (m._parameters, m._buffers, m._modules)]
@@ -101,22 +108,27 @@ class _Part:
 
     def __init__(self, held: list[Tensor]) -> None:
         self._held = held
-        self._wrapped = any(hasattr(tensor, "__tensor_flatten__") or tensor.is_inference() for tensor in held)
+        self._wrapped = any(
+            hasattr(t, "__tensor_flatten__") or t.layout is not torch.strided or t.is_inference() for t in held
+        )
         self._tensors = list(_tensors(held))
         self._places: list[Any] = []
         self._views: list[Tensor | None] = []
 
+    def release(self) -> None:
+        """Let go of the views."""
+        self._places, self._views = [], []
+
+    @torch.no_grad()
     def read(self, own: Collection[int]) -> Fingerprint:
         """Take the fingerprint."""
         if self._wrapped:  # what is inside may be others by now
             self._tensors = list(_tensors(self._held))
-        tensors = [tensor for tensor, _ in self._tensors]
         needs = [owner.requires_grad for _, owner in self._tensors]
-        places = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+        places = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()) for t, _ in self._tensors]
         marks = [
-            (id(tensor), where[0], tensor._version, grad)
-            for tensor, where, grad in zip(tensors, places, needs, strict=True)
-            if not tensor.is_inference()
+            (id(owner), where, _version(tensor), _version(owner), grad)
+            for (tensor, owner), where, grad in zip(self._tensors, places, needs, strict=True)
         ]
         if places != self._places:
             self._places, self._views = places, [None] * len(places)
@@ -128,20 +140,19 @@ class _Part:
             if needs[place] and tensor.numel() > SAMPLE:
                 sums.setdefault(tensor.device, []).append(as_bits(tensor).sum(dtype=torch.int64))
             else:
-                view = self._view(place, tensor)
+                view = self._views[place]
+                if view is None:
+                    view = self._views[place] = _sample(tensor)
+                if view.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                    self._views[place] = None  # a copy, which is to be made anew
                 samples.setdefault((view.device, view.dtype), []).append(view)
         # One operation for all samples of a kind, where there may be hundreds of tensors.
-        found = [torch.stack(parts) for parts in sums.values()] + [torch.cat(parts) for parts in samples.values()]
-        return Fingerprint(marks, found)
+        found = [torch.stack(parts) for parts in sums.values()]
+        return Fingerprint(marks, found + [as_bits(torch.cat(parts)) for parts in samples.values()])
 
-    def _view(self, place: int, tensor: Tensor) -> Tensor:
-        """The bits of a tensor that are looked at, flat; always in the memory that it has now."""
-        kept = self._views[place]
-        if kept is None:
-            kept = as_bits(_sample(tensor)).reshape(-1)
-            if kept.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():  # no copy
-                self._views[place] = kept
-        return kept
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _tensors(held: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,6 +164,8 @@ def _tensors(held: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _sample(tensor: Tensor) -> Tensor:
     """`SAMPLE` evenly spread elements, flat; all if there are no more."""
-    flat = tensor.detach()
-    flat = flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
-    return flat[:: max(1, tensor.numel() // SAMPLE)][:SAMPLE]
+    step = max(1, tensor.numel() // SAMPLE)
+    size = min(SAMPLE, -(-tensor.numel() // step))
+    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        return tensor.as_strided((size,), (step,), tensor.storage_offset())
+    return tensor.reshape(-1)[::step][:SAMPLE].resolve_conj().resolve_neg()

@@ -159,6 +159,10 @@ class ReferenceKL(KLClosure):
         """Of every parameter and buffer of the modules that were used; see `Fingerprints`."""
         return self._fingerprints.of(self.used, own)
 
+    def release(self) -> None:
+        """Let go of the views that fingerprints are read through: they would keep memory that `Module.to` frees."""
+        self._fingerprints.release()
+
     @property
     def measures_drift(self) -> bool:
         """True."""

@@ -10,7 +10,7 @@ from step_optim.controllers.base import Controller, Outcome, Trial, checked_on_r
 from step_optim.controllers.searches import SEARCHES, ModelSearch, Search, check_profile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Interpolate(Controller):
     """Commit theta_t + alpha (candidate - theta_t) for the largest feasible alpha (the paper's section 3.3).
 
@@ -59,8 +59,8 @@ class Interpolate(Controller):
             given = [f.name for f in fields(self) if f.name in own and getattr(self, f.name) != f.default]
             if given:
                 raise ValueError(
-                    f"{given[0]}={getattr(self, given[0])!r} belongs to the search here: give it to "
-                    f"{type(self.search).__name__}({given[0]}=...)"
+                    f"{given[0]}={getattr(self, given[0])!r} stands beside search={self.search!r}, which has its own "
+                    "options: give them to the search alone"
                 )
         elif self.search not in SEARCHES:
             raise ValueError(f"search={self.search!r} is unknown; use one of {tuple(SEARCHES)}")
@@ -75,6 +75,11 @@ class Interpolate(Controller):
             return self.search
         kind = SEARCHES[self.search]
         return kind(**{f.name: getattr(self, f.name) for f in fields(kind)})
+
+    def __repr__(self) -> str:
+        hidden = {f.name for f in fields(ModelSearch)} if isinstance(self.search, Search) else set()
+        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in hidden)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def decide(self, trial: Trial) -> Outcome:
         """Shrink to the budget, or reject."""

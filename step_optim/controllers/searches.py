@@ -32,6 +32,8 @@ class Search:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        if type(self) is Search:
+            raise TypeError("Search is what searches have in common; use ModelSearch, Bisection or Backtracking")
         if not 0 < self.tol < 1:
             raise ValueError(f"tol={self.tol} must lie between 0 and 1 (0.01: within 1 % of the largest alpha)")
         if self.max_trials < 1:

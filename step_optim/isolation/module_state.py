@@ -49,7 +49,7 @@ class ModuleState:
         self._buffers: list[tuple[Name, Copied]] = []
         self._weights: list[_Weight] = []
         self._latest: dict[int, _Weight] = {}
-        """Of the latest reading, by the ids of their parameters."""
+        """Of the latest reading, by the ids of their parameters; without their memory, which others may free."""
         self._volatile: set[nn.Module] = set()
         self._written: set[Name] = set()
         self._rewritten: set[int] = set()
@@ -184,7 +184,7 @@ class ModuleState:
             if weight is None or not weight.begins_again((module, name)):
                 if not is_plain_memory(parameter):
                     continue
-                weight = self._latest[id(parameter)] = _Weight((module, name), parameter, copied=copied)
+                weight = _Weight((module, name), parameter, copied=copied)
             self._weights.append(weight)
             self._memory.add(weight.address)
         for name, buffer in list(module._buffers.items()):
@@ -238,6 +238,7 @@ class ModuleState:
         examined, self._examining = self._examining, False
         if examined:
             self._first = {module: held for module, held in self._first.items() if self._may_change(module)}
+        self._latest = {id(weight.parameter): weight for weight in self._weights if weight.rests()}
         self._now, self._buffers, self._weights, self._kept = {}, [], [], set()
         self._unchanged = False
 
@@ -313,11 +314,17 @@ class _Weight:
         self.bits = parameter.detach().to("cpu", copy=True) if copied else None
 
     def begins_again(self, name: Name) -> bool:
-        """Note the parameter for one more reading; whether it still is where it was, and its bits were not copied."""
-        if self.bits is not None or self.name != name or not self._memory.is_of(self.parameter):
+        """Note the parameter for one more reading; whether it still is where it was."""
+        if self.name != name or not self._memory.is_of(self.parameter):
             return False
+        self._memory.hold(self.parameter)
         self._version = self.parameter._version
         return True
+
+    def rests(self) -> bool:
+        """Let the memory go until the next reading; whether the note can serve it, too: not if bits were copied."""
+        self._memory.let_go()
+        return self.bits is None
 
     @property
     def is_untouched(self) -> bool:

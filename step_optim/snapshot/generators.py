@@ -1,4 +1,4 @@
-"""Things that are no tensors but carry state, and containers: how both are put back."""
+"""Random generators and numpy arrays: their own state, and how it is put back."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ class TensorStore:
 
     Tensors that share memory are one copy, the first one's. The copies of
     small tensors lie one after another in flat buffers, so that a capture or a
-    comparison is a few operations and not a few for each tensor. Buffers, and
-    the plan of what lies where, are kept as long as the tensors and their
-    places stay the same.
+    comparison is a few operations and not a few for each tensor. Buffers and
+    the plan of what lies where are used again for other tensors of the same
+    kinds: shapes, strides, dtypes, devices.
 
     Args:
         host: keep the copies of a CUDA device's tensors in pinned host memory.
@@ -178,7 +178,7 @@ def _kind(tensor: Tensor, group: Callable[[Tensor], Hashable]) -> Hashable:
 
 
 def _share_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether two of these tensors, of which none is empty, begin at one place."""
+    """Whether two of these tensors begin at one place. Two empty ones do: they are planned anew."""
     return len({tensor.data_ptr() for tensor in tensors}) < len(tensors)
 
 

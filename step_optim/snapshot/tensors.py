@@ -45,14 +45,22 @@ def place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class Memory:
-    """The memory that a tensor has now. Noting it is no operation on the tensor."""
+    """The memory that a tensor has now. Noting it is no operation, but of a conjugate or negative view."""
 
     __slots__ = ("_alias", "_offset", "_place", "_storage")
 
     def __init__(self, tensor: Tensor) -> None:
-        self._storage, self._offset = tensor.untyped_storage(), tensor.storage_offset()
-        self._place = place(tensor)
+        self._storage: Any = tensor.untyped_storage()
+        self._offset, self._place = tensor.storage_offset(), place(tensor)
         self._alias = tensor.detach() if tensor.is_conj() or tensor.is_neg() else None
+
+    def hold(self, tensor: Tensor) -> None:
+        """Keep the memory from being freed, for a tensor that has it."""
+        self._storage = tensor.untyped_storage()
+
+    def let_go(self) -> None:
+        """Let it be freed; until `hold`, only its place is known."""
+        self._storage = self._alias = None
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -62,12 +70,13 @@ class Memory:
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return self._storage.device
+        device: torch.device = self._storage.device
+        return device
 
     @property
     def address(self) -> int:
         """Where it begins."""
-        return self._storage.data_ptr()
+        return int(self._storage.data_ptr())
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether a tensor has this memory; `place`, in the fewest steps: it is asked of every tensor in every step."""

@@ -73,7 +73,7 @@ class Atomic:
         run.progress, run.open, run.notes, run.ended, step.ended = progress, None, {}, now, True
         if stands:
             step.remember()
-        step.snapshot.release()
+        step.release()
         # An error of the log must not take the place of the error that is being raised.
         with nullcontext() if error is None or settled else suppress(Exception):
             self._sink(record)

@@ -16,7 +16,8 @@ class Staleness:
 
     Args:
         kl: this step's KL closure.
-        anchored: what `mark` returned at the end of the latest step; None if the reference has to be taken anew.
+        anchored: the KL closure and its fingerprint, as `Step.remember` kept them; None if the reference has to be
+            taken anew.
         now: the KL closure's fingerprint at theta_t.
         changed: whether the optimizer's own weights are others than those of the latest step.
     """

@@ -79,6 +79,8 @@ class Step:
         self.renewed = False
         """Whether somebody else has written weights since the last step, so that the reference was taken anew."""
         self._staleness = Staleness(kl, None, None, True)
+        self._reference_is_stale = False
+        """Whether the reference still is another policy than theta_t's when the step ends."""
         self._at_rest: Movement | None = None
         """What a function reads at theta_t, if that was measured."""
         self._failed_at_rest: Exception | None = None
@@ -217,6 +219,8 @@ class Step:
                 self._anchor_again()
             return None
         if not math.isfinite(self.update_norm) and self.run.budget.limits_anything:
+            if early is not None and self._staleness.stale:  # nothing of this step needs it; the next one takes it anew
+                self._reference_is_stale, self.renewed = True, self._staleness.edited
             return self.auditor.not_finite()
         if self.kl.opaque:
             self.snapshot.keep_candidate()  # a plain function may write into the weights
@@ -333,8 +337,13 @@ class Step:
         self.snapshot.remember(as_proposed=record is not None and record.action is Action.COMMIT)
         run.modules = self.kl.used or run.modules
         # Without an audit, a forward in a loss closure or a window may have moved buffers away from the reference.
-        stale = record is not None and record.action is Action.UNCHANGED and not self.rewind
-        run.anchored = None if stale else (self.kl, self._fingerprint())
+        moved = record is not None and record.action is Action.UNCHANGED and not self.rewind
+        run.anchored = None if moved or self._reference_is_stale else (self.kl, self._fingerprint())
+
+    def release(self) -> None:
+        """Let go of what only serves a step in progress."""
+        self.snapshot.release()
+        self.kl.release()
 
     def failed(self, error: BaseException) -> StepRecord:
         """Return the record of a step that ended in an error."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from step_optim import Budget, Gate, Interpolate, Project, STEPOptimizer
-from step_optim.controllers import Backtracking, Bisection, Controller, ModelSearch
+from step_optim.controllers import Backtracking, Bisection, Controller, ModelSearch, Search
 from tests.strategies import bits, token_problem
 
 
@@ -42,8 +42,11 @@ def test_a_name_and_an_object_make_the_same_run(by_name, by_object) -> None:
 
 def test_options_belong_to_one_of_them() -> None:
     """An option beside a search object is refused, and the message says where it belongs."""
-    with pytest.raises(ValueError, match=r"tol=0\.5 belongs to the search here: give it to ModelSearch\(tol=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r"tol=0\.5 stands beside search=ModelSearch\(.*give them to the search alone"):
         Interpolate(ModelSearch(), tol=0.5)
+    with pytest.raises(TypeError, match="use ModelSearch, Bisection or Backtracking"):
+        Search()
+    assert repr(Interpolate(ModelSearch(tol=0.1))).count("tol=") == 1
     with pytest.raises(ValueError, match="unknown; use one of"):
         Interpolate("newton")
     for wrong in ({"tol": 1.0}, {"max_trials": 0}, {"min_alpha": 1.0}):

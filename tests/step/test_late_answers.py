@@ -171,3 +171,22 @@ def test_the_host_waits_for_the_device_at_the_decision_only() -> None:
     assert ours
     assert ours[0] == "logit_kl.py", ours
     assert len(ours) <= 5, ours  # the KL, then what is there already: buffers, the norm, the doubt
+
+
+def test_a_stale_reference_that_comes_out_with_an_update_that_is_not_finite(behind) -> None:
+    """The step is rejected, and the next one takes the reference anew: it does not measure the outside edit."""
+    model, optimizer = make(Interpolate(), Budget(mean=1e-3))
+    push(model, 0, 1e-3)
+    optimizer.step()
+    nudge(model, 0.5)
+    push(model, 1)
+    next(iter(model.parameters())).grad[0, 0] = math.inf
+    optimizer.step()
+    assert optimizer.last.action == "reject"
+    assert optimizer.last.reference_renewed
+    optimizer.param_groups[0]["lr"] = 1e-6
+    push(model, 2)
+    optimizer.step()
+    assert optimizer.last.action == "commit"
+    assert optimizer.last.candidate.mean < 1e-4
+    assert optimizer._run.kl().mean == 0.0

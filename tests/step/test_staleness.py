@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -309,3 +311,71 @@ def test_a_module_that_a_function_calls_is_watched() -> None:
         edit()
         expected = step()
         assert optimizer.last.candidate.mean == reference.near(expected, rel=1e-3)
+
+
+def frozen_and_trained() -> tuple[nn.Sequential, STEPOptimizer, Callable[[], None]]:
+    """A frozen layer below a trained one, and what makes a step."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 4)), torch.randn(8, 300)
+    model[0].requires_grad_(False)
+    optimizer = STEPOptimizer(torch.optim.SGD(model[1].parameters(), lr=0.1), kl=PolicyKL(lambda: model(x)), budget=1.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).logsumexp(-1).mean().backward()
+        optimizer.step()
+
+    return model, optimizer, step
+
+
+def test_no_memory_of_frozen_weights_is_kept_between_steps() -> None:
+    """A frozen base that is offloaded or replaced is freed at once; nor is there a copy of it from construction on."""
+    model, _, step = frozen_and_trained()
+    step()
+    old = model[0].weight.untyped_storage()
+    count = torch._C._storage_Use_Count
+    alone = count(old._cdata)
+    model[0].weight.data = model[0].weight.data.clone()
+    assert count(old._cdata) == alone - 1
+    for _ in range(3):
+        model[0].load_state_dict({k: v.clone() for k, v in model[0].state_dict().items()}, assign=True)
+        model[0].requires_grad_(False)
+        step()
+    gc.collect()
+    alive = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and o.shape == (300, 300)]
+    assert len(alive) == 1
+
+
+@pytest.mark.parametrize("edit", ["data", "values", "none"])
+def test_a_sparse_buffer_is_read_anew(edit) -> None:
+    """A swap of its `.data` and a write into its values are edits; an untouched one is no edit."""
+
+    def graph(weight: float) -> Tensor:
+        return torch.sparse_coo_tensor([[0, 1, 2], [1, 2, 0]], [weight] * 3, (3, 3), check_invariants=True).coalesce()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("graph", graph(1.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.sparse.mm(self.graph, x))
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(3, 4)
+    optimizer = STEPOptimizer(torch.optim.SGD(net.parameters(), lr=1e-4), kl=PolicyKL(lambda: net(x)), budget=1e9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        net(x).logsumexp(-1).mean().backward()
+        optimizer.step()
+
+    step()
+    step()
+    if edit == "data":
+        net.graph.data = graph(20.0)
+    elif edit == "values":
+        net.graph._values().mul_(20.0)
+    step()
+    assert optimizer.last.candidate.mean < 1e-3
