@@ -191,13 +191,10 @@ class Membership:
 
 
 def address(tensor: Tensor) -> int:
-    """Where the memory of a tensor begins; 0 of one that has none of its own."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, RuntimeError):  # sparse, a wrapper around other tensors
+    """Where the memory of a tensor begins; 0 of one that has none of its own: a sparse one, a wrapper around others."""
+    if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__"):
         return 0
+    return tensor.untyped_storage().data_ptr()
 
 
 def keeps_state(module: nn.Module) -> bool:
