@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,11 @@ class Movement:
 
     members: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False, compare=False)
     """Which of these prompts are in each slice."""
+
+    @staticmethod
+    def everywhere(kl: float, slices: Iterable[str]) -> Movement:
+        """Return one figure for the mean and for every slice."""
+        return Movement(kl, dict.fromkeys(slices, kl))
 
     @staticmethod
     def over(prompts: Sequence[float], members: Mapping[str, Sequence[int]]) -> Movement:

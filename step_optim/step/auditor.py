@@ -87,11 +87,9 @@ class Auditor:
 
     def not_finite(self) -> Point:
         """The candidate, where its update is not finite: infeasible without an audit."""
-        return self._noted(Point(Audit(self.everywhere(math.nan)), Verdict({}, finite=False), alpha=1.0))
-
-    def everywhere(self, kl: float) -> Movement:
-        """One figure for the mean and for every slice."""
-        return Movement(kl, dict.fromkeys(self.kl.slices or (), kl))
+        return self._noted(
+            Point(Audit(Movement.everywhere(math.nan, self.kl.slices or ())), Verdict({}, finite=False), alpha=1.0)
+        )
 
     def _judged(self, audit: Audit, **where: Any) -> Point:
         drift = self.drift(audit) if self._caps_drift or audit.drift is not None else None

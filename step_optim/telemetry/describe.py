@@ -33,10 +33,6 @@ class Measurements:
     reference_renewed: bool
     """Whether somebody else has written weights since the last step."""
 
-    def everywhere(self, kl: float) -> Movement:
-        """One figure for the mean and for every slice."""
-        return Movement(kl, dict.fromkeys(self.slices, kl))
-
     def fields(self) -> dict[str, Any]:
         """Those that a record has under the same names."""
         return {name: value for name, value in vars(self).items() if name != "slices"}
@@ -55,7 +51,7 @@ def decided(
         drift: of what stands, from pi_ref.
     """
     accepted, moved = outcome.point, candidate is not None
-    proposed = known.everywhere(0.0) if candidate is None else candidate.movement
+    proposed = Movement.everywhere(0.0, known.slices) if candidate is None else candidate.movement
     return StepRecord(
         **known.fields(),
         action=outcome.action,
@@ -78,8 +74,8 @@ def failed(known: Measurements, error: BaseException) -> StepRecord:
     return StepRecord(
         **known.fields(),
         action=Action.REJECT,
-        candidate=known.everywhere(math.nan),
-        accepted=known.everywhere(0.0),
+        candidate=Movement.everywhere(math.nan, known.slices),
+        accepted=Movement.everywhere(0.0, known.slices),
         error=f"{type(error).__name__}: {error}",
         success=False,
     )
