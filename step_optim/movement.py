@@ -35,7 +35,11 @@ class Movement:
 
     @staticmethod
     def everywhere(kl: float, slices: Iterable[str]) -> Movement:
-        """Return one figure for the mean and for every slice."""
+        """Return one figure for the mean and for every slice.
+
+        >>> Movement.everywhere(0.0, ["math"]).slices
+        {'math': 0.0}
+        """
         return Movement(kl, dict.fromkeys(slices, kl))
 
     @staticmethod
