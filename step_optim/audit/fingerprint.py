@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from step_optim.isolation.held import Membership
-from step_optim.snapshot.tensors import any_of, as_bits, differs, plain_tensors
+from step_optim.snapshot.tensors import any_of, as_bits, differs, places, plain_tensors, signs, versions
+
+T = TypeVar("T")
 
 SAMPLE = 256
 """Elements read of a frozen tensor: an edit of the whole tensor changes them. To read all would be a pass over the
@@ -111,48 +113,76 @@ class _Part:
         self._wrapped = any(
             hasattr(t, "__tensor_flatten__") or t.layout is not torch.strided or t.is_inference() for t in held
         )
-        self._tensors = list(_tensors(held))
-        self._places: list[Any] = []
-        self._views: list[Tensor | None] = []
+        self._list()
+
+    def _list(self) -> None:
+        both = list(_tensors(self._held))
+        self._tensors, self._owners = [tensor for tensor, _ in both], [owner for _, owner in both]
+        self.release()
 
     def release(self) -> None:
         """Let go of the views."""
-        self._places, self._views = [], []
+        self._planned: Any = None
+        self._plan: _Plan | None = None
 
     @torch.no_grad()
     def read(self, own: Collection[int]) -> Fingerprint:
         """Take the fingerprint."""
         if self._wrapped:  # what is inside may be others by now
-            self._tensors = list(_tensors(self._held))
-        needs = [owner.requires_grad for _, owner in self._tensors]
-        places = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()) for t, _ in self._tensors]
-        marks = [
-            (id(owner), where, _version(tensor), _version(owner), grad)
-            for (tensor, owner), where, grad in zip(self._tensors, places, needs, strict=True)
+            self._list()
+        tensors, owners = self._tensors, self._owners
+        where = places(tensors), signs(tensors), [owner.requires_grad for owner in owners]
+        if self._plan is None or self._planned != (where, own):
+            self._planned, self._plan = (where, own), _Plan(tensors, owners, own)
+        written = versions(tensors)
+        marks = [list(map(id, owners)), where, written, versions(owners) if self._wrapped else written]
+        return Fingerprint(marks, self._plan.read())
+
+
+class _Plan:
+    """What is read of some tensors: all bits of the trained ones, samples of the frozen ones; but of meta tensors."""
+
+    def __init__(self, tensors: Sequence[Tensor], owners: Sequence[Tensor], own: Collection[int]) -> None:
+        read = [
+            (tensor, owner.requires_grad and tensor.numel() > SAMPLE)
+            for tensor, owner in zip(tensors, owners, strict=True)
+            if id(owner) not in own and tensor.numel() > 0 and not tensor.is_meta
         ]
-        if places != self._places:
-            self._places, self._views = places, [None] * len(places)
-        sums: dict[torch.device, list[Tensor]] = {}
-        samples: dict[Any, list[Tensor]] = {}
-        for place, (tensor, owner) in enumerate(self._tensors):
-            if id(owner) in own or tensor.numel() == 0 or tensor.device.type == "meta":
-                continue
-            if needs[place] and tensor.numel() > SAMPLE:
-                sums.setdefault(tensor.device, []).append(as_bits(tensor).sum(dtype=torch.int64))
-            else:
-                view = self._views[place]
-                if view is None:
-                    view = self._views[place] = _sample(tensor)
-                if view.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
-                    self._views[place] = None  # a copy, which is to be made anew
-                samples.setdefault((view.device, view.dtype), []).append(view)
-        # One operation for all samples of a kind, where there may be hundreds of tensors.
-        found = [torch.stack(parts) for parts in sums.values()]
-        return Fingerprint(marks, found + [as_bits(torch.cat(parts)) for parts in samples.values()])
+        self._whole = _by_kind((tensor.device, tensor) for tensor, whole in read if whole)
+        self._samples = _by_kind(
+            ((tensor.device, tensor.dtype), _Sample(tensor)) for tensor, whole in read if not whole
+        )
+
+    def read(self) -> list[Tensor]:
+        """Sums of bits, and bits: one operation for all samples of a kind, where there may be hundreds of tensors."""
+        sums = [torch.stack([as_bits(t).sum(dtype=torch.int64) for t in kind]) for kind in self._whole]
+        return sums + [as_bits(torch.cat([sample.read() for sample in kind])) for kind in self._samples]
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _by_kind(members: Iterable[tuple[Any, T]]) -> list[list[T]]:
+    """Put members of one kind together."""
+    kinds: dict[Any, list[T]] = {}
+    for kind, member in members:
+        kinds.setdefault(kind, []).append(member)
+    return list(kinds.values())
+
+
+class _Sample:
+    """`SAMPLE` evenly spread elements of one tensor, flat; all if there are no more."""
+
+    __slots__ = ("_size", "_step", "_tensor", "_view")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._step = tensor, max(1, tensor.numel() // SAMPLE)
+        self._size = min(SAMPLE, -(-tensor.numel() // self._step))
+        plain = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+        self._view = tensor.as_strided((self._size,), (self._step,), tensor.storage_offset()) if plain else None
+
+    def read(self) -> Tensor:
+        """Return them: a view, or else a copy."""
+        if self._view is not None:
+            return self._view
+        return self._tensor.reshape(-1)[:: self._step][:SAMPLE].resolve_conj().resolve_neg()
 
 
 def _tensors(held: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -160,12 +190,3 @@ def _tensors(held: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for tensor in held:
         for plain in plain_tensors(tensor):
             yield plain, tensor
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """`SAMPLE` evenly spread elements, flat; all if there are no more."""
-    step = max(1, tensor.numel() // SAMPLE)
-    size = min(SAMPLE, -(-tensor.numel() // step))
-    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-        return tensor.as_strided((size,), (step,), tensor.storage_offset())
-    return tensor.reshape(-1)[::step][:SAMPLE].resolve_conj().resolve_neg()

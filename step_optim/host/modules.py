@@ -11,8 +11,10 @@ from torch import nn
 
 def sharded(modules: Iterable[nn.Module]) -> list[Any]:
     """Those of some modules that FSDP2 shards."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+    fsdp, modules = sys.modules.get("torch.distributed.fsdp"), list(modules)
+    if fsdp is None or not any(issubclass(kind, fsdp.FSDPModule) for kind in set(map(type, modules))):
+        return []  # models have thousands of modules, of few kinds
+    return [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
 def reshard(module: nn.Module) -> None:

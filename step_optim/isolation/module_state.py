@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from step_optim.isolation.held import Copied, Held, Membership, address, alike, is_left_behind, keeps_state
-from step_optim.snapshot.tensors import Memory, is_plain_memory, same_bits
+from step_optim.isolation.read_weights import ReadWeight, ReadWeights
+from step_optim.snapshot.tensors import same_bits
 
 Name = tuple[nn.Module, str]
 """A module, and a name in it."""
@@ -47,13 +48,9 @@ class ModuleState:
         self._entered: set[nn.Module] = set()
         self._now: dict[nn.Module, Held] = {}
         self._buffers: list[tuple[Name, Copied]] = []
-        self._weights: list[_Weight] = []
-        self._latest: dict[int, _Weight] = {}
-        """Of the latest reading, by the ids of their parameters; without their memory, which others may free."""
+        self._weights = ReadWeights()
         self._volatile: set[nn.Module] = set()
         self._written: set[Name] = set()
-        self._rewritten: set[int] = set()
-        self._moved: set[int] = set()
         self._kept: set[int] = set()
         self._memory: set[int] = set()
         self._examining = True
@@ -69,8 +66,9 @@ class ModuleState:
 
     def begin(self) -> None:
         """Begin a reading; an earlier one may have been given up."""
-        self._now, self._buffers, self._weights, self._kept, self._memory = {}, [], [], set(), set()
-        self._entered = set()
+        self._now, self._buffers, self._kept, self._entered = {}, [], set(), set()
+        self._weights.begin()
+        self._memory = self._weights.addresses
         self.learned = self._unchanged = False
 
     def examine(self) -> None:
@@ -79,11 +77,12 @@ class ModuleState:
 
     def writes(self, parameter: Tensor) -> bool:
         """Whether forwards write into a parameter, or give it other memory."""
-        return id(parameter) in self._rewritten or id(parameter) in self._moved
+        return self._weights.writes(parameter)
 
     def forget(self) -> None:
         """Take what the modules hold next for what they held at first."""
-        self._first, self._first_buffers, self._latest, self._all = {}, {}, {}, None
+        self._first, self._first_buffers, self._all = {}, {}, None
+        self._weights.forget()
 
     def below(self, roots: Iterable[nn.Module]) -> list[nn.Module]:
         """All modules of these roots; a list that is kept until one of them has others below it."""
@@ -101,14 +100,21 @@ class ModuleState:
                 self._enter_tensors(module)
             for module in modules:
                 self._enter_attributes(module)
+            self._weights.are_all_of(modules)
             self._all = None if self._examining else self._membership(modules)
             return
         self._unchanged = self._same_tensors
         if not self._unchanged:
             self._all = None
-        for module in modules:
-            if module._parameters or module._buffers:
-                self._enter_tensors(module)
+        if self._weights.resume(modules):
+            self._entered.update(modules)
+            for module in modules:
+                if module._buffers:
+                    self._enter_buffers(module)
+        else:
+            for module in modules:
+                if module._parameters or module._buffers:
+                    self._enter_tensors(module)
         for module in modules if not self._unchanged or self._written else self._volatile.intersection(modules):
             self._enter_attributes(module, unchanged=self._unchanged and module not in self._volatile)
 
@@ -122,9 +128,9 @@ class ModuleState:
             first = self._first.get(module)
             if _is_script(module):
                 continue
-            if first is None:
+            if first is None or module in self._volatile:
                 parts.append((module._parameters, module._parameters.copy()))
-            elif module not in self._volatile:
+            else:
                 parts += first.parts
         self._with_tensors = [first for first in self._first.values() if first.has_tensors]
         return Membership(parts)
@@ -175,18 +181,10 @@ class ModuleState:
         if module in self._entered:
             return
         self._entered.add(module)
-        renormed = module._parameters and getattr(module, "max_norm", None) is not None
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            copied = bool(self._examining or renormed or id(parameter) in self._rewritten)
-            weight = None if copied else self._latest.get(id(parameter))
-            if weight is None or not weight.begins_again((module, name)):
-                if not is_plain_memory(parameter):
-                    continue
-                weight = _Weight((module, name), parameter, copied=copied)
-            self._weights.append(weight)
-            self._memory.add(weight.address)
+        self._weights.note(module, copied=self._examining)
+        self._enter_buffers(module)
+
+    def _enter_buffers(self, module: nn.Module) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 copy = Copied(buffer, bits=True)
@@ -217,9 +215,7 @@ class ModuleState:
 
     def reset(self) -> None:
         """Let every module hold what it held at first; before a further forward of the same reading."""
-        for weight in self._weights if self._rewritten or self._moved else ():
-            if self.writes(weight.parameter):
-                weight.put_back()
+        self._weights.reset()
         if self._resets:
             for module in self._volatile.intersection(self._now):
                 self._first[module].put_back_attributes()
@@ -238,8 +234,8 @@ class ModuleState:
         examined, self._examining = self._examining, False
         if examined:
             self._first = {module: held for module, held in self._first.items() if self._may_change(module)}
-        self._latest = {id(weight.parameter): weight for weight in self._weights if weight.rests()}
-        self._now, self._buffers, self._weights, self._kept = {}, [], [], set()
+        self._weights.rest()
+        self._now, self._buffers, self._kept = {}, [], set()
         self._unchanged = False
 
     def _may_change(self, module: nn.Module) -> bool:
@@ -251,7 +247,7 @@ class ModuleState:
         # Buffers first: what a module is made of, which ones it has included, is put back whole.
         yield from (partial(self._put_back_buffer, name, buffer) for name, buffer in self._buffers)
         yield from (partial(self._put_back, held) for held in self._now.values())
-        yield from (partial(self._put_back_weight, weight) for weight in self._weights if not weight.is_untouched)
+        yield from (partial(self._put_back_weight, weight) for weight in self._weights.touched())
 
     def refuse(self) -> None:
         """Refuse a model that cannot be measured without a trace.
@@ -280,71 +276,12 @@ class ModuleState:
         module._buffers[key] = buffer.tensor
         buffer.put_back()
 
-    def _put_back_weight(self, weight: _Weight) -> None:
-        key, (module, name) = id(weight.parameter), weight.name
-        moved, rewritten = weight.put_back()
-        if rewritten and weight.bits is None and key not in self._rewritten:
-            self._problems.append(f"{type(module).__name__} has written into its parameter {name!r} for the first time")
-        if (moved or rewritten) and not self.writes(weight.parameter):
-            self.learned = True
-        self._moved |= {key} if moved else set()
-        self._rewritten |= {key} if rewritten else set()
+    def _put_back_weight(self, weight: ReadWeight) -> None:
+        known = self.writes(weight.parameter)
+        self._problems += self._weights.put_back(weight)
+        self.learned |= not known and self.writes(weight.parameter)
 
 
 def _is_script(module: nn.Module) -> bool:
     """Whether it is TorchScript: no attributes of python, and always the same modules below it."""
     return isinstance(module, torch.jit.ScriptModule)
-
-
-class _Weight:
-    """One parameter of a module that is about to run.
-
-    Args:
-        name: whose it is, and under which name.
-        parameter: itself.
-        copied: whether to copy its bits: to the host, since there may be no room beside a whole model.
-    """
-
-    __slots__ = ("_memory", "_version", "address", "bits", "name", "parameter")
-
-    def __init__(self, name: Name, parameter: Tensor, *, copied: bool) -> None:
-        self.name, self.parameter = name, parameter
-        self._memory, self._version = Memory(parameter), parameter._version
-        self.address = self._memory.address
-        self.bits = parameter.detach().to("cpu", copy=True) if copied else None
-
-    def begins_again(self, name: Name) -> bool:
-        """Note the parameter for one more reading; whether it still is where it was."""
-        if self.name != name or not self._memory.is_of(self.parameter):
-            return False
-        self._memory.hold(self.parameter)
-        self._version = self.parameter._version
-        return True
-
-    def rests(self) -> bool:
-        """Let the memory go until the next reading; whether the note can serve it, too: not if bits were copied."""
-        self._memory.let_go()
-        return self.bits is None
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether it is where it was, and nobody has written it, as far as that can be told without its bits."""
-        parameter = self.parameter
-        return self.bits is None and parameter._version == self._version and self._memory.is_of(parameter)
-
-    def put_back(self) -> tuple[bool, bool]:
-        """Let it be where it was, with the bits that it had, as far as they were copied.
-
-        Returns:
-            Whether it was somewhere else; whether what is in its memory was written.
-        """
-        parameter, moved = self.parameter, not self._memory.is_of(self.parameter)
-        if moved:
-            parameter.data = self._memory.tensor()
-        if self.bits is None:
-            return moved, not moved and parameter._version != self._version
-        if not same_bits(parameter, self.bits.to(parameter.device)):
-            with torch.no_grad():
-                parameter.copy_(self.bits)
-            return moved, True
-        return moved, not moved and parameter._version != self._version  # perhaps other bits another time

@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_optim.snapshot.tensors import Located, TensorCopy, any_of, as_bits, dense, differs, memory, place
+from step_optim.snapshot.tensors import (
+    Located,
+    Memory,
+    TensorCopy,
+    any_of,
+    as_bits,
+    dense,
+    differs,
+    memory,
+    places,
+    signs,
+)
 
 CHUNK = {"cpu": 2**22, "cuda": 2**25}
 """Elements that are compared at once; smaller tensors are put together up to this many."""
@@ -36,24 +47,22 @@ class TensorStore:
     def __init__(self, *, host: bool = False) -> None:
         self.copies: list[TensorCopy] = []
         self._host = host
+        self._tensors: list[Tensor] = []
         self._sources: list[Located] = []
+        self._places: Any = None
         self._copy_of: dict[int, TensorCopy] = {}
         self._buckets: list[_Bucket] = []
         self._ordered: list[TensorCopy] = []
         self._planned: list[_Bucket] = []
         """Buckets of the plan, which is kept when the tensors are let go."""
-        self._kinds: list[Hashable] | None = None
-        """Of the tensors that the plan is for, in the order of the copies; None if some share memory."""
+        self._kinds: Any = None
+        """Of the tensors that the plan is for, in the order of the copies; None if some share memory. See `_kinds`."""
         self._aside: Any = None
         """The stream on which a copy may still be going on."""
 
     def covers(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the copies are of these very tensors, each in the memory that it had."""
-        return (
-            len(tensors) == len(self._sources)
-            and all(map(is_, tensors, [source.tensor for source in self._sources]))
-            and self.in_place
-        )
+        return len(tensors) == len(self._sources) and all(map(is_, tensors, self._tensors)) and self.in_place
 
     @torch.no_grad()
     def capture(
@@ -109,28 +118,29 @@ class TensorStore:
         copies = {id(copy.tensor): copy for bucket in self._buckets for copy in bucket.copies}
         self._copy_of = {id(tensor): copies[id(seen[memory(tensor)])] for tensor in tensors}
         self.copies = [copies[id(tensor)] for tensor in seen.values()]
+        self._tensors, self._places = tensors, places(tensors)
         self._sources = [copies.get(id(tensor)) or Located(tensor) for tensor in tensors]
-        kinds = None if len(self.copies) < len(tensors) else [_kind(tensor, group) for tensor in tensors]
+        kinds = None if len(self.copies) < len(tensors) else _kinds(tensors, group)
         self._planned, self._ordered, self._kinds = self._buckets, self.copies, kinds  # an interrupt finds all or none
 
     def _aim(self, tensors: list[Tensor], group: Callable[[Tensor], Hashable]) -> bool:
         """Keep the plan for tensors of the same kinds in other memory; whether that can be done."""
-        kinds = [_kind(tensor, group) for tensor in tensors]
-        if kinds != self._kinds or _share_memory(tensors):
+        if self._kinds is None or _kinds(tensors, group) != self._kinds or _share_memory(tensors):
             return False
         self._sources, self.copies = [], []  # until all of it is in place
-        for copy, tensor in zip(self._ordered, tensors, strict=True):
-            copy.aim(tensor)
+        for copy, tensor, at in zip(self._ordered, tensors, Memory.of_all(tensors), strict=True):
+            copy.aim(tensor, at)
         self._buckets = self._planned
         for bucket in self._buckets:
             bucket.aim()
-        self._copy_of = {id(tensor): copy for copy, tensor in zip(self._ordered, tensors, strict=True)}
+        self._copy_of = dict(zip(map(id, tensors), self._ordered, strict=True))
+        self._tensors, self._places = tensors, places(tensors)
         self.copies, self._sources = self._ordered, list(self._ordered)
         return True
 
     def forget(self) -> None:
         """Let the tensors go; small buffers are kept, for others of the same kinds."""
-        self.copies, self._sources, self._copy_of, self._buckets = [], [], {}, []
+        self.copies, self._tensors, self._sources, self._copy_of, self._buckets = [], [], [], {}, []
         if self._kinds is None or sum(bucket.flat.nbytes for bucket in self._planned) > SMALL:
             self._kinds, self._ordered, self._planned = None, [], []
         for bucket in self._planned:
@@ -150,7 +160,7 @@ class TensorStore:
     @property
     def in_place(self) -> bool:
         """Whether all tensors live in the memory that they had."""
-        return all(source.memory.is_of(source.tensor) for source in self._sources)
+        return not self._sources or places(self._tensors) == self._places
 
     @torch.no_grad()
     def changed(self) -> bool | Tensor:
@@ -171,10 +181,11 @@ class TensorStore:
             source.put_back()
 
 
-def _kind(tensor: Tensor, group: Callable[[Tensor], Hashable]) -> Hashable:
-    """What has to be equal for a plan to serve another tensor."""
-    size = 0 if tensor.is_contiguous() else tensor.untyped_storage().nbytes()  # one that overlaps is copied with it
-    return (*place(tensor)[1:], size, tensor.device, tensor.is_conj(), tensor.is_neg(), group(tensor))
+def _kinds(tensors: Sequence[Tensor], group: Callable[[Tensor], Hashable]) -> Any:
+    """What has to be equal for a plan to serve other tensors."""
+    # Of a tensor that overlaps, all memory is copied.
+    sizes = [0 if tensor.is_contiguous() else tensor.untyped_storage().nbytes() for tensor in tensors]
+    return places(tensors)[1:], signs(tensors), [tensor.device for tensor in tensors], sizes, list(map(group, tensors))
 
 
 def _share_memory(tensors: Sequence[Tensor]) -> bool:
@@ -215,13 +226,13 @@ class _Bucket:
 
     def aim(self) -> None:
         """Take the tensors that the copies are of now."""
-        self._live = [copy.dense for copy in self.copies]
+        self._live = [dense(copy.tensor) for copy in self.copies]
 
     def forget(self) -> None:
         """Let the tensors go."""
         self._live = []
         for copy in self.copies:
-            copy.aim(copy.bits)
+            copy.let_go()
 
     def share(self, scratch: dict[Any, _Scratch]) -> None:
         """Gather into the same memory as others of this device and dtype."""

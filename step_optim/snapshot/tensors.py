@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -44,15 +45,49 @@ def place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+_STORAGE, _OFFSET = methodcaller("untyped_storage"), methodcaller("storage_offset")
+_POINTER, _STRIDE = methodcaller("data_ptr"), methodcaller("stride")
+_IS_CONJ, _IS_NEG = methodcaller("is_conj"), methodcaller("is_neg")
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+
+
+def places(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """`place` of many tensors, without a line of python for each: pointers, shapes, strides, dtypes."""
+    return tuple(list(map(of, tensors)) for of in (_POINTER, _SHAPE, _STRIDE, _DTYPE))
+
+
+def signs(tensors: Sequence[Tensor]) -> tuple[list[bool], ...]:
+    """Which tensors are conjugate and which are negative views: they are other numbers than their memory holds."""
+    return list(map(_IS_CONJ, tensors)), list(map(_IS_NEG, tensors))
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each tensor was written; -1 of one that was made in inference mode, which does not count."""
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 class Memory:
     """The memory that a tensor has now. Noting it is no operation, but of a conjugate or negative view."""
 
     __slots__ = ("_alias", "_offset", "_place", "_storage")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._storage: Any = tensor.untyped_storage()
-        self._offset, self._place = tensor.storage_offset(), place(tensor)
-        self._alias = tensor.detach() if tensor.is_conj() or tensor.is_neg() else None
+    def __init__(self, storage: Any, offset: int, place: tuple[Any, ...], alias: Tensor | None) -> None:
+        self._storage, self._offset, self._place, self._alias = storage, offset, place, alias
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Memory:
+        """Note that of one tensor."""
+        return cls.of_all([tensor])[0]
+
+    @classmethod
+    def of_all(cls, tensors: Sequence[Tensor]) -> list[Memory]:
+        """Note that of many tensors, without a line of python for each."""
+        aliases = [
+            t.detach() if conjugate or negative else None
+            for t, conjugate, negative in zip(tensors, *signs(tensors), strict=True)
+        ]
+        where = zip(*places(tensors), strict=True)
+        return list(map(cls, map(_STORAGE, tensors), map(_OFFSET, tensors), where, aliases))
 
     def hold(self, tensor: Tensor) -> None:
         """Keep the memory from being freed, for a tensor that has it."""
@@ -101,7 +136,7 @@ class Located:
     """A tensor, and the memory that it has now: an optimizer may put its `.data` somewhere else."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.memory = tensor, Memory(tensor)
+        self.tensor, self.memory = tensor, Memory.of(tensor)
 
     @property
     def in_place(self) -> bool:
@@ -126,9 +161,14 @@ class TensorCopy(Located):
         super().__init__(tensor)
         self.bits = torch.empty_like(self.dense) if bits is None else bits
 
-    def aim(self, tensor: Tensor) -> None:
+    def aim(self, tensor: Tensor, memory: Memory) -> None:
         """Copy another tensor of the same shape, strides, dtype and device from now on."""
-        self.tensor, self.memory = tensor, Memory(tensor)
+        self.tensor, self.memory = tensor, memory
+
+    def let_go(self) -> None:
+        """Let the tensor go; until `aim`, only the bits are there."""
+        self.tensor = self.bits
+        self.memory.let_go()
 
     @property
     def dense(self) -> Tensor:
