@@ -231,12 +231,12 @@ class ModuleState:
                 failed = error
         if failed is not None:
             raise failed
-        examined, self._examining = self._examining, False
-        if examined:
-            self._first = {module: held for module, held in self._first.items() if self._may_change(module)}
+        self._now, self._buffers, self._kept = {}, [], set()  # at once: an interrupt begins `leave` again
         self._weights.rest()
-        self._now, self._buffers, self._kept = {}, [], set()
-        self._unchanged = False
+        if self._examining:
+            first = self._first.items()
+            self._first = {m: held for m, held in first if m in self._volatile or keeps_state(m)}
+        self._examining = self._unchanged = False
 
     def _may_change(self, module: nn.Module) -> bool:
         return self._examining or module in self._volatile or keeps_state(module)
