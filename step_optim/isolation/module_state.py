@@ -168,10 +168,12 @@ class ModuleState:
             return
         self._memory.update(address(p) for p in module.parameters())  # those of children that have not run yet, too
         held = Held(module, self._kept, self._memory)
+        if first is None:
+            self._first[module] = held  # before `_now`: what is put back afterwards is compared with it
         self._now[module] = held
         if first is None:
-            self._first[module] = held
-        elif self._left_behind(module, first):
+            return
+        if self._left_behind(module, first):
             first.put_back_attributes()
             self._put_back_replaced_buffers(module)
         elif any(True for _ in first.changes()):
