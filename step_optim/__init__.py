@@ -32,6 +32,7 @@ from step_optim.controllers import (
     ModelSearch,
     Outcome,
     Project,
+    Steer,
     Trial,
 )
 from step_optim.movement import Movement
@@ -55,6 +56,7 @@ __all__ = [
     "PolicyKL",
     "Project",
     "STEPOptimizer",
+    "Steer",
     "StepRecord",
     "TokenKL",
     "Trial",

@@ -165,7 +165,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._refuse_inside_window("another controller")
         check_line(self._inner, check_controller(controller), self.budget)
         if self._run.kl is not None:
-            check_measures(self._run.kl, controller, self._inner, self._ranks)
+            check_measures(self._run.kl, controller, self._inner, self._ranks, self.budget)
         if controller is not self.controller:
             self._run.controller, self._run.memory = controller, {}
 
@@ -295,7 +295,7 @@ class STEPOptimizer(OptimizerWrapper):
         step.rewind = False  # the body's dropout and data have drawn from the same random streams
         with self._ending(step), self._ending(step):
             step.begin()
-            step.in_body = True
+            step.in_body = step.windowed = True
             yield
             step.in_body = False
             step.decide()
@@ -322,7 +322,7 @@ class STEPOptimizer(OptimizerWrapper):
         closure = as_kl(kl)
         check_budget(self.budget, closure)
         closure.check_parameters([p for group in self.param_groups for p in group["params"]])
-        check_measures(closure, self.controller, self._inner, self._ranks)
+        check_measures(closure, self.controller, self._inner, self._ranks, self.budget)
         return closure
 
     @contextmanager

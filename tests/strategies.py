@@ -22,6 +22,7 @@ from step_optim import (
     KLClosure,
     PolicyKL,
     Project,
+    Steer,
     STEPOptimizer,
     TokenKL,
 )
@@ -128,6 +129,7 @@ def controllers() -> st.SearchStrategy[Controller]:
             strict=st.booleans(),
             on_shrink=st.sampled_from(["keep_state", "restore"]),
         )
+        | st.builds(Steer, corrections=st.integers(1, 2), aim=st.sampled_from([0.7, 0.9]))
         | st.builds(Project, steps=st.integers(1, 2), on_shrink=st.sampled_from(["keep_state", "restore"]))
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from step_optim.audit.noise import NoiseFloor
@@ -27,6 +28,26 @@ class Audit:
     """Movement of that policy from pi_ref, if it was measured along with it."""
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Prompts from a pool, on which directions are measured."""
+
+    prompts: tuple[int, ...]
+    """Indices into the pool."""
+    previous: Any = None
+    """The policy of theta_t on the pool's prompts; None if it is not needed."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A constraint's value at some weights, and its gradient: a normal of the surface on which it is constant."""
+
+    value: float
+    """[nats per token], on the prompts that it was measured on."""
+    gradient: list[Tensor]
+    """A tensor for each parameter."""
+
+
 class KLClosure(ABC):
     """Measures the movement of the *current* weights from the policy before the step.
 
@@ -38,6 +59,9 @@ class KLClosure(ABC):
 
     has_logits = False
     """Whether `Project` can work with this closure: it derives from `LogitKL`."""
+
+    has_gradients = False
+    """Whether `gradients` returns some: what `Steer` follows."""
 
     isolates = False
     """Whether `audit` runs itself isolated; if not, `Auditor.audit` does that."""
@@ -85,6 +109,29 @@ class KLClosure(ABC):
 
     def anchor(self, audit: Audit | None = None) -> None:
         """Make an audited policy the reference; without one, evaluate the current weights."""
+
+    def gradients(self, names: Sequence[str], parameters: Sequence[Tensor], draw: Draw | None = None) -> list[Normal]:
+        """Measure constraints at the current weights, and their gradients.
+
+        Args:
+            names: ``"mean"``, ``"slice:<name>"``, ``"drift"``, ``"drift:<name>"``, as in `Verdict.ratios`.
+            parameters: what to differentiate with respect to.
+            draw: the prompts to measure on; by default those that audits measure on.
+
+        Raises:
+            NotImplementedError: this closure has none; see `has_gradients`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no gradients")
+
+    def draw(self, count: int, turn: int, names: Sequence[str]) -> Draw | None:
+        """Draw prompts from the pool; None if there is no pool.
+
+        Args:
+            count: how many, at least one of each slice that is asked for.
+            turn: how many draws there were before; the same turn draws the same prompts, in every process.
+            names: the constraints that are to be measured on them.
+        """
+        return None
 
     def drift(self, audit: Audit | None = None) -> Movement | None:
         """Movement of an audited policy (default: the reference) from pi_ref; None if this closure has no pi_ref."""
@@ -146,6 +193,35 @@ class FunctionKL(KLClosure):
         if not callable(fn):
             raise TypeError(f"kl={fn!r} is not callable; pass TokenKL, PolicyKL or a function without arguments")
         self.fn, self._state = fn, ModuleState(resets=False)
+        self._differentiable: bool | None = None
+
+    @property
+    def has_gradients(self) -> bool:  # type: ignore[override]
+        """Whether the function returns tensors with a graph; it is called to find out, once."""
+        if self._differentiable is None:
+            with isolated(state=self._state, grad=True) as self.used:
+                found = _by_name(self.fn())
+            self._state.refuse()
+            self._differentiable = any(isinstance(kl, Tensor) and kl.requires_grad for kl in found.values())
+        return self._differentiable
+
+    def gradients(self, names: Sequence[str], parameters: Sequence[Tensor], draw: Draw | None = None) -> list[Normal]:
+        """Differentiate what the function returned; see `KLClosure.gradients`."""
+        trained = [p for p in parameters if p.requires_grad]
+        normals = []
+        with isolated(state=self._state, grad=True) as self.used:
+            found = _by_name(self.fn())
+            for name in names:
+                kl = found[name]
+                if not (isinstance(kl, Tensor) and kl.requires_grad):
+                    raise NotImplementedError(f"the KL function's figure for {name!r} has no graph")
+                again = name != names[-1]
+                parts = torch.autograd.grad(kl.sum(), trained, retain_graph=again, allow_unused=True)
+                by_id = {id(p): g for p, g in zip(trained, parts, strict=True) if g is not None}
+                gradient = [by_id.get(id(p), torch.zeros_like(p)) for p in parameters]
+                normals.append(Normal(float(kl.detach()), gradient))
+        self._state.refuse()
+        return normals
 
     def audit(self) -> Audit:
         """Call the function, isolated, and read what it returned."""
@@ -156,6 +232,19 @@ class FunctionKL(KLClosure):
 
     def __repr__(self) -> str:
         return f"FunctionKL({getattr(self.fn, '__qualname__', self.fn)})"
+
+
+def _by_name(value: Any) -> dict[str, Any]:
+    """What a function returned, by the names of the constraints; see `Movement.of`."""
+    if isinstance(value, Movement):
+        return {"mean": value.mean} | {f"slice:{name}": kl for name, kl in value.slices.items()}
+    if not isinstance(value, Mapping):
+        return {"mean": value}
+    found = {"mean" if name == "mean" else f"slice:{name}": kl for name, kl in value.items()}
+    if "mean" not in found and found:
+        total: Any = sum(found.values())
+        found["mean"] = total / len(found)
+    return found
 
 
 def kl_closure(fn: F) -> FunctionKL:

@@ -135,6 +135,17 @@ class Leaf:
             return self.logits.shape[-1]
         return self.distribution.event_shape[-1] if self.family is Dirichlet else 2
 
+    def kl(self, reference: Kept) -> Tensor:
+        """KL(self ‖ reference) in the batch shape, nats, with the graph of the parameters."""
+        reader, equation = FORMS.get(self.family, (_copies, None))
+        with torch.enable_grad():
+            live = {n: t.double() if t.is_floating_point() else t for n, t in reader(self.distribution).items()}
+            if equation is None or self.family in TWO_OUTCOMES:  # torch's form cancels, but its derivative does not
+                frozen = {id(tensor): tensor.detach() for tensor in tensors_of(self.distribution).values()}
+                still = copy.deepcopy(self.distribution, frozen)
+                return kl_divergence(_filled(still, live), _filled(still, reference.parameters))
+            return equation(live, reference.parameters).double().expand(self.distribution.batch_shape)
+
     def keep(self) -> Kept:
         """Copy the parameters."""
         reader, equation = FORMS.get(self.family, (_copies, _torch_kl(self.distribution)))
@@ -305,6 +316,9 @@ def _filled(distribution: Distribution, tensors: Parameters) -> Distribution:
 
 WRAPPERS = (Independent, TransformedDistribution, HalfNormal)
 """Their KL is that of their base."""
+
+TWO_OUTCOMES = (Bernoulli, Binomial, Geometric)
+"""Their equations are that of rows of logits, which has no graph."""
 
 _LOC_SCALE = _attributes("loc", "scale")
 FORMS: dict[type, tuple[Reader, Equation]] = {

@@ -34,6 +34,10 @@ class Streamed:
     """[J, R] float64 nats."""
     doubtful: Tensor
     """[J, R] rows that float32 cannot tell, which `settle` reads again."""
+    centre: Tensor
+    """[J, R] float64, E_c[v]."""
+    log_mass: Tensor
+    """[R] float64, the log-sum-exp of the candidate's logits."""
 
 
 @torch.no_grad()
@@ -74,12 +78,15 @@ def stream_kl(
             z, differences = _mixed(z, differences, strength)
         sums.append(_block_sums(z, differences, scratch, coarse=reader.exact))
     peak, mass, centre, growth, largest = (torch.stack(part) for part in zip(*sums, strict=True))
-    weight = mass * torch.exp(peak - peak.amax(0))  # [blocks, R]
-    weight = (weight / weight.sum(0))[:, None]  # [blocks, 1, R]; the others are [blocks, J, R]
-    shift = centre - (weight * centre).sum(0)
+    top = peak.amax(0)
+    weight = mass * torch.exp(peak - top)  # [blocks, R]
+    total = weight.sum(0)
+    weight = (weight / total)[:, None]  # [blocks, 1, R]; the others are [blocks, J, R]
+    mean = (weight * centre).sum(0)
+    shift = centre - mean
     kl = torch.log1p((weight * (torch.exp(shift) * growth + (torch.expm1(shift) - shift))).sum(0))
     farthest = torch.maximum(largest, shift.abs()).amax(0)
-    return Streamed(kl.clamp_min(0), ~(kl.isfinite() & (farthest < LARGEST_LOG_RATIO)))
+    return Streamed(kl.clamp_min(0), ~(kl.isfinite() & (farthest < LARGEST_LOG_RATIO)), mean, top + total.log())
 
 
 def _mixed(z: Tensor, differences: list[Tensor], strength: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,47 +11,21 @@ from torch import Tensor
 
 from step_optim.audit import divergence as statistic
 from step_optim.audit.closure import Audit
-from step_optim.audit.reference_kl import ReferenceKL
-from step_optim.audit.rows import Head, Reader, Rows, Scratch, vocab_blocks
+from step_optim.audit.directed_kl import DirectedKL
+from step_optim.audit.rows import Reader, Rows, vocab_blocks
 from step_optim.isolation.eval_mode import isolated
 
+ROWS_AT_ONCE = 32
+"""Rows [V] of a mixture that are there at once."""
 
-class LogitKL(ReferenceKL):
-    """A `ReferenceKL` whose policies are logit `Rows`: what `Project` needs."""
+
+class LogitKL(DirectedKL):
+    """A KL closure whose policies are logit `Rows`: what `Project` needs."""
 
     has_logits = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._scratch = Scratch()
-
-    prompts: int
-    """C."""
-    _prompt_of_row: Tensor
-    """[R] prompt index of each row."""
-    _factors = 1
-    """How many rows of a prompt are factors of one action, whose KLs add up: the mean over rows counts so often."""
-
-    @abstractmethod
-    def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Evaluate the current weights batch by batch, in a fixed layout: (which rows, their features [r, D])."""
-
-    def _head(self, *, live: bool) -> Head | None:
-        """The head over the features; with ``live`` the one that gradients go to, else one that stays as it is."""
-        return None
-
     def _policy(self) -> Rows:
         return self._gather(self._batches(), self._head(live=False))
-
-    def _gather(self, parts: Iterable[tuple[Tensor, Tensor]], head: Head | None) -> Rows:
-        """Put the rows of all batches back in their order."""
-        x: Tensor | None = None
-        for rows, part in parts:
-            if x is None:
-                x = part.new_empty(len(self._prompt_of_row), part.shape[1])
-            x.index_copy_(0, rows, part)
-        assert x is not None
-        return Rows(x, head)
 
     @abstractmethod
     def _read_origin(self, state: Mapping[str, Any]) -> Any:
@@ -73,11 +47,15 @@ class LogitKL(ReferenceKL):
         """Refuse a pi_ref of another control set or another policy, or one that is damaged."""
         if state:
             self._loaded(state)
+            if self.pool is not None:
+                self.pool.check_state_dict(self._of_pool(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over pi_ref."""
         if state:
-            self._origin = self._loaded(state)
+            self._origin, self._penalties = self._loaded(state), int(state.get("penalties", 0))
+            if self.pool is not None:
+                self.pool.load_state_dict(self._of_pool(state))
 
     def _per_prompt(self, rows: Tensor) -> Tensor:
         return statistic.prompt_means(rows, self._prompt_of_row, self.prompts)
@@ -110,6 +88,17 @@ class LogitKL(ReferenceKL):
                 self._reference[index], candidate.policy[index], strength[place].to(self._prompt_of_row.device)
             )
         return self._factors * statistic.prompt_means(found.cpu(), place, len(rows))
+
+    def prompt_drift(self, candidate: Audit, strength: Tensor, prompts: Tensor) -> Tensor:
+        """KL(mixture ‖ pi_ref) of prompts, [P] float64 on the CPU; the mixture and the arguments are `prompt_kl`'s."""
+        wanted = torch.ones(self.prompts, device="cpu")
+        wanted[prompts] = strength.cpu().to(wanted.dtype)
+        found = torch.zeros(len(self._prompt_of_row), dtype=torch.float64, device=self._prompt_of_row.device)
+        chosen = torch.isin(self._prompt_of_row, prompts.to(self._prompt_of_row.device))
+        for rows in chosen.nonzero().flatten().split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+            mixture = Rows(self._mixture(candidate.policy, wanted, rows), None)
+            found[rows] = statistic.row_kl(self._origin[rows], mixture)
+        return (self._factors * self._per_prompt(found)).cpu()[prompts]
 
     def distance(self, audit: Audit, candidate: Audit, strength: Tensor | None = None) -> float:
         """Mean ‖l_theta - l_lambda‖² of an audited policy; the objective of the paper's projection at lambda = 1.
@@ -145,7 +134,7 @@ class LogitKL(ReferenceKL):
         trained = [p for p in parameters if p.requires_grad]
         gradients = {id(p): torch.zeros_like(p) for p in parameters}
         total, parts = 0.0, []
-        with isolated(self.modules(), grad=True, watch=self._watch):
+        with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
             for rows, x in self._batches():
                 target = self._mixture(candidate.policy, strength, rows)
                 logits = Rows(x, self._head(live=True)).logits()

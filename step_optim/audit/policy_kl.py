@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from step_optim.audit.closed_forms import log_probabilities
+from step_optim.audit.closure import Draw, Normal
 from step_optim.audit.distributions import Kept, same_constants, tensors_of
 from step_optim.audit.logit_kl import LogitKL
 from step_optim.audit.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
@@ -59,6 +60,9 @@ class PolicyKL(LogitKL):
         noise_floor: whether to check that unmoved weights read 0, and to
             measure `noise_floor`: of the trained weights of the modules that
             ``fn`` calls; None if it calls none, or FSDP2 has split them.
+        pool: a function like ``fn`` on other observations, which no audit
+            reads: `Steer` draws directions from them. A `PolicyKL` of it, if
+            they are in slices.
 
     Raises:
         TypeError: ``fn`` is not callable, or returns neither logits nor a
@@ -84,13 +88,14 @@ class PolicyKL(LogitKL):
         model: nn.Module | None = None,
         reduction: str | None = None,
         noise_floor: bool = True,
+        pool: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
     ) -> None:
         super().__init__()
         if not callable(fn):
             raise TypeError(f"fn={fn!r:.60} is not callable; pass a function that returns logits or a Distribution")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is unknown; use 'sum', 'mean' or None")
-        self.fn, self._model = fn, model
+        self.fn, self._model, self._reduction = fn, model, reduction
         output, policy = self._measured(self._first)
         output.check_choices()
         if reduction is None and output.may_be_tokens:
@@ -108,6 +113,17 @@ class PolicyKL(LogitKL):
         if noise_floor:
             self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
             self.noise_floor = self._measured(self._measure_noise)
+        if pool is not None:
+            self.pool = self._checked_pool(pool)
+
+    def _checked_pool(self, pool: Callable[[], Any] | PolicyKL) -> PolicyKL:
+        if not isinstance(pool, PolicyKL):
+            if not callable(pool):
+                raise TypeError(f"pool={pool!r:.60} is neither a function like fn nor a PolicyKL of one")
+            pool = PolicyKL(pool, model=self._model, reduction=self._reduction, noise_floor=False)
+        if pool._kind[0] != self._kind[0]:
+            raise ValueError(f"pool returns {pool._kind[0]}, fn {self._kind[0]}: give both the same kind of policy")
+        return pool
 
     def _first(self) -> tuple[Output, Rows | Kept]:
         output = self._evaluate()
@@ -184,6 +200,43 @@ class PolicyKL(LogitKL):
         rows = logits.reshape(-1, logits.shape[-1])
         yield torch.arange(len(rows), device=rows.device), rows
 
+    def _read(self, draw: Draw) -> Any:
+        return self._policy()
+
+    def _normals(
+        self,
+        wanted: Sequence[tuple[str, Tensor]],
+        policies: Mapping[str, Any],
+        parameters: Sequence[Tensor],
+        draw: Draw | None,
+    ) -> list[Normal]:
+        if self.has_logits:
+            return super()._normals(wanted, policies, parameters, draw)
+        found = []
+        trained = [p for p in parameters if p.requires_grad]
+        with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
+            for kind, counts in wanted:
+                total = self._live_kl(policies[kind], counts)
+                parts = torch.autograd.grad(total, trained, allow_unused=True)
+                by_id = {id(p): g for p, g in zip(trained, parts, strict=True) if g is not None}
+                gradient = [by_id.get(id(p), torch.zeros_like(p)) for p in parameters]
+                found.append(Normal(float(total.detach()), gradient))
+        return found
+
+    def _live_kl(self, reference: Any, counts: Tensor) -> Tensor:
+        """A weighted sum of the observations' KLs from a reference, with a graph; the policy is no categorical one."""
+        leaf = self._evaluate().leaf
+        assert leaf is not None
+        kls = leaf.kl(reference).reshape(self.prompts, -1).sum(1) / self._averaged
+        return (kls * counts.reshape(self.prompts, -1).sum(1) / self._factors).sum()
+
+    def _drift(self, draw: Draw) -> Tensor:
+        if self.has_logits:
+            return super()._drift(draw)
+        _, counts = self._sum("drift", draw.prompts)
+        with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
+            return self._live_kl(self._origin, counts)
+
     def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
         if isinstance(candidate, Rows):
             return super()._prompt_kls(candidate, references)
@@ -239,8 +292,8 @@ class PolicyKL(LogitKL):
         if self._origin is None:
             return {}
         if isinstance(self._origin, Rows):
-            return {"x": self._origin.x}
-        return {"tensors": {path: tensor.clone() for path, tensor in self._origin.tensors.items()}}
+            return {"x": self._origin.x} | self._more_state()
+        return {"tensors": {path: t.clone() for path, t in self._origin.tensors.items()}} | self._more_state()
 
     def _read_origin(self, state: Mapping[str, Any]) -> Rows | Kept:
         with isolated(self.modules()):

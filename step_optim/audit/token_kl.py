@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from step_optim.audit.batches import Batch, Layout, Shard, micro_batch_of, shared_prefix, worth_sharing
-from step_optim.audit.closure import Audit
+from step_optim.audit.batches import Layout, Shard, micro_batch_of, shared_prefix, worth_sharing
+from step_optim.audit.closure import Audit, Draw
+from step_optim.audit.draws import checked_pool
 from step_optim.audit.language_models import (
     check_audit_dtype,
     check_causal,
@@ -22,8 +24,9 @@ from step_optim.audit.language_models import (
 )
 from step_optim.audit.logit_kl import LogitKL
 from step_optim.audit.noise import NoiseFloor, is_narrow, moved_away, narrowest, read_ladder, trained_weights
+from step_optim.audit.readable import read_checked
 from step_optim.audit.reader import Reading
-from step_optim.audit.rows import Head, Rows
+from step_optim.audit.rows import Head, Rows, Scratch
 from step_optim.audit.shortcuts import Shortcuts, check_causality
 from step_optim.control.control_set import ControlSet
 from step_optim.host.modules import has_fsdp, reshard
@@ -68,11 +71,16 @@ class TokenKL(LogitKL):
             the control set: True for all processes, or a ProcessGroup. Every
             process is given the whole set; the KLs are put together before
             anything is decided.
+        pool: further prompts with their responses, which no audit reads:
+            `Steer` draws directions from them. Directions that come from the
+            control set fit the control set: held-out drift was 3.6 times its.
 
     Raises:
-        TypeError: ``model`` is no module; ``control`` is no ControlSet; ``audit_dtype`` is no floating-point dtype.
-        ValueError: model and control set on different devices; token ids
-            outside the vocabulary, or texts that are too long; fewer
+        TypeError: ``model`` is no module; ``control`` or ``pool`` is no ControlSet; ``audit_dtype`` is
+            no floating-point dtype.
+        ValueError: a pool that shares a prompt with the control set; model
+            and control set on different devices; token ids outside the
+            vocabulary, or texts that are too long; fewer
             micro-batches than processes; a model that is no causal language
             model, that does not return logits of all tokens, or whose forward
             leaves a trace that cannot be undone (see `module_state`); unmoved
@@ -98,6 +106,7 @@ class TokenKL(LogitKL):
         noise_floor: bool = True,
         check_parameters: bool = True,
         shard: Any = False,
+        pool: ControlSet | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(control, ControlSet):
@@ -116,10 +125,7 @@ class TokenKL(LogitKL):
         self.model, self.control = model, part.control
         self.sharded, self._idle_forwards = part.sharded, part.idle if has_fsdp(model) else 0
         self.prompts, self.members = len(self.control), part.members
-        lengths = torch.tensor([len(response) for response in self.control.responses], device="cpu")
-        self._prompt_of_row = torch.repeat_interleave(torch.arange(self.prompts, device="cpu"), lengths).to(
-            control.device
-        )
+        self._prompt_of_row = self.control.prompt_of_row
         self.fallbacks: tuple[str, ...] = ()
         """Which of the short ways this model does not allow, and why."""
         self._micro_batch, self._shared = micro_batch, self._wanted_prefix(control, prefix)
@@ -131,6 +137,30 @@ class TokenKL(LogitKL):
         self._find_ways()
         if noise_floor:
             self.noise_floor = self._measured(self._measure_noise)
+        self.pool = None if pool is None else self._on(checked_pool(pool, control, self._vocabulary))
+
+    def _on(self, prompts: ControlSet) -> TokenKL:
+        """Read the same model in the same way on other prompts."""
+        other = copy.copy(self)
+        other.control, other.prompts, other.members = prompts, len(prompts), dict(prompts.slices)
+        other._prompt_of_row = prompts.prompt_of_row
+        other._reference = other._origin = other.pool = None
+        other.sharded, other._idle_forwards, other._scratch = False, 0, Scratch()
+        other._layout = Layout.of(prompts, self._micro_batch)
+        return other
+
+    def _drawn(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
+        """Evaluate what was drawn, in micro-batches that few slices share: each costs one backward pass a slice."""
+        prompts, slices = list(draw.prompts), list(self.members.values())
+        prompts.sort(key=lambda i: [i in members for members in slices])
+        first = torch.cumsum(torch.bincount(self._prompt_of_row), 0).tolist()
+        rows_of = {i: range(first[i - 1] if i else 0, first[i]) for i in prompts}
+        for start in range(0, len(prompts), self._micro_batch):
+            part = prompts[start : start + self._micro_batch]
+            layout = Layout.of(self.control.select(part), len(part))
+            own = torch.tensor([row for i in part for row in rows_of[i]], device=self._prompt_of_row.device)
+            for rows, x in self._batches(layout=layout):
+                yield own[rows], x
 
     @staticmethod
     def _wanted_prefix(control: ControlSet, prefix: bool | None) -> int:
@@ -151,7 +181,7 @@ class TokenKL(LogitKL):
         """Refuse a model that is no causal language model, or that cannot read the control set."""
         batch = self._layout.batches[-1]  # the shortest prompts
         with self._reading.cast():
-            truth = self._read_checked(batch)
+            truth = read_checked(self._reading, self.control, batch)
         check_logits(truth)
         self._vocabulary = truth.shape[-1]
         if vocab_size_of(self.model) is None:
@@ -279,9 +309,9 @@ class TokenKL(LogitKL):
         return self._gather(self._batches(replaced), self._head(live=False))
 
     def _batches(
-        self, replaced: Mapping[int, Tensor] | None = None, readout: str | None = None
+        self, replaced: Mapping[int, Tensor] | None = None, readout: str | None = None, layout: Layout | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        reading, layout = self._reading, self._layout
+        reading, layout = self._reading, layout or self._layout
         with reading.cast(replaced):
             past = None
             for batch in layout.batches:
@@ -304,43 +334,6 @@ class TokenKL(LogitKL):
             self._origin = Rows(self._origin.x, self._live_head.copy())
         return self._live_head.copy()
 
-    def _read_checked(self, batch: Batch) -> Tensor:
-        try:
-            return self._reading.rows(batch, readout="full")
-        except IndexError as error:
-            raise ValueError(self._why_unreadable(error)) from error
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-            raise ValueError(
-                f"TokenKL cannot read {type(self.model).__name__} ({type(error).__name__}: {error}). It needs a causal "
-                "language model: model(input_ids) -> logits [batch, tokens, vocabulary]. Wrap the model in a module "
-                "whose forward takes token ids alone, or use PolicyKL"
-            ) from error
-
-    def _why_unreadable(self, error: IndexError) -> str:
-        """Tell a token id that is too large from a text that is too long: both are an index beyond some table."""
-        if not self._reads(self.control.prompts[0].new_zeros(1)):
-            return f"TokenKL cannot read {type(self.model).__name__}: its forward raises IndexError ({error})"
-        texts = [torch.cat(pair) for pair in zip(self.control.prompts, self.control.responses, strict=True)]
-        for i, text in enumerate(texts):
-            if self._reads(text):
-                continue
-            if not self._reads(text.max()[None]):
-                return f"prompt {i} of the control set has a token id outside the vocabulary of the model"
-            return (
-                f"prompt {i} of the control set has {len(text)} tokens with its response, more than the model can read "
-                f"({_positions(self.model)}); use a shorter prompt or response"
-            )
-        return f"the model cannot read the control set (IndexError: {error})"
-
-    def _reads(self, text: Tensor) -> bool:
-        try:
-            self.model(text[None])
-        except IndexError:
-            return False
-        return True
-
     def state_dict(self) -> dict[str, Any]:
         """pi_ref, so that drift goes on being measured from the start of training.
 
@@ -348,7 +341,7 @@ class TokenKL(LogitKL):
         """
         if self._origin is None:
             return {}
-        state = {"control": self.control.digest, "x": self._origin.x}
+        state = {"control": self.control.digest, "x": self._origin.x} | self._more_state()
         head = self._origin.head
         if head is None or head is self._live_head:
             return state
@@ -385,10 +378,3 @@ class TokenKL(LogitKL):
 
 def _shapes(head: Head) -> list[tuple[int, ...]]:
     return [tuple(part.shape) for part in (head.weight, head.bias) if part is not None]
-
-
-def _positions(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    found = [f"{name}={getattr(config, name)} in its config" for name in names if hasattr(config, name)]
-    return found[0] if found else "its table of positions is shorter"

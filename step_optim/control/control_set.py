@@ -167,6 +167,12 @@ class ControlSet:
         return sum(len(response) for response in self.responses)
 
     @property
+    def prompt_of_row(self) -> Tensor:
+        """[R] the prompt of each response token."""
+        lengths = torch.tensor([len(response) for response in self.responses], device="cpu")
+        return torch.repeat_interleave(torch.arange(len(self), device="cpu"), lengths).to(self.device)
+
+    @property
     def digest(self) -> str:
         """A hash of all token ids, to recognise the control set in a checkpoint."""
         return hashlib.sha256(json.dumps(self._ids()).encode()).hexdigest()

@@ -5,6 +5,7 @@ from step_optim.controllers.gate import Gate, GateStalled
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.controllers.project import Project
 from step_optim.controllers.searches import Backtracking, Bisection, ModelSearch, Search
+from step_optim.controllers.steer import Steer
 
 __all__ = [
     "Action",
@@ -19,5 +20,6 @@ __all__ = [
     "Point",
     "Project",
     "Search",
+    "Steer",
     "Trial",
 ]

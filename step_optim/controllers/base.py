@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from step_optim.audit.closure import Audit
+from step_optim.audit.closure import Audit, Draw, Normal
 from step_optim.budget import Limits, Verdict
+from step_optim.controllers.bundle import Inner
 from step_optim.movement import Movement
 from step_optim.snapshot.snapshot import Snapshot
 
@@ -28,6 +29,8 @@ class Action(str, Enum):
     """A point on the line from the previous weights to the candidate stands."""
     PROJECT = "project"
     """Weights found by distillation stand."""
+    STEER = "steer"
+    """Weights that were led back into the budget along its gradients stand."""
     UNCHANGED = "unchanged"
     """The inner step moved no weight; nothing was measured."""
 
@@ -75,7 +78,7 @@ class Point:
 
     @property
     def constraint(self) -> str:
-        """What is most exceeded, or nearest: ``"mean"``, ``"slice:<name>"``, ``"reference"``; or ``"not finite"``."""
+        """What is most exceeded, or nearest, as `Verdict.ratios` names it; or ``"not finite"``."""
         binding = self.verdict.binding
         return "not finite" if binding is None or not self.movement.is_finite else binding
 
@@ -90,6 +93,8 @@ class Outcome:
     """A gate gave up rejecting; see `Gate`."""
     projection: Mapping[str, float] = field(default_factory=dict)
     """Residuals and step counts of `Project`."""
+    steering: Mapping[str, float] = field(default_factory=dict)
+    """Corrections and multipliers of `Steer`."""
 
 
 class Ends:
@@ -119,8 +124,10 @@ class Trial:
 
     candidate: Point
     """The audited candidate, alpha = 1."""
+    previous: Verdict
+    """theta_t itself, alpha = 0: 0 for budgets on the step, what it has drifted so far for caps."""
     limits: Limits
-    """The budgets in force."""
+    """The budgets in force. A cap that theta_t exceeds stands here as "less than theta_t's drift"."""
     rejected_in_a_row: int
     """How many steps before this one were rejected without a commit in between."""
     kl: Any
@@ -133,6 +140,12 @@ class Trial:
     """Audit any weights, one tensor for each of ``weights.previous``."""
     distill: Callable[[Sequence[Tensor], Tensor], tuple[Point, float, list[Tensor]]]
     """At some weights: the point, its distance to the mixture of strength lambda [C], the gradient of that distance."""
+    draw: Callable[[int, int, Sequence[str]], Draw | None]
+    """Draw prompts from the KL closure's pool: (how many, which turn, for which constraints); None without a pool."""
+    normals: Callable[[Sequence[str], Sequence[Tensor], Draw | None], list[Normal]]
+    """Values and gradients of constraints at any weights, on what was drawn; see `KLClosure.gradients`."""
+    inner: Inner
+    """Inner products of points, and of points with normals, a tensor for each of ``weights.previous``."""
     agree: Callable[[Any], Any] = lambda value: value
     """With several processes: the first one's value, everywhere. What a controller computes by itself, and decides on,
     goes through this; points agree already."""
@@ -148,7 +161,8 @@ class Trial:
     @staticmethod
     def accept(point: Point, **record: Any) -> Outcome:
         """Commit a feasible point."""
-        return Outcome(Action.SHRINK if point.alpha is not None else Action.PROJECT, point, **record)
+        off_line = Action.STEER if record.get("steering") else Action.PROJECT
+        return Outcome(Action.SHRINK if point.alpha is not None else off_line, point, **record)
 
     @staticmethod
     def reject(**record: Any) -> Outcome:
@@ -200,6 +214,9 @@ class Controller(ABC):
 
     needs_logits = False
     """Whether the KL closure must be a `LogitKL`."""
+
+    follows_gradients = False
+    """Whether it follows `KLClosure.gradients`, and without them does less."""
 
     patience: int | None = None
     """Rejections in a row after which it does something else by itself, so that nobody needs to be warned before."""

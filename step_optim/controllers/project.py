@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,8 +207,8 @@ def mixture_strength(kl: LogitKL, candidate: Audit, limits: Limits) -> Tensor:
     """The largest lambda of each prompt, [C], at which the mixture is within all budgets.
 
     Every slice has the lambda that its own budget allows, and a prompt the
-    smallest of its slices'. Where the global mean is still too large, a common
-    cap brings it down.
+    smallest of its slices'. Where the global mean, or the drift of all prompts
+    or of a slice, is still too large, a common bound brings lambda down.
     """
     strength = torch.ones(kl.prompts, device="cpu")
     if limits.slices:
@@ -220,7 +220,23 @@ def mixture_strength(kl: LogitKL, candidate: Audit, limits: Limits) -> Tensor:
     for _ in range(TARGET_ROUNDS if limits.mean < math.inf else 0):
         if not cap.refine(kl.prompt_kl(candidate, strength.clamp_max(cap.value)), limits.mean):
             break
-    return strength.clamp_max(cap.value if limits.mean < math.inf else 1.0)
+    strength = strength.clamp_max(cap.value if limits.mean < math.inf else 1.0)
+    for prompts, limit in _caps(kl, limits):
+        cap = _Root(parabola=False)  # drift begins at what theta_t has
+        for _ in range(TARGET_ROUNDS):
+            if not cap.refine(kl.prompt_drift(candidate, strength[prompts].clamp_max(cap.value), prompts), limit):
+                break
+        strength[prompts] = strength[prompts].clamp_max(cap.value)
+    return strength
+
+
+def _caps(kl: LogitKL, limits: Limits) -> Iterator[tuple[Tensor, float]]:
+    """Yield (prompts, cap on their drift) of the finite caps."""
+    for name, limit in limits.drift_slices.items():
+        if limit < math.inf:
+            yield torch.tensor(kl.members[name], device="cpu"), limit
+    if limits.drift < math.inf:
+        yield torch.arange(kl.prompts, device="cpu"), limits.drift
 
 
 def _largest_strengths(kl: LogitKL, candidate: Audit, members: list[Tensor], limits: list[float]) -> list[float]:
@@ -244,10 +260,10 @@ def _largest_strengths(kl: LogitKL, candidate: Audit, members: list[Tensor], lim
 class _Root:
     """The largest lambda in [0, 1] with mean KL(lambda) <= limit; KL grows with lambda, nearly like lambda²."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, parabola: bool = True) -> None:
         self.value = 1.0
         self._low, self._high = 0.0, 1.0
-        self._rounds = 0
+        self._rounds = 0 if parabola else PARABOLA_ROUNDS
 
     def refine(self, kl: Tensor, limit: float) -> bool:
         """Use one measurement, taken at `value`; whether another one, at the new `value`, would help."""

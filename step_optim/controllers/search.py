@@ -88,8 +88,10 @@ class _Step(NamedTuple):
 class Bracket:
     """The evaluated points, and the interval that the largest feasible alpha lies in."""
 
-    def __init__(self, at_one: Found, slopes: Mapping[str, float]) -> None:
+    def __init__(self, at_one: Found, slopes: Mapping[str, float], at_zero: Mapping[str, float] | None = None) -> None:
         self.found, self.slopes = [at_one], slopes
+        self.starts = {name: math.sqrt(ratio) for name, ratio in (at_zero or {}).items() if ratio > 0}
+        """sqrt(K / eps) at alpha = 0 of the constraints that do not begin at 0: caps on the drift."""
         self.low, self.high = 0.0, 1.0
         self.asked = (0.0, 1.0)
         """The alphas that were asked for to get there: other ones where rounding leaves another part of a step."""
@@ -125,6 +127,7 @@ def largest_feasible(
     measure: Callable[[float], P],
     at_one: P,
     *,
+    at_zero: Mapping[str, float] | None = None,
     search: str,
     tol: float,
     max_trials: int,
@@ -138,10 +141,11 @@ def largest_feasible(
     Args:
         measure: audits an alpha. Points that say that their weights were audited before (`Point.again`) cost no trial.
         at_one: the audit of alpha = 1, infeasible.
+        at_zero: KL / budget at alpha = 0, where it is not 0: drift has a cap, and theta_t has drifted before.
         search: ``"bisect"`` halves the bracket. ``"backtrack"`` halves alpha
             until it is feasible, then bisects what it jumped over (with
             ``tol=0.5`` that is nothing: plain backtracking). ``"model"`` uses
-            that K(alpha) is nearly proportional to alpha².
+            that K(alpha) is nearly proportional to alpha², and that drift is nearly a parabola.
         tol: relative, in alpha.
         max_trials: audits at most; the best feasible alpha found so far is the answer.
         strict: see `model_is_done`.
@@ -156,12 +160,14 @@ def largest_feasible(
         (alpha, its point), or None if no feasible alpha was found.
     """
     remembered = {name: _agreed(slopes) for name, slopes in (profile or {}).items()}
-    bracket = Bracket(_found(1.0, at_one), remembered)
+    bracket = Bracket(_found(1.0, at_one), remembered, at_zero)
     best: tuple[_Step, P] | None = None
     trials = repeats = 0
     known = False
     while trials < max_trials and repeats < MAX_REPEATS:
         if bracket.closed(tol) or (search == "model" and not strict and model_is_done(bracket, tol)):
+            break
+        if search == "model" and no_room(bracket, min_alpha):
             break
         alpha = max(bracket.middle if known else _next(search, bracket, tol, trials), min_alpha)
         if alpha >= bracket.high:
@@ -183,7 +189,8 @@ def largest_feasible(
     if best is None:
         return None
     if profile is not None:
-        for name, slope in _slopes(bracket.found[0], _found(best[0].realised, best[1])).items():
+        slopes = _slopes(bracket.found[0], _found(best[0].realised, best[1]))
+        for name, slope in ((name, slope) for name, slope in slopes.items() if name not in bracket.starts):
             profile[name] = [*profile.get(name, []), max(-STEEPEST, min(slope, STEEPEST))][-2:]
     return best[0].asked, best[1]
 
@@ -251,7 +258,30 @@ def model_is_done(bracket: Bracket, tol: float) -> bool:
         return False
     best = max(feasible, key=lambda found: found.alpha)
     others = [found for found in bracket.found if found.alpha != best.alpha]
-    return any(_is_done(name, root, best, others, tol) for name, root in best.roots.items() if root > 0)
+    return any(
+        _is_at_the_cap(bracket, name, best.alpha, tol)
+        if name in bracket.starts
+        else _is_done(name, root, best, others, tol)
+        for name, root in best.roots.items()
+        if root > 0
+    )
+
+
+def no_room(bracket: Bracket, min_alpha: float) -> bool:
+    """Whether theta_t sits on a cap and the step leads outwards: the parabola passes the cap before ``min_alpha``."""
+    ends = [_end(bracket, name) for name in bracket.starts]
+    return bracket.low == 0 and any(end is not None and end < min_alpha for end in ends)
+
+
+def _is_at_the_cap(bracket: Bracket, name: str, alpha: float, tol: float) -> bool:
+    """Whether the parabola passes the cap within ``tol`` of this alpha."""
+    end = _end(bracket, name)
+    return end is not None and alpha >= (1 - tol) * end
+
+
+def _end(bracket: Bracket, name: str) -> float | None:
+    """Where the parabola through three points, theta_t among them, passes the cap; None with fewer points."""
+    return _solve(_cap_curve(bracket, name), bracket, 1.0) if len(_known(bracket, name)) > 1 else None
 
 
 def _is_done(name: str, root: float, best: Found, others: list[Found], tol: float) -> bool:
@@ -276,13 +306,48 @@ def _model_alpha(bracket: Bracket, tol: float) -> float:
     again.
     """
     names = {name for found in bracket.found for name, root in found.roots.items() if root > 0}
-    aims = [_solve(_curve(bracket, name), bracket, 1 - tol / 2) for name in names]
+    aims = [_aim(bracket, name, tol) for name in names]
     alpha = min((aim for aim in aims if aim is not None), default=bracket.middle)
-    if bracket.low == 0 and len(bracket.found) > 1:
-        alpha = max(alpha, BOLDEST * bracket.high)  # a slope that was measured far away
+    if bracket.low == 0 and (len(bracket.found) > 1) != bool(bracket.starts):
+        alpha = max(alpha, BOLDEST * bracket.high)  # a slope measured far away; a cap that theta_t sits on
     # An aim at an end of the bracket would tell nothing new; one a tolerance inside of it closes the bracket.
     low, high = (1 + 0.9 * tol) * bracket.low, (1 - 0.5 * tol) * bracket.high
     return min(max(alpha, low), high) if low < high else bracket.middle
+
+
+def _aim(bracket: Bracket, name: str, tol: float) -> float | None:
+    """The alpha at which one constraint would just be met."""
+    start = bracket.starts.get(name)
+    if start is None:
+        return _solve(_curve(bracket, name), bracket, 1 - tol / 2)
+    return _solve(_cap_curve(bracket, name), bracket, 1 - tol / 2 * (1 - min(start, 1.0)))
+
+
+def _known(bracket: Bracket, name: str) -> list[tuple[float, float]]:
+    """Where one constraint was measured, and its sqrt(K / eps) there; the nearest to the bracket first."""
+    known = [(found.alpha, root) for found in bracket.found if math.isfinite(root := found.roots.get(name, math.nan))]
+    return sorted(known, key=lambda point: abs(math.log(point[0]) - math.log(bracket.middle)))
+
+
+def _cap_curve(bracket: Bracket, name: str) -> Callable[[float], float] | None:
+    """Log sqrt(drift / cap) as a function of alpha, for a drift that begins at what theta_t has.
+
+    A parabola through theta_t and two more points. With one alone its root is
+    taken for a straight line, as if the step led straight away from pi_ref:
+    where it does not, that is on the feasible side.
+    """
+    start, known = bracket.starts[name], _known(bracket, name)
+    if not known:
+        return None
+    if len(known) == 1:
+        (alpha, root) = known[0]
+        return lambda at: _log(start + (root - start) * at / alpha)
+    points = [(0.0, start**2), *((alpha, root**2) for alpha, root in known[:2])]
+    return lambda at: 0.5 * _log(_lagrange(points, at))
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, 1e-300))
 
 
 def _curve(bracket: Bracket, name: str) -> Callable[[float], float] | None:

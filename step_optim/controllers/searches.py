@@ -50,6 +50,7 @@ class Search:
         found = largest_feasible(
             trial.at,
             trial.candidate,
+            at_zero=trial.previous.ratios,
             search=self.name,
             tol=self.tol,
             max_trials=self.max_trials,

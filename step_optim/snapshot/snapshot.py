@@ -153,6 +153,14 @@ class Snapshot:
         """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖²."""
         return self._weights.alignment()
 
+    def inner(self, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
+        """<a, b> of pairs of points, a tensor for each of `previous`; counted as in `update`."""
+        return self._weights.inner(pairs)
+
+    def descent(self) -> tuple[float, float]:
+        """First-order decrease of the loss by the current weights and by the candidate: -<g, x - theta_t>."""
+        return self._weights.descent()
+
     @property
     def is_coarse(self) -> bool:
         """Whether rounding leaves few points between theta_t and the candidate; known with the candidate."""

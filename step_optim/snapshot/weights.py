@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -211,11 +212,42 @@ class Weights:
         along, length = zip(*(torch.stack(part).sum(0).tolist() for part in products.values()), strict=True)
         return sum(along), sum(length)
 
+    @torch.no_grad()
+    def inner(self, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
+        """<a, b> of pairs of points, a tensor for each of `previous`, in float64; counted as in `update`."""
+        shards = [self._shards(copy.tensor) for copy in self._copies]
+        return [math.fsum(n * _product(x, y) for n, x, y in zip(shards, a, b, strict=True)) for a, b in pairs]
+
+    @torch.no_grad()
+    def descent(self) -> tuple[float, float]:
+        """-<g, current - theta_t> and -<g, candidate - theta_t>; g is in ``.grad``. Counted as in `update`."""
+        gradients = {
+            id(plain): grad
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and parameter.grad.layout is torch.strided
+            for plain, grad in zip(plain_tensors(parameter), plain_tensors(parameter.grad), strict=True)
+        }
+        kept = proposed = 0.0
+        for copy in self._copies:
+            if id(copy.tensor) not in gradients:
+                continue
+            g, previous, shards = gradients[id(copy.tensor)], self._store.saved(copy.tensor), self._shards(copy.tensor)
+            kept -= shards * _product(g, copy.tensor.detach().double() - previous)
+            proposed -= shards * _product(g, copy.saved.double() - previous)
+        return kept, proposed
+
     def restore(self) -> None:
         """Put theta_t back, bit for bit."""
         self._candidate.wait()
         with torch.no_grad():
             self._store.restore()
+
+
+def _product(x: Tensor, y: Tensor) -> float:
+    """Re <x, y>, in float64."""
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    return float(torch.vdot(x.detach().to(wide).flatten(), y.detach().to(wide).flatten()).real)
 
 
 def _check_kind(now: Tensor, previous: Tensor) -> None:

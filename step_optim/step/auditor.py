@@ -11,7 +11,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 from torch import Tensor
 
-from step_optim.audit.closure import Audit, KLClosure
+from step_optim.audit.closure import Audit, Draw, KLClosure, Normal
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Ends, Point, Trial
 from step_optim.host.ranks import Ranks
@@ -37,6 +37,7 @@ class Auditor:
         self.kl, self._snapshot, self._ranks = kl, snapshot, ranks
         self._budget, self._step = budget, step
         self.limits = Limits()
+        self._drift_before: Movement | None = None
         self.audited: list[TrialRecord] = []
         """Every audit of this step, the candidate's first."""
         self._candidate: Point | None = None
@@ -63,12 +64,26 @@ class Auditor:
         isolation = nullcontext() if kl.isolates else isolated(kl.modules())
         with self._snapshot.watch_groups(), isolation:
             with self._ranks.together():
-                audit = kl.audit_with_drift() if with_drift or self._caps_drift else kl.audit()
+                audit = kl.audit_with_drift() if with_drift or self.limits.caps_drift else kl.audit()
             return self._pooled(audit)
 
+    def start_from(self, drift: Movement | None) -> None:
+        """Take the drift of theta_t: of a cap that it exceeds, less than that is asked, and no more."""
+        self._drift_before = drift
+
     @property
-    def _caps_drift(self) -> bool:
-        return self.limits.reference < math.inf
+    def exceeded_before(self) -> tuple[str, ...]:
+        """The caps that theta_t exceeds."""
+        return self.limits.exceeded_by(self._drift_before)
+
+    @property
+    def _in_force(self) -> Limits:
+        return self.limits.on_the_way_back(self._drift_before)
+
+    def previous(self) -> Verdict:
+        """Hold theta_t itself against the budgets: its movement is 0, its drift need not be."""
+        still = Movement.everywhere(0.0, self.limits.slices)
+        return self._in_force.judge(still, self._drift_before if self.limits.caps_drift else None)
 
     def _pooled(self, audit: Audit) -> Audit:
         return replace(audit, movement=Movement.pooled(self._ranks.exchange(audit.movement)))
@@ -92,8 +107,9 @@ class Auditor:
         )
 
     def _judged(self, audit: Audit, **where: Any) -> Point:
-        drift = self.drift(audit) if self._caps_drift or audit.drift is not None else None
-        verdict = self.limits.judge(audit.movement, drift if self._caps_drift else None)
+        caps = self.limits.caps_drift
+        drift = self.drift(audit) if caps or audit.drift is not None else None
+        verdict = self._in_force.judge(audit.movement, drift if caps else None)
         return self._noted(Point(audit, verdict, drift=drift, **where))
 
     def _noted(self, point: Point) -> Point:
@@ -117,13 +133,17 @@ class Auditor:
         self._known[bits], self._infeasible[bits] = candidate, candidate
         return Trial(
             candidate,
-            self.limits,
+            self.previous(),
+            self._in_force,
             rejected,
             self.kl,
             Ends(snapshot),
             self._at,
             self._at_weights,
             self._distill,
+            self._draw,
+            self._normals,
+            self._inner,
             self._ranks.agree,
             memory,
             explain,
@@ -176,6 +196,33 @@ class Auditor:
         audit, loss, gradients = kl.distill(self._candidate.audit, strength, self._snapshot.parameters)
         gradients = self._ranks.average(gradients, weight=kl.prompts)
         return self._judged(self._pooled(audit), weights=values), self._ranks.agree(loss), gradients
+
+    def _draw(self, count: int, turn: int, names: Sequence[str]) -> Draw | None:
+        self._snapshot.go(0)  # what a constraint on the step is measured from
+        self._current = None
+        with self._ranks.together():
+            return self.kl.draw(count, turn, names)
+
+    def _normals(self, names: Sequence[str], values: Sequence[Tensor], draw: Draw | None) -> list[Normal]:
+        self._write(values)
+        self._current = None
+        with self._ranks.together():
+            found = self.kl.gradients(names, self._snapshot.parameters, draw)
+        return [self._pooled_normal(name, normal, draw) for name, normal in zip(names, found, strict=True)]
+
+    def _inner(self, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
+        found = self._snapshot.inner(pairs)
+        every = self._ranks.exchange(found)
+        return [sum(parts) / len(every) for parts in zip(*every, strict=True)]
+
+    def _pooled_normal(self, name: str, normal: Normal, draw: Draw | None) -> Normal:
+        """The mean over processes, if each has measured prompts of its own; else what all of them have measured."""
+        members: Any = getattr(self.kl, "members", {})
+        part, own = name.partition(":")[2], self.kl.sharded and draw is None
+        weight = float(len(members[part]) if part else getattr(self.kl, "prompts", 1)) if own else 1.0
+        parts = self._ranks.exchange((normal.value, weight))
+        value = sum(v * w for v, w in parts) / sum(w for _, w in parts)
+        return Normal(value, self._ranks.average(normal.gradient, weight))
 
     def go(self, point: Point | None, *, restore_state: bool = False) -> None:
         """Leave a point in the weights.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -83,8 +82,10 @@ def check_controller(controller: Any) -> Controller:
     return controller
 
 
-def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, ranks: Ranks) -> None:
+def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, ranks: Ranks, budget: Budget) -> None:
     """Refuse a controller that needs more than a KL closure, or one process, can tell it."""
+    if controller.follows_gradients:
+        _check_directions(kl, controller, optimizer, budget)
     if not controller.needs_logits:
         return
     if not kl.has_logits:
@@ -100,6 +101,41 @@ def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, 
         )
 
 
+def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimizer, budget: Budget) -> None:
+    """Refuse weights in pieces and a pool that lacks a slice; warn where there are no gradients, or no pool."""
+    if any(shard_count(p) > 1 for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"{controller!r} needs whole weights in every process, and FSDP2 has split them; use Interpolate(), or "
+            "DistributedDataParallel"
+        )
+    if kl.opaque:  # it would have to be called
+        return
+    if not kl.has_gradients:
+        warnings.warn(
+            f"{kl!r} has no gradients, so that {controller!r} can only shorten steps, as Interpolate() does; use "
+            "TokenKL or PolicyKL, or a function that returns tensors with a graph",
+            stacklevel=4,
+        )
+        return
+    pool: Any = getattr(kl, "pool", None)
+    if pool is None and budget.caps_drift:
+        warnings.warn(
+            f"{type(kl).__name__} has no pool: {type(controller).__name__} takes its directions from the control set, "
+            "and fits it. Drift on other prompts was 4 to 40 times the cap (examples/steering). Give it pool=, further "
+            "prompts that no audit reads",
+            stacklevel=4,
+        )
+    if pool is not None:
+        limits = budget.at(0, kl.slices or ())
+        missing = sorted({*limits.slices, *limits.drift_slices} - set(pool.members))
+        if missing:
+            raise ValueError(
+                f"the budget limits slice {missing[0]!r}, of which the pool has no prompts (its slices: "
+                f"{sorted(pool.members)}): {type(controller).__name__} would have no direction for it. Give the pool "
+                "some, under that name"
+            )
+
+
 def plain_note(name: str, value: Any) -> Any:
     """A value that every log can hold."""
     if hasattr(value, "item"):
@@ -112,8 +148,8 @@ def plain_note(name: str, value: Any) -> Any:
 def check_budget(budget: Budget, kl: KLClosure) -> None:
     """Refuse a budget for what a KL closure does not measure."""
     budget.check_slices(kl.slices)
-    if budget.reference is not None and budget.reference != math.inf and not kl.measures_drift:
-        raise ValueError(f"budget.reference needs a KL closure that measures drift (TokenKL, PolicyKL), not {kl!r}")
+    if budget.caps_drift and not kl.measures_drift:
+        raise ValueError(f"budget.drift needs a KL closure that measures drift (TokenKL, PolicyKL), not {kl!r}")
 
 
 def below_noise(limits: Limits, kl: KLClosure) -> bool:

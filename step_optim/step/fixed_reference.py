@@ -90,7 +90,7 @@ def _told(kl: KLClosure, reading: float) -> str:
         f"{kl!r} reads {reading:.3g} at the weights before the step, and the movement of weights that have not moved "
         f"is 0: it seems to measure from a fixed reference (the start of training?){rounding}. Take its reference from "
         "the current weights before every step(), or use PolicyKL or TokenKL, which do that; to limit the drift from "
-        "the start of training, give these a Budget(reference=...)"
+        "the start of training, give these a Budget(drift=...)"
     )
 
 

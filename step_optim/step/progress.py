@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
@@ -42,6 +42,7 @@ class Progress:
     def after(self, record: StepRecord, *, adaptive_rate: bool = False) -> Progress:
         """Count one step."""
         rejected, latest = self.rejected_in_a_row, self.latest
+        before = None if self.last is None else self.last.reference_drift
         if record.constraint is not None and record.action is Action.REJECT:
             rejected, latest = rejected + 1, self.bound_by(record.constraint)
         elif record.triggered or record.action is Action.COMMIT:
@@ -53,7 +54,7 @@ class Progress:
             latest=latest,
             summary=self.summary.plus(record),
             last=record,
-            scale=next_scale(self.scale, record) if adaptive_rate else self.scale,
+            scale=next_scale(self.scale, record, before) if adaptive_rate else self.scale,
         )
 
     def bound_by(self, constraint: str) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ class Run:
             self.adaptive_rate,
             kl_state=self._kl_state(),
             progress=self.progress,
-            memory=copy.deepcopy(self.memory),
+            memory=plain_copy(self.memory),
         )
 
     def _kl_state(self) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class Run:
             "step": self.progress.step,
             "rejected_in_a_row": self.progress.rejected_in_a_row,
             "summary": self.progress.summary.state_dict(),
-            "controller": copy.deepcopy(self.memory) | self.controller.state_dict(),
+            "controller": plain_copy(self.memory) | self.controller.state_dict(),
             "kl": self._kl_state(),
             **({"scale": self.progress.scale} if self.adaptive_rate else {}),
         }
@@ -140,7 +141,7 @@ class Run:
         if state is not None and self.kl is not None:
             self.kl.check_state_dict(kl_state)
 
-        remembered = {} if state is None else copy.deepcopy(dict(state["controller"]))
+        remembered = {} if state is None else plain_copy(dict(state["controller"]))
 
         def take_over() -> None:
             self.progress, self.kl_state, self.anchored = progress, kl_state, None
@@ -154,6 +155,15 @@ class Run:
             self.memory = {name: value for name, value in remembered.items() if name not in own}
 
         return take_over
+
+
+def plain_copy(value: Any) -> Any:
+    """Copy dicts and lists, and what is in them; tensors are shared, for nobody writes into those of a memory."""
+    if isinstance(value, dict):
+        return {name: plain_copy(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([plain_copy(item) for item in value])
+    return value if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _read(state: Mapping[str, Any], controller: Controller) -> tuple[Progress, Mapping[str, Any]]:

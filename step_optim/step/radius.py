@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
+from step_optim.budget import Limits
 from step_optim.controllers.base import Action
+from step_optim.movement import Movement
 from step_optim.telemetry.record import StepRecord
 
 AIM = 0.8
@@ -15,27 +16,57 @@ CHANGE = 2.0
 """The scale is at most halved or doubled from one step to the next."""
 
 
-def next_scale(scale: float, record: StepRecord) -> float:
+LEAST = 1 / 16
+"""Caps alone do not bring the scale below this: a policy that sits on its cap has to go on being pushed."""
+
+
+def next_scale(scale: float, record: StepRecord, before: Movement | None = None) -> float:
     """Return the scale of the learning rates for the next proposal, in (0, 1].
 
     K grows like the square of the learning rate, so a proposal that used the
     part rho of its budget (the largest KL / budget) would have used `AIM` of it
-    at sqrt(AIM / rho) times its rate. Drift from pi_ref does not shrink with the
-    rate, and is left out. It is the radius of a trust region, which grows and
-    shrinks with what the last step has shown.
+    at sqrt(AIM / rho) times its rate. Of a cap on the drift it may use `AIM` of
+    the room that theta_t had, with sqrt(drift) growing from what it was like the
+    rate. It is the radius of a trust region, which grows and shrinks with what
+    the last step has shown.
 
-    >>> from step_optim.budget import Limits
-    >>> from step_optim.movement import Movement
+    Args:
+        scale: that of this step.
+        record: what it showed.
+        before: the drift of theta_t; None if it is not known.
+
     >>> def after(kl):
     ...     return StepRecord(0, Action.SHRINK, Movement(kl), Movement(0.0), Limits(mean=0.04))
     >>> next_scale(1.0, after(0.0576)), next_scale(0.5, after(0.02)), next_scale(1.0, after(0.02))
     (0.7453559924999299, 0.6324555320336759, 1.0)
     """
-    limits = replace(record.budget, reference=math.inf)
-    if record.action is Action.UNCHANGED or math.inf == min(limits.mean, *limits.slices.values(), math.inf):
+    limits = record.budget
+    if record.action is Action.UNCHANGED or not limits.limits_anything:
         return scale
     if not record.candidate.is_finite:
         return scale / CHANGE
-    largest = max(limits.judge(record.candidate).ratios.values())
-    factor = CHANGE if largest == 0 else math.sqrt(AIM / largest)
-    return min(1.0, scale * min(max(factor, 1 / CHANGE), CHANGE))
+    by_step = limits.without_caps()
+    knows_room = limits.caps_drift and before is not None and record.candidate_drift is not None
+    if not (by_step.limits_anything or knows_room):
+        return scale
+    largest = max(by_step.judge(record.candidate).ratios.values(), default=0.0)
+    wanted = scale * _clamped(CHANGE if largest == 0 else math.sqrt(AIM / largest))
+    if before is not None and record.candidate_drift is not None and limits.caps_drift:
+        wanted = min(wanted, max(scale * _clamped(_room(limits, before, record.candidate_drift)), min(scale, LEAST)))
+    return min(1.0, wanted)
+
+
+def _room(limits: Limits, before: Movement, proposed: Movement) -> float:
+    """The smallest factor at which a proposal would have used `AIM` of the room below a cap."""
+    caps = limits.without_budgets()
+    starts, ends = (caps.judge(drift.still(), drift).ratios for drift in (before, proposed))
+    factors = [CHANGE]
+    for name, start in starts.items():
+        end, aim = ends[name], start + AIM * max(1 - start, 0.0)
+        if end > max(start, aim):
+            factors.append((math.sqrt(aim) - math.sqrt(start)) / (math.sqrt(end) - math.sqrt(start)))
+    return min(factors)
+
+
+def _clamped(factor: float) -> float:
+    return min(max(factor, 1 / CHANGE), CHANGE)

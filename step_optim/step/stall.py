@@ -70,7 +70,7 @@ class Stall:
         bound = self.latest[-1]
         if bound == "not finite":
             return self._not_finite()
-        if bound == "reference":
+        if bound.startswith("drift"):
             return self._at_the_cap()
         limit = self.limits.mean if bound == "mean" else self.limits.slices[bound.removeprefix("slice:")]
         return self._too_far(self._read(self.candidate.movement), limit)
@@ -94,16 +94,24 @@ class Stall:
     def _at_the_cap(self) -> str:
         assert self.drift is not None
         assert self.candidate.drift is not None
-        cap, here, there = self.limits.reference, self.drift.mean, self.candidate.drift.mean
+        slice_ = self.latest[-1].removeprefix("drift").removeprefix(":")
+        cap = self.limits.drift_slices[slice_] if slice_ else self.limits.drift
+        here, there = (moved.slices[slice_] if slice_ else moved.mean for moved in (self.drift, self.candidate.drift))
         told = (
             f"The last proposal was {there:.3g} nats per token from pi_ref, the cap is {cap:.3g}, and the policy "
             f"before the step is {here:.3g} from it"
         )
         if here < AT_THE_CAP * cap and not self.tried:
             return f"{told}: there is room for smaller steps. Lower the learning rate, or shrink with Interpolate()"
+        if any(trial.alpha is None for trial in self.tried):
+            return (
+                f"{told}. The corrections along its gradient were not enough: raise the cap, Budget(drift=...); lower "
+                "the learning rate; or give the KL closure a larger pool"
+            )
         return (
-            f"{told}. Smaller steps cannot help a policy that sits at the cap: raise the cap, Budget(reference=...); "
-            "pull the policy back by a KL penalty in the loss; or restart from an earlier checkpoint"
+            f"{told}. Smaller steps cannot help a policy that sits at the cap: take controller=Steer(), which leads "
+            "steps back along the gradient of the drift and goes on learning; raise the cap, Budget(drift=...); pull "
+            "the policy back by a KL penalty in the loss; or restart from an earlier checkpoint"
         )
 
     def _too_far(self, kl: float, limit: float) -> str:
@@ -148,8 +156,10 @@ def _named(constraint: str) -> str:
     """A constraint in words."""
     if constraint == "not finite":
         return "an update or a KL that is not finite"
-    if constraint == "reference":
+    if constraint == "drift":
         return "the cap on the drift from pi_ref"
+    if constraint.startswith("drift:"):
+        return f"the cap on the drift of slice {constraint.removeprefix('drift:')!r} from pi_ref"
     if constraint == "mean":
         return "the budget of the mean"
     return f"the budget of slice {constraint.removeprefix('slice:')!r}"

@@ -72,8 +72,8 @@ class Step:
         """Whether there is a candidate; whether the step has ended, one way or the other."""
         self.record: StepRecord | None = None
         """What was decided. From here on the step stands."""
-        self.in_body = False
-        """Whether the body of a window runs."""
+        self.in_body = self.windowed = False
+        """Whether the body of a window runs; whether one has."""
         self.idle: bool | None = None
         """Whether all inner steps so far had neither a gradient nor a loss closure; None before the first."""
         self.renewed = False
@@ -198,8 +198,9 @@ class Step:
             with self.clock("audit"):
                 self.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference
             self.run.drift = outcome.point.drift
+        realised = self._alpha_realised(outcome.point, candidate)
         record = decided(
-            self._measurements(), outcome, candidate, self._alpha_realised(outcome.point, candidate), self._drift()
+            self._measurements(), outcome, candidate, realised, self._progress(outcome, realised), self._drift()
         )
         self.ranks.exchange(None)  # it stands on every rank, or on none
         self.record = record
@@ -226,6 +227,8 @@ class Step:
             self.snapshot.keep_candidate()  # a plain function may write into the weights
         with self.clock("audit"):
             audit = early if early is not None and not self._staleness.stale else self._audit_candidate(early)
+        self.auditor.start_from(self._drift() if self.auditor.limits.caps_drift else None)
+        with self.clock("audit"):
             return self.auditor.candidate(audit)
 
     def _audit_while_waiting(self) -> Audit:
@@ -301,7 +304,7 @@ class Step:
             auditor.limits,
             self.update_norm,
             tried=auditor.audited[1:],
-            drift=auditor.drift() if constraint == "reference" else None,
+            drift=auditor.drift() if constraint.startswith("drift") else None,
             still=self._at_rest,
             rounded=auditor.rounded,
             adaptive_rate=run.adaptive_rate,
@@ -315,6 +318,20 @@ class Step:
             return 1.0
         along, length = map(sum, zip(*self.ranks.exchange(self.snapshot.alignment()), strict=True))
         return along / length if length > 0 else math.nan
+
+    def _progress(self, outcome: Outcome, aligned: float | None) -> float | None:
+        """Which share of the candidate's first-order decrease of the loss stands; None if it had none."""
+        if outcome.point is None or outcome.action is Action.COMMIT:
+            return None if outcome.action is Action.UNCHANGED else float(outcome.action is Action.COMMIT)
+        if not self._one_gradient:  # those of a window are of many points: the step itself stands for them
+            return aligned
+        kept, proposed = map(sum, zip(*self.ranks.exchange(self.snapshot.descent()), strict=True))
+        return kept / proposed if proposed > 0 else None
+
+    @property
+    def _one_gradient(self) -> bool:
+        """Whether what is in ``.grad`` is what the inner step was made of."""
+        return self.rewind and not self.windowed
 
     def _drift(self) -> Movement | None:
         """Movement of the committed policy from pi_ref; measured again only if the policy changed."""
@@ -354,6 +371,7 @@ class Step:
         return Measurements(
             self.run.progress.step,
             auditor.limits,
+            auditor.exceeded_before,
             tuple(self.kl.slices or ()),
             tuple(auditor.audited[1:]),
             self.update_norm,

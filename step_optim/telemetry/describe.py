@@ -20,6 +20,8 @@ class Measurements:
     """The step index."""
     budget: Limits
     """The budgets in force."""
+    exceeded_before: tuple[str, ...]
+    """Caps that theta_t exceeds."""
     slices: tuple[str, ...]
     """What the KL closure measures besides the mean, as far as it says."""
     trials: tuple[TrialRecord, ...]
@@ -39,7 +41,12 @@ class Measurements:
 
 
 def decided(
-    known: Measurements, outcome: Outcome, candidate: Point | None, alpha_realised: float | None, drift: Movement | None
+    known: Measurements,
+    outcome: Outcome,
+    candidate: Point | None,
+    alpha_realised: float | None,
+    progress: float | None,
+    drift: Movement | None,
 ) -> StepRecord:
     """Return the record of a step that was decided.
 
@@ -48,6 +55,7 @@ def decided(
         outcome: what stands.
         candidate: what was proposed; None if it moved no weight.
         alpha_realised: the part of the update that stands, after rounding.
+        progress: the share of the candidate's first-order decrease that stands.
         drift: of what stands, from pi_ref.
     """
     accepted, moved = outcome.point, candidate is not None
@@ -61,8 +69,11 @@ def decided(
         bound=None if candidate is None else candidate.verdict.binding,
         alpha=None if not moved else 0.0 if accepted is None else accepted.alpha,
         alpha_realised=alpha_realised if moved else None,
+        progress=progress if moved else None,
         stalled=outcome.stalled,
         projection=outcome.projection,
+        steering=outcome.steering,
+        candidate_drift=None if candidate is None or not known.budget.caps_drift else candidate.drift,
         reference_drift=drift,
         error=None if proposed.is_finite else _not_finite(known, proposed),
         success=proposed.is_finite,

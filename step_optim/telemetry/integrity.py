@@ -5,7 +5,6 @@ python -m step_optim integrity gate=a.jsonl interpolate=b.jsonl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -59,10 +58,7 @@ def check(runs: Mapping[str, Sequence[StepRecord]]) -> Report:
 
 
 def _limited(records: Sequence[StepRecord]) -> bool:
-    return any(
-        min(record.budget.mean, record.budget.reference, *record.budget.slices.values()) < math.inf
-        for record in records
-    )
+    return any(record.budget.limits_anything for record in records)
 
 
 def _acted(records: Sequence[StepRecord]) -> bool:

@@ -46,11 +46,18 @@ class StepRecord:
     triggered: bool = False
     """Whether the candidate was infeasible, so that the controller acted."""
     bound: str | None = None
-    """The constraint with the largest KL / budget at the candidate: mean, slice:<name> or reference."""
+    """The constraint with the largest KL / budget at the candidate: mean, slice:<name>, drift or drift:<name>."""
+    exceeded_before: tuple[str, ...] = ()
+    """Caps on the drift that the policy before the step exceeded already: of these, less drift than before was asked,
+    and no more (a cap was lowered, or the run resumed with a lower one)."""
     alpha: float | None = None
     """Part of the update that was committed, as asked for: 1 after a commit, 0 after a rejection, None off the line."""
     alpha_realised: float | None = None
     """The part that rounding made of it; differs in low precision."""
+    progress: float | None = None
+    """Share of the candidate's first-order decrease of the loss that was kept: -<g, x - theta_t> over -<g, candidate -
+    theta_t>, with g the gradient at the step; of a window or a loss closure, whose gradients are many, the step itself
+    in the place of -g. 1 after a commit, 0 after a rejection; None if the candidate promised no decrease."""
     trials: tuple[TrialRecord, ...] = ()
     """Audits beyond the candidate's, in order."""
     stalled: bool = False
@@ -58,6 +65,11 @@ class StepRecord:
     projection: Mapping[str, float] = field(default_factory=dict)
     """Of `Project`: residual (mean ‖l - l_candidate‖²), residual_target, residual_interpolation, steps;
     strength_min and strength_max: the smallest and largest lambda of a prompt in the mixture aimed at."""
+    steering: Mapping[str, float] = field(default_factory=dict)
+    """Of `Steer`: corrections (gradients that were measured), remembered (normals it began with), and the multiplier
+    of each constraint, multiplier/<constraint>."""
+    candidate_drift: Movement | None = None
+    """Movement of the candidate from pi_ref; None if no cap is finite."""
     reference_drift: Movement | None = None
     """Movement of the committed policy from pi_ref; None if the KL closure does not measure it."""
     update_norm: float = 0.0
@@ -107,18 +119,22 @@ class StepRecord:
             _movement(values["accepted"]),
         )
         limits = values["budget"]
-        values["budget"] = Limits(float(limits["mean"]), _floats(limits["slices"]), float(limits["reference"]))
+        cap = limits.get("drift", limits.get("reference", math.inf))  # its name in older logs
+        caps = _floats(limits.get("drift_slices", {}))
+        values["budget"] = Limits(float(limits["mean"]), _floats(limits["slices"]), float(cap), caps)
+        values["exceeded_before"] = tuple(values.get("exceeded_before", ()))
         values["trials"] = tuple(
             TrialRecord(_float(trial["alpha"]), _movement(trial["movement"]), trial["feasible"])
             for trial in values.get("trials", ())
         )
-        drift = values.get("reference_drift")
-        values["reference_drift"] = None if drift is None else _movement(drift)
-        for name in ("alpha", "alpha_realised", "update_norm", "reward"):
+        for name in ("candidate_drift", "reference_drift"):
+            values[name] = None if values.get(name) is None else _movement(values[name])
+        for name in ("alpha", "alpha_realised", "progress", "update_norm", "reward"):
             values[name] = _float(values.get(name))
         values["lr"] = tuple(float(lr) for lr in values.get("lr", ()))
         values["scale"] = float(values.get("scale", 1.0))
-        values["projection"], values["seconds"] = _floats(values["projection"]), _floats(values["seconds"])
+        for name in ("projection", "steering", "seconds"):
+            values[name] = _floats(values.get(name, {}))
         return cls(**values)
 
     def flat(self) -> dict[str, float | str]:

@@ -52,6 +52,10 @@ class Summary:
         if record.alpha is not None and record.triggered:
             add("alpha_sum", record.alpha)
             add("alpha_count", 1)
+        if record.progress is not None:
+            add("progress_sum", record.progress)
+            add("progress_count", 1)
+        add("corrections", record.steering.get("corrections", 0.0))
         if record.candidate.is_finite:
             add("candidate_sum", record.candidate.mean)
             add("candidate_count", 1)
@@ -70,9 +74,11 @@ class Summary:
         """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds.
 
         Audits per trigger are those beyond the candidate's: what a controller spends on one decision.
-        ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, reference or "not finite".
-        The overhead's share is that of snapshots, audits and searches in the time between two steps: without them the
-        training loop, generation included, would take 1 - share of its time.
+        ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, drift,
+        drift:<name> or "not finite".
+        Progress is the share of what the inner optimizer proposed that was kept, see `StepRecord.progress`; corrections
+        are gradients that `Steer` measured. The overhead's share is that of snapshots, audits and searches in the time
+        between two steps: without them the training loop, generation included, would take 1 - share of its time.
         """
         total = self._sums.get
         steps = total("steps", 0)
@@ -86,6 +92,8 @@ class Summary:
             "trigger_rate": _per(total("triggered", 0), steps),
             "rejection_rate": _per(total("reject", 0), steps),
             "mean_alpha": _per(total("alpha_sum", 0), total("alpha_count", 0)),
+            "mean_progress": _per(total("progress_sum", 0), total("progress_count", 0)),
+            "corrections_per_step": _per(total("corrections", 0), steps),
             "audits_per_step": _per(total("audits", 0), steps),
             "audits_per_trigger": _per(total("trials", 0), total("trials_count", 0)),
             "max_audits_per_trigger": int(total("trials_max", 0)),

@@ -460,12 +460,12 @@ def test_budget_schedules_and_partial_slices() -> None:
     assert Budget(mean=math.inf).at(0, ["a"]).judge(Movement(1e9, {"a": 1e9})).binding is None
 
 
-@given(name=st.sampled_from(["mean", "a", "reference"]), kl=st.floats(0.011, 10))
+@given(name=st.sampled_from(["mean", "a", "drift"]), kl=st.floats(0.011, 10))
 def test_every_part_of_the_budget_binds_alone(name, kl) -> None:
     """Each constraint on its own makes a movement infeasible, and is named as binding."""
-    limits = Limits(mean=0.01, slices={"a": 0.01}, reference=0.01)
+    limits = Limits(mean=0.01, slices={"a": 0.01}, drift=0.01)
     moved = Movement(kl if name == "mean" else 0.0, {"a": kl if name == "a" else 0.0})
-    verdict = limits.judge(moved, Movement(kl if name == "reference" else 0.0))
+    verdict = limits.judge(moved, Movement(kl if name == "drift" else 0.0))
     assert not verdict.feasible
     assert verdict.binding == ("slice:a" if name == "a" else name)
 

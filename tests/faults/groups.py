@@ -10,12 +10,21 @@ from tests.faults.logs import FullDisk, Logs
 from tests.faults.values import Values
 from tests.faults.worlds import SCENARIOS
 
+KILLED = ("commit tokens", "shrink policy", "reject", "keep_state", "project", "steer", "window", "ASGD")
+SAVED = ("commit tokens", "shrink policy", "steer", "ASGD", "distribution", "plain function")
+
 GROUPS: list[Group] = [
     *(Lines(name) for name in SCENARIOS),
-    *(Kills(name) for name in ("commit tokens", "shrink policy", "reject", "keep_state", "project", "window", "ASGD")),
+    *(
+        Kills(name)
+        for name in ("commit tokens", "shrink policy", "reject", "keep_state", "project", "steer", "window", "ASGD")
+    ),
     *(Values(name) for name in SCENARIOS),
     Logs("shrink"),
     Logs("project"),
     FullDisk("commit tokens"),
-    *(Checkpoints(name) for name in ("commit tokens", "shrink policy", "ASGD", "distribution", "plain function")),
+    *(
+        Checkpoints(name)
+        for name in ("commit tokens", "shrink policy", "steer", "ASGD", "distribution", "plain function")
+    ),
 ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from step_optim import Budget, Gate, Interpolate, PolicyKL, Project, STEPOptimizer
+from step_optim import Budget, Gate, Interpolate, PolicyKL, Project, Steer, STEPOptimizer
 from tests.strategies import Policy, Problem, policy_problem, token_problem
 
 WARM = 1
@@ -145,6 +145,14 @@ def _followed(folder: Path, controller: Any) -> World:
     return _world(problem, folder, 1e-4, controller, param_like="z")
 
 
+def _steered(folder: Path) -> World:
+    """A cap that the first steps reach, with a pool; models of it are remembered."""
+    problem = policy_problem(16)
+    model, observations, others = problem.model, torch.randn(6, 5), torch.randn(4, 5)
+    problem.kl = PolicyKL(lambda: model(observations), noise_floor=False, pool=lambda: model(others))
+    return _world(problem, folder, Budget(mean=1e-3, drift=1e-4), Steer(corrections=2))
+
+
 def _gaussian(folder: Path) -> World:
     """A policy that is a distribution object."""
     problem = policy_problem(8)
@@ -173,6 +181,7 @@ SCENARIOS: dict[str, Callable[[Path], World]] = {
     "shrink policy": lambda folder: _world(policy_problem(5), folder, 1e-4),
     "on_shrink": lambda folder: _world(policy_problem(5), folder, 1e-4, Interpolate(on_shrink="restore")),
     "project": lambda folder: _world(token_problem(6), folder, Budget(mean=1e-4, slices=2e-4), Project(steps=1)),
+    "steer": _steered,
     "window": lambda folder: _windowed(_world(policy_problem(6), folder, 1e-4)),
     "loss closure": lambda folder: _with_closure(_world(policy_problem(7), folder, 1e-4)),
     "copies": lambda folder: _followed(folder, Interpolate()),

@@ -208,10 +208,10 @@ def unequal_budgets() -> str:
     return "no error"
 
 
-def refused(kind: str, shard: bool) -> str:
-    """Try `Project` where it cannot be."""
+def refused(kind: str, shard: bool, controller: str = "Project") -> str:
+    """Try a controller where it cannot be."""
     try:
-        Training(kind, budget=1.0, controller="Project", shard=shard)
+        Training(kind, budget=1.0, controller=controller, shard=shard)
     except ValueError as error:
         return str(error)
     return "taken"

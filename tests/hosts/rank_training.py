@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from step_optim import Budget, ControlSet, Gate, Interpolate, Project, STEPOptimizer, TokenKL
+from step_optim import Budget, ControlSet, Gate, Interpolate, Project, Steer, STEPOptimizer, TokenKL
 from tests.strategies import Bigram, bits
 
-CONTROLLERS = {"Gate": Gate, "Interpolate": Interpolate, "Project": lambda: Project(steps=1)}
+CONTROLLERS = {"Gate": Gate, "Interpolate": Interpolate, "Project": lambda: Project(steps=1), "Steer": Steer}
 INF = math.inf
 
 
@@ -26,6 +26,14 @@ def control_set() -> ControlSet:
     prompts = [[1, 2], [3], [4, 5, 6], [7], [8, 9], [2, 3, 4], [5], [6, 7]]
     responses = [[7, 8, 9], [10], [11, 12], [1, 2, 3, 4], [5, 6], [3], [9, 8, 7], [4, 4]]
     return ControlSet.from_ids(prompts, responses, slices={"a": [0, 1, 2], "b": [3, 4, 5, 6, 7]})
+
+
+def pool() -> ControlSet:
+    """Six other prompts."""
+    prompts = [[9], [10, 11], [12, 1], [6], [2], [3, 3, 3]]
+    return ControlSet.from_ids(
+        prompts, [[1], [2, 3], [4], [5, 6], [7], [8, 9]], slices={"a": [0, 1], "b": [2, 3, 4, 5]}
+    )
 
 
 def batch(step: int, *, own: bool) -> Tensor:
@@ -88,7 +96,14 @@ class Training:
         self.inner = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.05)
         self.optimizer: Any = self.inner
         if budget is not None:
-            kl = TokenKL(self.model, control_set().to(self.device), micro_batch=micro_batch, shard=shard)
+            steers = controller == "Steer"
+            kl = TokenKL(
+                self.model,
+                control_set().to(self.device),
+                micro_batch=micro_batch,
+                shard=shard,
+                pool=pool().to(self.device) if steers else None,
+            )
             self.optimizer = STEPOptimizer(
                 self.inner, measure(kl), budget=_budget(budget), controller=CONTROLLERS[controller](), **options
             )

@@ -131,6 +131,22 @@ def test_project_works_on_replicas():
     same([result["weights"] for result in results])
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_steer_works_on_replicas(shard):
+    """Under DDP, with the control set everywhere or a part of it, the replicas stay one, inside of the caps."""
+    budget = {"drift": 1e-3, "drift_slices": {"a": 2e-3}}
+    results = on_ranks(jobs.train, 2, kind="ddp", own=True, budget=budget, controller="Steer", shard=shard)
+    records = same([result["records"] for result in results])
+    assert "steer" in {record["action"] for record in records}
+    assert max(record["reference_drift"]["mean"] for record in records) <= 1e-3
+    same([result["weights"] for result in results])
+
+
+def test_steer_is_refused_where_weights_are_in_pieces():
+    """FSDP2 has split them; the error says what to use."""
+    assert "use Interpolate()" in same(on_ranks(jobs.refused, 2, kind="fsdp", shard=False, controller="Steer"))
+
+
 @pytest.mark.parametrize(("kind", "shard"), [("ddp", True), ("fsdp", False)])
 def test_project_is_refused_on_shards(kind, shard):
     """Of the control set or of weights; the error says what to use."""

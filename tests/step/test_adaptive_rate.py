@@ -52,10 +52,31 @@ def test_a_movement_that_is_not_finite_halves_it(bad):
     assert next_scale(0.5, record(bad)) == 0.25
 
 
-def test_what_does_not_shrink_with_the_rate_is_left_out():
-    """Drift from pi_ref, infinite budgets, and steps that moved nothing."""
-    assert next_scale(0.5, StepRecord(0, Action.COMMIT, Movement(9.0), Movement(9.0), Limits(reference=1e-3))) == 0.5
+def test_what_tells_nothing_is_left_out():
+    """Infinite budgets, steps that moved nothing, and a cap whose drift before the step is not known."""
+    assert next_scale(0.5, StepRecord(0, Action.COMMIT, Movement(9.0), Movement(9.0), Limits(mean=math.inf))) == 0.5
     assert next_scale(0.5, record(0.0, action=Action.UNCHANGED)) == 0.5
+    capped = StepRecord(
+        0, Action.REJECT, Movement(0.0), Movement(0.0), Limits(drift=0.04), candidate_drift=Movement(1.0)
+    )
+    assert next_scale(0.5, capped) == 0.5
+
+
+def test_a_cap_leaves_the_room_that_there_is():
+    """sqrt(drift) grows like the rate from what theta_t has; a cap alone does not bring the scale below 1/16."""
+
+    def after(drift: float, before: float, scale: float = 0.5) -> float:
+        limits = Limits(drift=0.04)
+        seen = StepRecord(0, Action.SHRINK, Movement(0.0), Movement(0.0), limits, candidate_drift=Movement(drift))
+        return next_scale(scale, seen, Movement(before))
+
+    room = (math.sqrt(0.01 + 0.8 * 0.03) - 0.1) / (0.25 - 0.1)
+    assert after(0.0625, before=0.01) == pytest.approx(0.5 * room)
+    assert after(0.5, before=0.01) == 0.25  # at most halved
+    assert after(0.5, before=0.04) == 0.25
+    assert after(0.5, before=0.04, scale=0.08) == 1 / 16
+    assert after(0.5, before=0.04, scale=0.02) == 0.02
+    assert after(0.02, before=0.03) == 1.0  # on the way back
 
 
 def by_slice(gradient: float | None) -> tuple[STEPOptimizer, nn.Parameter]:

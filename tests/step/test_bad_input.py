@@ -106,7 +106,7 @@ def test_a_schedule_that_turns_bad() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Budget, named("Budget() limits nothing", "pass mean=, slices= or reference=")),
+        (Budget, named("Budget() limits nothing", "pass mean=, slices=, drift= or drift_slices=")),
         (lambda: Budget(slices={}), named("budget.slices={} limits no slice", "name a slice")),
         (lambda: Budget.of(None), named("limits nothing")),
     ],
@@ -280,7 +280,7 @@ def test_model_on_another_device_than_the_control_set(unmoved) -> None:
         ({"on_error": "ignore"}, ValueError, named("on_error='ignore'", "'raise' or 'reject'")),
         ({"kl": 0.1}, TypeError, named("kl=0.1 is not callable", "TokenKL")),
         ({"log": 3}, TypeError, named("log=3", "path", "callable")),
-        ({"kl": lambda: 0.0, "budget": Budget(reference=0.1)}, ValueError, named("budget.reference", "TokenKL")),
+        ({"kl": lambda: 0.0, "budget": Budget(reference=0.1)}, ValueError, named("budget.drift", "TokenKL")),
     ],
     ids=label,
 )
@@ -404,7 +404,7 @@ def test_a_budget_on_drift_that_a_step_closure_cannot_measure(unmoved) -> None:
     optimizer = STEPOptimizer(
         unmoved.inner, kl=TokenKL(unmoved.model, ragged_control()), budget=Budget(mean=1.0, reference=1.0)
     )
-    with pytest.raises(ValueError, match=named("budget.reference", "measures drift")):
+    with pytest.raises(ValueError, match=named("budget.drift", "measures drift")):
         optimizer.step(kl=lambda: 0.0)
 
 

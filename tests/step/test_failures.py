@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_optim import Action, Budget, Controller, Gate, Interpolate, Movement, Project, STEPOptimizer
+from step_optim import Action, Budget, Controller, Gate, Interpolate, Movement, Project, Steer, STEPOptimizer
 from step_optim.host import undo
 from tests.strategies import INNER, Problem, picture, policy_problem, token_problem, wrap
 
@@ -45,7 +45,7 @@ def survives(problem: Problem, optimizer: STEPOptimizer, error: BaseException) -
 @given(
     error=st.sampled_from(FAILURES),
     at=st.integers(1, 5),
-    controller=st.sampled_from([Interpolate(), Interpolate("bisect"), Project(steps=1)]),
+    controller=st.sampled_from([Interpolate(), Interpolate("bisect"), Project(steps=1), Steer(corrections=1)]),
     inner=st.sampled_from(sorted(INNER)),
 )
 def test_a_failure_in_any_audit_or_trial_leaves_everything_exact(error, at, controller, inner):

@@ -132,7 +132,7 @@ def test_the_text_has_the_reading_the_cause_and_the_remedies() -> None:
     with pytest.warns(UserWarning, match=SEEMS) as caught:
         optimizer.step()
     text = str(caught[0].message)
-    for words in ("reads 0.01 ", "is 0:", "before every step()", "PolicyKL", "Budget(reference=...)"):
+    for words in ("reads 0.01 ", "is 0:", "before every step()", "PolicyKL", "Budget(drift=...)"):
         assert words in text
 
 

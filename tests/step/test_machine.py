@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from step_optim import Action, Budget, Controller, Gate, Interpolate, Project, STEPOptimizer, TokenKL
+from step_optim import Action, Budget, Controller, Gate, Interpolate, Project, Steer, STEPOptimizer, TokenKL
 from tests.strategies import bits, picture, token_problem
 
 TIGHT = 1e-7
@@ -29,7 +29,9 @@ class Training(RuleBasedStateMachine):
         seed=st.integers(0, 100),
         inner=st.sampled_from(["AdamW", "SGD", "NAdam", "ASGD"]),
         freeze_head=st.booleans(),
-        controller=st.sampled_from([Gate(), Gate(patience=1), Interpolate(), Interpolate("bisect"), Project(steps=1)]),
+        controller=st.sampled_from(
+            [Gate(), Gate(patience=1), Interpolate(), Interpolate("bisect"), Project(steps=1), Steer(corrections=1)]
+        ),
     )
     def start(self, seed: int, inner: str, freeze_head: bool, controller: Controller) -> None:
         self.problem = token_problem(seed, inner=inner, freeze_head=freeze_head)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_optim import Budget, Gate, Interpolate, Project, STEPOptimizer, read_log
+from step_optim import Budget, Gate, Interpolate, Project, Steer, STEPOptimizer, read_log
 from tests.strategies import INNER, bits, picture, policy_problem, token_problem, wrap
 
 
@@ -26,7 +26,7 @@ def checkpoint(problem, optimizer) -> bytes:
 @given(
     stop=st.integers(1, 6),
     inner=st.sampled_from(sorted(INNER)),
-    controller=st.sampled_from([Gate(patience=2), Interpolate(), Project(steps=1)]),
+    controller=st.sampled_from([Gate(patience=2), Interpolate(), Project(steps=1), Steer(corrections=1)]),
     build=st.sampled_from([token_problem, policy_problem]),
     freeze_head=st.booleans(),
 )

@@ -114,7 +114,7 @@ def test_at_the_cap_smaller_steps_are_not_recommended() -> None:
     drift = run.optimizer.last.reference_drift.mean
     assert "by the cap on the drift from pi_ref" in texts[0]
     assert f"the cap is 0.05, and the policy before the step is {drift:.3g} from it" in texts[0]
-    for words in ("Smaller steps cannot help", "Budget(reference=...)", "KL penalty", "earlier checkpoint"):
+    for words in ("Smaller steps cannot help", "Budget(drift=...)", "KL penalty", "earlier checkpoint"):
         assert words in texts[0]
     for words in ("learning rate", "adaptive_rate", "Interpolate()"):
         assert words not in texts[0]

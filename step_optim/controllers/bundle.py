@@ -1,0 +1,163 @@
+"""A bundle of half-spaces that approximates a feasible set from outside, and the nearest point inside all of them.
+
+With d the measured KL of one constraint and eps its budget, the root
+r = sqrt(d / eps) is nearly a norm of the movement, so nearly convex, and grows
+nearly linearly along any ray. Its linear model at a point y,
+
+    r(x) >= r(y) + <n, x - y>,   n the gradient of r at y,
+
+is a half-space {x : r(y) + <n, x - y> <= aim} that cuts off what is too far
+out, and stays valid as the policy moves along the boundary: so normals are
+remembered from step to step (bundle and cutting-plane methods: Kelley 1960;
+Lemarechal, Nemirovskii and Nesterov 1995).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+SWEEPS = 400
+"""Rounds of coordinate ascent on the dual; a bundle has a dozen half-spaces."""
+
+RIDGE = 1e-7
+"""Added to the diagonal of the Gram matrix, relative to it: two normals may be the same."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A linear model of one constraint's root: offset + <normal, x>."""
+
+    name: str
+    """The constraint."""
+    normal: Sequence[Tensor]
+    """A tensor for each parameter."""
+    offset: float
+    """So that the model is exact where it was measured."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """As a checkpoint has it."""
+        return {"name": self.name, "normal": list(self.normal), "offset": self.offset}
+
+    @staticmethod
+    def of_plain(plain: Mapping[str, Any]) -> Cut:
+        """Read what `to_plain` returned.
+
+        Raises:
+            Exception: of any kind, if it is none.
+        """
+        normal, offset = [*plain["normal"]], float(plain["offset"])
+        if not math.isfinite(offset) or not all(isinstance(part, Tensor) for part in normal):
+            raise ValueError(f"{plain['name']!r}: no linear model of a constraint")
+        return Cut(str(plain["name"]), normal, offset)
+
+
+Inner: TypeAlias = "Callable[[Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]], list[float]]"
+"""<a, b> of pairs of points; over all processes, where these have parts of the weights."""
+
+
+class Bundle:
+    """The linear models that are known.
+
+    Args:
+        cuts: those that are remembered, the oldest first.
+        inner: computes inner products.
+    """
+
+    def __init__(self, cuts: Sequence[Cut], inner: Inner) -> None:
+        self.cuts, self._inner = list(cuts), inner
+
+    def add(self, name: str, normal: Sequence[Tensor], root: float, weights: Sequence[Tensor]) -> None:
+        """Add the model that is exact at these weights, where its constraint's root was measured."""
+        self.cuts.append(Cut(name, normal, root - self._inner([(normal, weights)])[0]))
+
+    def learn(self, roots: Mapping[str, float], weights: Sequence[Tensor]) -> None:
+        """Lower the models that are above what was measured at some weights: a convex function is above all of them."""
+        values = self._at(weights)
+        self.cuts = [
+            replace(cut, offset=cut.offset - max(0.0, value - roots.get(cut.name, math.inf)))
+            for cut, value in zip(self.cuts, values, strict=True)
+        ]
+
+    def above(self, root: float, weights: Sequence[Tensor]) -> list[Cut]:
+        """The models that predict more than this at some weights."""
+        return [cut for cut, value in zip(self.cuts, self._at(weights), strict=True) if value > root]
+
+    def newest(self, count: int) -> list[Cut]:
+        """The latest models of each constraint."""
+        kept: list[Cut] = []
+        for name in dict.fromkeys(cut.name for cut in self.cuts):
+            own = [cut for cut in self.cuts if cut.name == name]
+            kept += own[max(0, len(own) - count) :]
+        return kept
+
+    def nearest(self, weights: Sequence[Tensor], aim: float) -> tuple[list[Tensor], dict[str, float]]:
+        """Return the point nearest to some weights at which no model is above the aim.
+
+        min ‖x - weights‖² subject to offset_i + <n_i, x> <= aim. The dual is a
+        quadratic problem in as many unknowns as there are models, min ½ m' G m
+        - v' m over m >= 0, with G the normals' Gram matrix and v by how much
+        each model is above the aim; x = weights - sum_i m_i n_i.
+
+        Returns:
+            x, and the sum of the multipliers m of each constraint.
+        """
+        normals = [cut.normal for cut in self.cuts]
+        gram = self._inner([(a, b) for a in normals for b in normals])
+        size = len(normals)
+        rows = [gram[i * size : (i + 1) * size] for i in range(size)]
+        found = solve(rows, [value - aim for value in self._at(weights)])
+        moved, multipliers = [wide(weight) for weight in weights], dict[str, float]()
+        for cut, multiplier in zip(self.cuts, found, strict=True):
+            if multiplier > 0:
+                moved = [x - multiplier * n.to(x.dtype) for x, n in zip(moved, cut.normal, strict=True)]
+                multipliers[cut.name] = multipliers.get(cut.name, 0.0) + multiplier
+        return moved, multipliers
+
+    def _at(self, weights: Sequence[Tensor]) -> list[float]:
+        products = self._inner([(cut.normal, weights) for cut in self.cuts])
+        return [cut.offset + product for cut, product in zip(self.cuts, products, strict=True)]
+
+
+def solve(rows: Sequence[Sequence[float]], excess: Sequence[float]) -> list[float]:
+    """Minimise ½ m' G m - v' m over m >= 0 by coordinate descent.
+
+    Args:
+        rows: of the Gram matrix G.
+        excess: v.
+    """
+    size = len(rows)
+    found = [0.0] * size
+    for _ in range(SWEEPS):
+        change = 0.0
+        for i in range(size):
+            diagonal = rows[i][i] * (1 + RIDGE)
+            if not diagonal > 0:
+                continue
+            rest = excess[i] - sum(rows[i][j] * found[j] for j in range(size) if j != i)
+            new = max(0.0, rest / diagonal)
+            change = max(change, abs(new - found[i]) * math.sqrt(diagonal))
+            found[i] = new
+        if change <= 1e-10 * max([abs(value) for value in excess], default=0.0):
+            break
+    return found
+
+
+def inner(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
+    """<a, b> of each pair, over all tensors, summed in float64."""
+    return [sum(float(torch.dot(_flat(x), _flat(y))) for x, y in zip(a, b, strict=True)) for a, b in pairs]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.detach().flatten().double()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,233 @@
+"""Steer: lead the step back into the budgets along the gradients of what it violates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from step_optim.audit.closure import Draw
+from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject, checked_on_shrink
+from step_optim.controllers.bundle import Bundle, Cut, wide
+from step_optim.controllers.searches import ModelSearch
+
+LEAST_PART = 1e-3
+"""The smallest part of a step at which a model is measured."""
+
+LAST_PARTS = (1 / 16, 0.0)
+"""Parts of a step that are tried last, at a cap."""
+
+NEAR = 2.0
+"""Times a budget up to which another correction is tried before less of the step is."""
+
+
+@dataclass(frozen=True)
+class Steer(Controller):
+    """Commit the feasible point nearest to the candidate, as far as linear models of the constraints tell.
+
+    A controller that only shortens steps cannot leave a cap on the drift: once
+    the policy sits on it, every part of a step that leads outwards is beyond
+    it, and learning ends. But from the candidate there is a short way back that
+    keeps nearly all of what was learned: along the gradient of the violated
+    constraint. (The projection of PCPO, Yang et al. 2020, after the optimizer's
+    step, with an audit that decides.)
+
+    For every violated constraint a linear model of sqrt(KL / budget) is
+    measured, by a backward pass over prompts drawn from the KL closure's pool;
+    models of caps are remembered from step to step (see `bundle`). The point
+    nearest to the candidate at which no model is above the aim is audited. If
+    it is infeasible, the model there is added, and less of the step is tried
+    where that is not enough.
+
+    Where the KL closure has no gradients, the candidate's KL is not finite, or
+    a budget is 0, the step is shrunk as `Interpolate` does it.
+
+    Give the KL closure a pool: directions that are taken from the control set
+    itself fit the control set, and drift elsewhere was 20 times the cap's (the
+    table in examples/steering).
+
+    Raises:
+        ValueError: an argument out of range, or an unknown option.
+
+    >>> from step_optim import Budget, PolicyKL, STEPOptimizer
+    >>> policy = torch.nn.Linear(2, 3, bias=False)
+    >>> kl = PolicyKL(lambda: policy(torch.eye(2)), pool=lambda: policy(torch.ones(3, 2)))
+    >>> optimizer = STEPOptimizer(
+    ...     torch.optim.SGD(policy.parameters(), lr=1.0), kl=kl, budget=Budget(drift=0.01), controller=Steer()
+    ... )
+    >>> policy.weight.grad = torch.tensor([[1.0, 0.1], [0.0, 0.0], [0.0, 0.0]])
+    >>> optimizer.step()
+    >>> str(optimizer.last.action), optimizer.last.reference_drift.mean <= 0.01
+    ('steer', True)
+    """
+
+    aim: float = 0.9
+    """Part of each budget that a correction aims at: what is left lets the audit agree, and the next step begin."""
+
+    corrections: int = 3
+    """Gradients at most in one step; each costs a forward and backward over what is drawn."""
+
+    trials: int = 8
+    """Audits at most in one step besides the candidate's."""
+
+    prompts: int | None = None
+    """Prompts of the pool in one draw; by default as many as the control set has."""
+
+    memory: int = 8
+    """Linear models of each cap that are remembered."""
+
+    far: float = 6.0
+    """Where a candidate is beyond so many times a budget, a linear model is measured nearer to it."""
+
+    on_reject: str = "restore"
+    """``"restore"`` or ``"keep_state"``, if nothing that was tried is feasible."""
+
+    on_shrink: str = "keep_state"
+    """The optimizer state of what is committed; see `Interpolate`."""
+
+    follows_gradients = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not 0 < self.aim <= 1:
+            raise ValueError(f"aim={self.aim} must lie between 0 and 1: the part of a budget that corrections aim at")
+        if not self.far > 1:
+            raise ValueError(f"far={self.far} must be above 1 budget; a candidate that needs no correction is feasible")
+        for name in ("corrections", "trials", "prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.memory < 0:
+            raise ValueError(f"memory={self.memory} must be 0 or more linear models of each cap")
+        checked_on_reject(self.on_reject)
+        checked_on_shrink(self.on_shrink)
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse what are no linear models."""
+        for plain in state.get("cuts", ()):
+            Cut.of_plain(plain)
+        int(state.get("turn", 0)), float(state.get("part", 1.0))
+
+    def decide(self, trial: Trial) -> Outcome:
+        """Correct the candidate until the audit agrees; without gradients, shrink it."""
+        measured = trial.candidate.movement.is_finite and all(map(math.isfinite, trial.candidate.ratios.values()))
+        if measured and trial.kl.has_gradients:
+            return _Steering(self, trial).outcome()
+        found = ModelSearch(memory=False).find(trial)
+        return trial.reject() if found is None else trial.accept(found)
+
+
+class _Steering:
+    """One decision."""
+
+    def __init__(self, options: Steer, trial: Trial) -> None:
+        self._options, self._trial = options, trial
+        self._bundle = Bundle([Cut.of_plain(plain) for plain in trial.memory.get("cuts", ())], trial.inner)
+        self._turn, self._corrections = int(trial.memory.get("turn", 0)), 0
+        self._part = 1.0
+        self._multipliers: dict[str, float] = {}
+
+    def outcome(self) -> Outcome:
+        """Decide; what was learned of the caps is for the next steps, too."""
+        remembered = len(self._bundle.cuts)
+        found = self._find()
+        memory, options = self._trial.memory, self._options
+        memory["turn"], memory["part"] = self._turn, max(self._part, LAST_PARTS[0])
+        memory["cuts"] = [cut.to_plain() for cut in self._bundle.newest(options.memory) if cut.name.startswith("drift")]
+        record = {"corrections": float(self._corrections), "remembered": float(remembered), "part": self._part}
+        record |= {f"multiplier/{name}": value for name, value in self._multipliers.items()}
+        return self._trial.reject(steering=record) if found is None else self._trial.accept(found, steering=record)
+
+    def _find(self) -> Point | None:
+        options, trial = self._options, self._trial
+        point, weights = trial.candidate, [wide(weight) for weight in trial.weights.candidate]
+        self._bundle.learn(_roots(point), weights)
+        self._part = float(min(1.0, 2.0 * trial.memory.get("part", 1.0)))
+        violated = _violated(point)
+        if not violated <= {cut.name for cut in self._bundle.above(1.0, weights)}:  # nothing tells of one of them
+            self._measure(violated, *self._nearer(point, weights))
+        for _ in range(options.trials):
+            point, weights = self._corrected()
+            if point.feasible:
+                return point
+            near = max(point.ratios.values(), default=math.inf) <= NEAR and point.movement.is_finite
+            if near and self._corrections < options.corrections:
+                self._measure(_violated(point), point, weights)
+            else:
+                self._part *= 0.5
+        return self._last_resort()
+
+    def _corrected(self) -> tuple[Point, list[Tensor]]:
+        """Audit what is nearest to the part of the step that is tried."""
+        weights, self._multipliers = self._bundle.nearest(self._target(self._part), math.sqrt(self._options.aim))
+        point = self._trial.at_weights(weights)
+        self._bundle.learn(_roots(point), weights)
+        return point, weights
+
+    def _last_resort(self) -> Point | None:
+        """Where corrections were not enough: shrink; or at a cap, go back to where the aim is, so that there is room.
+
+        Directions come from the control set here, which judges: along them a small enough step is feasible.
+        """
+        trial, aim = self._trial, self._options.aim
+        caps = {name: math.sqrt(ratio) for name, ratio in trial.previous.ratios.items() if ratio > aim}
+        if not caps:
+            return ModelSearch(memory=False).find(trial)
+        self._add(caps, self._target(0.0), draw=None)
+        for self._part in LAST_PARTS:
+            point, _ = self._corrected()
+            if point.feasible:
+                return point
+        return None
+
+    def _nearer(self, point: Point, weights: list[Tensor]) -> tuple[Point, list[Tensor]]:
+        """The candidate, or if it is far from the budgets a part of it that is not: there a linear model holds."""
+        trial, far = self._trial, math.sqrt(self._options.far)
+        parts = [1.0]
+        for name, root in _roots(point).items():
+            start = math.sqrt(trial.previous.ratios.get(name, 0.0))
+            if root > max(far, start):  # sqrt(KL) grows about linearly
+                parts.append((far - start) / (root - start))
+        part = trial.agree(max(min(parts), LEAST_PART))
+        if part == 1.0:
+            return point, weights
+        weights = self._target(part)
+        return trial.at_weights(weights), weights
+
+    def _target(self, part: float) -> list[Tensor]:
+        """A part of the step."""
+        ends = zip(self._trial.weights.previous, self._trial.weights.candidate, strict=True)
+        return [torch.lerp(wide(previous), wide(candidate), part) for previous, candidate in ends]
+
+    def _measure(self, names: Collection[str], point: Point, weights: Sequence[Tensor]) -> None:
+        """Add linear models of these constraints at a point; a draw from the pool tells their directions."""
+        roots = {name: root for name, root in _roots(point).items() if name in names and root > 0}
+        if roots:
+            count = self._options.prompts or len(point.movement.prompts or ()) or 1
+            self._add(roots, weights, self._trial.draw(count, self._turn, list(roots)))
+            self._turn += 1
+
+    def _add(self, roots: Mapping[str, float], weights: Sequence[Tensor], draw: Draw | None) -> None:
+        """Add models of these constraints: their direction is measured, how far they are from the budget was audited.
+
+        d sqrt(K / eps) = sqrt(K / eps) dv / 2v, with v the same constraint on the prompts that were drawn.
+        """
+        self._corrections += 1
+        for (name, root), normal in zip(roots.items(), self._trial.normals(list(roots), weights, draw), strict=True):
+            if 0 < normal.value < math.inf:
+                scale = root / (2 * normal.value)
+                self._bundle.add(name, [scale * wide(part) for part in normal.gradient], root, weights)
+
+
+def _violated(point: Point) -> set[str]:
+    """The constraints that do not hold."""
+    return {name for name, ratio in point.ratios.items() if ratio > 1}
+
+
+def _roots(point: Point) -> dict[str, float]:
+    """sqrt(KL / budget) of the constraints that were measured."""
+    return {name: math.sqrt(ratio) for name, ratio in point.ratios.items() if 0 <= ratio < math.inf}
