@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean, median
 from typing import Any
@@ -297,7 +297,7 @@ def _residuals(records: Sequence[StepRecord]) -> dict[str, float | None]:
 def is_limited(run: Run) -> bool:
     """Whether any budget of a run is finite."""
     limits = [record.budget for record in run.records]
-    return any(min(limit.mean, limit.reference, *limit.slices.values()) < math.inf for limit in limits)
+    return any(limit.limits_anything for limit in limits)
 
 
 def _detection(run: Run) -> dict[str, float | None]:
@@ -321,7 +321,7 @@ def _beyond(run: Run, study: Study) -> dict[str, int]:
 
 def within(budget: Limits, moved: Movement) -> bool:
     """Whether a movement is within the budgets of its step; a cap on the drift is not looked at."""
-    return replace(budget, reference=math.inf).judge(moved).feasible
+    return budget.without_caps().judge(moved).feasible
 
 
 def _costs(run: Run) -> dict[str, Any]:

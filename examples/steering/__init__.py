@@ -1,0 +1,1 @@
+"""A task learned inside a cap on the drift."""

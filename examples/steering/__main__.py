@@ -1,0 +1,88 @@
+"""Learn a task inside a ball: a cap on the drift, held by shrinking or by steering, against penalties and nothing.
+
+    make steering                                      # the real 135M model (hours on a CPU; resumable)
+    python examples/steering --smoke                   # a tiny random model, in a minute: does it run?
+    python examples/steering --tasks person --seeds 1 --lrs 5e-3 --arms bare steer
+
+Every finished run is a file in runs/steering; the table and the picture go to examples/steering.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # steering, smollm, tiny
+
+import tiny
+import torch
+from smollm import DEFAULT_MODEL, ModelNotFound, find, load
+
+from steering.arms import ARMS
+from steering.report import draw, table
+from steering.run import Setting, run
+from steering.tasks import TASKS
+from steering.world import prompt_sets
+
+HERE = Path(__file__).parent
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="steering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model, a few steps, three arms")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="learning rates")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "steering", help="where finished runs are")
+    parser.add_argument(
+        "--out", type=Path, help="folder of table and picture (default: examples/steering; smoke: --runs)"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Do what is missing, then report; return the exit code."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    if args.smoke:
+        args.runs, args.steps, args.seeds, args.lrs = args.runs / "smoke", 6, 1, [1e-2]
+        args.arms, args.tasks = ["bare", "penalty_1", "steer"], args.tasks[:1]
+    try:
+        model, tokenizer = tiny.load() if args.smoke else load(find(DEFAULT_MODEL))[:2]
+    except ModelNotFound as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("what the model says by itself on all prompts ...", flush=True)
+    sets, results = prompt_sets(model, tokenizer), {}
+    settings = [
+        Setting(task, arm, lr, seed, args.steps)
+        for seed in range(args.seeds)
+        for task in args.tasks
+        for lr in args.lrs
+        for arm in args.arms
+    ]
+    start = time.monotonic()
+    for i, setting in enumerate(settings):
+        result = run(setting, model, tokenizer, sets, args.runs)
+        results[setting] = result
+        done = f"[{time.monotonic() - start:6.0f} s] {i + 1}/{len(settings)} {setting.name}"
+        told = f"NLL {result.nll:.3f}, held-out drift {result.held_out:.3f}, {result.rejected} rejected"
+        print(f"{done}: {told}", flush=True)
+    out = args.out or (args.runs if args.smoke else HERE)
+    (out / "table.md").write_text(table(results) + "\n", encoding="utf-8")
+    draw(results, out / "steering.png")
+    print(table(results))
+    print(f"{out / 'table.md'}, {out / 'steering.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""One run: a task is learned for some steps, one way, at one learning rate."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import peft
+import torch
+
+from steering.arms import ARMS
+from steering.world import Sets, exact, loss, task_data
+from step_optim import STEPOptimizer, TokenKL
+
+BATCH = 6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What tells one run from another."""
+
+    task: str
+    arm: str
+    lr: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.task}-{self.arm}-{self.lr:g}-{self.seed}-{self.steps}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with; drift in nats per token from the model before training."""
+
+    nll: float
+    """Of the test responses, per token."""
+    exact: float
+    """Share of the test responses that are the likeliest, token by token."""
+    drift: float
+    """On the control set."""
+    largest: float
+    """The largest of any step."""
+    held_out: float
+    """On the held-out prompts."""
+    shared: float
+    """Mean over those of their slices that the control set has, too."""
+    worst: float
+    """The worst held-out slice."""
+    rejected: int
+    at_cap: int
+    """Steps that were over the cap as they were proposed."""
+    corrections: float
+    """Gradients over a draw as large as the control set, per step."""
+    audits: float
+    """Per step."""
+    progress: float
+    """Mean share of the first-order decrease that was kept."""
+    seconds: float
+
+
+def run(setting: Setting, model: Any, tokenizer: Any, sets: Sets, folder: Path) -> Result:
+    """Do one run, or read what it ended with if it was done before. The model is left as it was."""
+    file = folder / f"{setting.name}.json"
+    if file.exists():
+        return Result(**json.loads(file.read_text(encoding="utf-8")))
+    arm = ARMS[setting.arm]
+    train, test = task_data(tokenizer, setting.task, setting.seed)
+    torch.manual_seed(setting.seed)
+    lora = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(model, lora)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a missing pool, and of stalls: arms show them
+            kl = TokenKL(tuned, sets.control, pool=sets.pool if arm.pool else None, noise_floor=False)
+            held_out = TokenKL(tuned, sets.held_out, noise_floor=False)
+            held_out.anchor()
+            trained = [p for p in tuned.parameters() if p.requires_grad]
+            optimizer = STEPOptimizer(
+                torch.optim.AdamW(trained, lr=setting.lr, weight_decay=0.0),
+                kl=kl,
+                budget=arm.budget,
+                controller=arm.controller,
+            )
+            start, largest = time.monotonic(), 0.0
+            rng = random.Random(setting.seed)
+            for _ in range(setting.steps):
+                tuned.train()
+                total = loss(tuned, rng.sample(train, min(BATCH, len(train))))
+                if arm.beta:
+                    total = total + arm.beta * kl.penalty(4)
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+                largest = max(largest, optimizer.last.reference_drift.mean)
+            seconds = time.monotonic() - start
+        tuned.eval()
+        with torch.no_grad():
+            nll = float(loss(tuned, test))
+        elsewhere, summary = held_out(), optimizer.summary()
+        both = [kl for name, kl in elsewhere.slices.items() if name in sets.control.slices]
+        result = Result(
+            nll=nll,
+            exact=exact(tuned, test),
+            drift=optimizer.last.reference_drift.mean,
+            largest=largest,
+            held_out=elsewhere.mean,
+            shared=fmean(both),
+            worst=elsewhere.worst[1],
+            rejected=summary["rejects"],
+            at_cap=round(summary["trigger_rate"] * setting.steps),
+            corrections=summary["corrections_per_step"],
+            audits=summary["audits_per_step"],
+            progress=summary["mean_progress"],
+            seconds=seconds,
+        )
+    finally:
+        tuned.unload()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+    partial.replace(file)
+    return result

@@ -1,0 +1,117 @@
+"""The model, its task, and the prompts on which it should stay what it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from steering.prompts import ELSEWHERE, PROMPTS
+from steering.tasks import Example, examples
+from torch import Tensor, nn
+
+from step_optim import ControlSet
+
+RESPONSE_TOKENS = 16
+TRAIN, TEST = 256, 24
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Three sets of prompts that have none in common, with the responses of the model before training."""
+
+    control: ControlSet
+    pool: ControlSet
+    held_out: ControlSet
+
+
+def prompt_sets(model: Any, tokenizer: Any) -> Sets:
+    """Two prompts of each slice for the control set, six for the pool, two held out, with two slices of their own."""
+    parts = {"control": slice(0, 2), "pool": slice(2, 8), "held_out": slice(8, 10)}
+    found = {}
+    for name, part in parts.items():
+        chosen = {kind: texts[part] for kind, texts in PROMPTS.items()}
+        if name == "held_out":
+            chosen |= ELSEWHERE
+        texts = [text for kind in chosen.values() for text in kind]
+        labels = [kind for kind, members in chosen.items() for _ in members]
+        found[name] = _with_responses(model, tokenizer, texts, labels)
+    return Sets(**found)
+
+
+def _with_responses(model: Any, tokenizer: Any, texts: list[str], labels: list[str]) -> ControlSet:
+    """Take what the model says by itself, greedily."""
+    prompts, responses = [], []
+    for text in texts:
+        ids = chat(tokenizer, text)
+        with torch.no_grad():
+            out = model.generate(
+                ids[None],
+                attention_mask=torch.ones_like(ids[None]),
+                max_new_tokens=RESPONSE_TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        prompts.append(ids)
+        responses.append(out[0, len(ids) :])
+    return ControlSet.from_ids(prompts, responses, slices=labels)
+
+
+def chat(tokenizer: Any, text: str) -> Tensor:
+    """The ids of one user message, up to where the answer begins."""
+    out = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    return torch.tensor(out["input_ids"] if hasattr(out, "keys") else out)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of one example."""
+
+    prompt: Tensor
+    response: Tensor
+
+
+def pairs(tokenizer: Any, found: list[Example]) -> list[Pair]:
+    """Tokenize; the response ends like a turn of the chat."""
+    end = [tokenizer.eos_token_id]
+    return [
+        Pair(
+            chat(tokenizer, each.prompt),
+            torch.tensor(tokenizer(each.response, add_special_tokens=False)["input_ids"] + end),
+        )
+        for each in found
+    ]
+
+
+def task_data(tokenizer: Any, task: str, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Examples to learn from, and others to test with, which are the same for all seeds."""
+    test = examples(task, TEST, seed=10_000)
+    known = {example.prompt for example in test}
+    train = [example for example in examples(task, TRAIN + TEST, seed) if example.prompt not in known][:TRAIN]
+    return pairs(tokenizer, train), pairs(tokenizer, test)
+
+
+def loss(model: nn.Module, batch: list[Pair]) -> Tensor:
+    """Mean negative log-likelihood of the response tokens."""
+    texts = [torch.cat([pair.prompt, pair.response]) for pair in batch]
+    width = max(map(len, texts))
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (text, pair) in enumerate(zip(texts, batch, strict=True)):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+        labels[row, len(pair.prompt) : len(text)] = pair.response
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    wanted = labels[:, 1:]
+    told = wanted != -100
+    return nn.functional.cross_entropy(logits[told].float(), wanted[told])
+
+
+def exact(model: Any, tests: list[Pair]) -> float:
+    """Share of the tests whose whole response is the likeliest one, token by token."""
+    right = 0
+    with torch.no_grad():
+        for pair in tests:
+            ids = torch.cat([pair.prompt, pair.response])[None]
+            said = model(input_ids=ids).logits[0, len(pair.prompt) - 1 : -1].argmax(-1)
+            right += bool((said == pair.response).all())
+    return right / len(tests)
