@@ -63,6 +63,17 @@ class Limits:
         """Whether any part is finite."""
         return self.caps_drift or min(self.mean, *self.slices.values(), math.inf) < math.inf
 
+    def of(self, name: str) -> float:
+        """Return the limit of a constraint, by its name in `Verdict.ratios`.
+
+        >>> Limits(mean=0.03, drift_slices={"safety": 0.01}).of("drift:safety")
+        0.01
+        """
+        kind, _, part = name.partition(":")
+        if part:
+            return (self.drift_slices if kind == "drift" else self.slices)[part]
+        return self.drift if kind == "drift" else self.mean
+
     def without_caps(self) -> Limits:
         """Return the budgets on the step alone."""
         return Limits(self.mean, self.slices)

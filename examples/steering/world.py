@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steering.prompts import ELSEWHERE, PROMPTS
-from steering.tasks import Example, examples
 from torch import Tensor, nn
 
+from steering.prompts import ELSEWHERE, PROMPTS
+from steering.tasks import Example, examples
 from step_optim import ControlSet
 
 RESPONSE_TOKENS = 16

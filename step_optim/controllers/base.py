@@ -128,6 +128,8 @@ class Trial:
     """theta_t itself, alpha = 0: 0 for budgets on the step, what it has drifted so far for caps."""
     limits: Limits
     """The budgets in force. A cap that theta_t exceeds stands here as "less than theta_t's drift"."""
+    budget: Limits
+    """The budgets as they were set: where a cap is exceeded, what to come back to."""
     rejected_in_a_row: int
     """How many steps before this one were rejected without a commit in between."""
     kl: Any

@@ -1,14 +1,14 @@
 """A bundle of half-spaces that approximates a feasible set from outside, and the nearest point inside all of them.
 
-With d the measured KL of one constraint and eps its budget, the root
-r = sqrt(d / eps) is nearly a norm of the movement, so nearly convex, and grows
-nearly linearly along any ray. Its linear model at a point y,
+With d the measured KL of one constraint, the root r = sqrt(d) is nearly a norm
+of the movement, so nearly convex, and grows nearly linearly along any ray. Its
+linear model at a point y,
 
     r(x) >= r(y) + <n, x - y>,   n the gradient of r at y,
 
-is a half-space {x : r(y) + <n, x - y> <= aim} that cuts off what is too far
-out, and stays valid as the policy moves along the boundary: so normals are
-remembered from step to step (bundle and cutting-plane methods: Kelley 1960;
+is a half-space {x : r(y) + <n, x - y> <= sqrt(budget)} that cuts off what is
+too far out, and stays valid as the policy moves along the boundary: so normals
+are remembered from step to step (bundle and cutting-plane methods: Kelley 1960;
 Lemarechal, Nemirovskii and Nesterov 1995).
 """
 
@@ -84,9 +84,10 @@ class Bundle:
             for cut, value in zip(self.cuts, values, strict=True)
         ]
 
-    def above(self, root: float, weights: Sequence[Tensor]) -> list[Cut]:
-        """The models that predict more than this at some weights."""
-        return [cut for cut, value in zip(self.cuts, self._at(weights), strict=True) if value > root]
+    def above(self, roots: Mapping[str, float], weights: Sequence[Tensor]) -> list[Cut]:
+        """The models that predict more at some weights than these roots of their constraints."""
+        values = zip(self.cuts, self._at(weights), strict=True)
+        return [cut for cut, value in values if value > roots.get(cut.name, math.inf)]
 
     def newest(self, count: int) -> list[Cut]:
         """The latest models of each constraint."""
@@ -96,32 +97,39 @@ class Bundle:
             kept += own[max(0, len(own) - count) :]
         return kept
 
-    def nearest(self, weights: Sequence[Tensor], aim: float) -> tuple[list[Tensor], dict[str, float]]:
-        """Return the point nearest to some weights at which no model is above the aim.
+    def nearest(self, weights: Sequence[Tensor], aims: Mapping[str, float]) -> tuple[list[Tensor], dict[str, float]]:
+        """Return the point nearest to some weights at which no model is above its constraint's aim.
 
-        min ‖x - weights‖² subject to offset_i + <n_i, x> <= aim. The dual is a
+        min ‖x - weights‖² subject to offset_i + <n_i, x> <= aim_i. The dual is a
         quadratic problem in as many unknowns as there are models, min ½ m' G m
         - v' m over m >= 0, with G the normals' Gram matrix and v by how much
         each model is above the aim; x = weights - sum_i m_i n_i.
 
+        Args:
+            weights: what to be near to.
+            aims: for sqrt(KL), by constraint; models of others are left out.
+
         Returns:
             x, and the sum of the multipliers m of each constraint.
         """
-        normals = [cut.normal for cut in self.cuts]
+        cuts = [cut for cut in self.cuts if aims.get(cut.name, math.inf) < math.inf]
+        normals = [cut.normal for cut in cuts]
         gram = self._inner([(a, b) for a in normals for b in normals])
         size = len(normals)
         rows = [gram[i * size : (i + 1) * size] for i in range(size)]
-        found = solve(rows, [value - aim for value in self._at(weights)])
+        found = solve(rows, [v - aims[cut.name] for cut, v in zip(cuts, self._at(weights, cuts), strict=True)])
         moved, multipliers = [wide(weight) for weight in weights], dict[str, float]()
-        for cut, multiplier in zip(self.cuts, found, strict=True):
+        for cut, multiplier in zip(cuts, found, strict=True):
             if multiplier > 0:
                 moved = [x - multiplier * n.to(x.dtype) for x, n in zip(moved, cut.normal, strict=True)]
                 multipliers[cut.name] = multipliers.get(cut.name, 0.0) + multiplier
         return moved, multipliers
 
-    def _at(self, weights: Sequence[Tensor]) -> list[float]:
-        products = self._inner([(cut.normal, weights) for cut in self.cuts])
-        return [cut.offset + product for cut, product in zip(self.cuts, products, strict=True)]
+    def _at(self, weights: Sequence[Tensor], cuts: Sequence[Cut] | None = None) -> list[float]:
+        """What models predict at some weights; all of them by default."""
+        chosen = self.cuts if cuts is None else cuts
+        products = self._inner([(cut.normal, weights) for cut in chosen])
+        return [cut.offset + product for cut, product in zip(chosen, products, strict=True)]
 
 
 def solve(rows: Sequence[Sequence[float]], excess: Sequence[float]) -> list[float]:

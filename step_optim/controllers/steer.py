@@ -36,7 +36,7 @@ class Steer(Controller):
     constraint. (The projection of PCPO, Yang et al. 2020, after the optimizer's
     step, with an audit that decides.)
 
-    For every violated constraint a linear model of sqrt(KL / budget) is
+    For every violated constraint a linear model of sqrt(KL) is
     measured, by a backward pass over prompts drawn from the KL closure's pool;
     models of caps are remembered from step to step (see `bundle`). The point
     nearest to the candidate at which no model is above the aim is audited. If
@@ -145,10 +145,11 @@ class _Steering:
     def _find(self) -> Point | None:
         options, trial = self._options, self._trial
         point, weights = trial.candidate, [wide(weight) for weight in trial.weights.candidate]
-        self._bundle.learn(_roots(point), weights)
+        self._bundle.learn(self._roots(point), weights)
         self._part = float(min(1.0, 2.0 * trial.memory.get("part", 1.0)))
         violated = _violated(point)
-        if not violated <= {cut.name for cut in self._bundle.above(1.0, weights)}:  # nothing tells of one of them
+        limits = {name: math.sqrt(trial.limits.of(name)) for name in violated}
+        if not violated <= {cut.name for cut in self._bundle.above(limits, weights)}:  # nothing tells of one of them
             self._measure(violated, *self._nearer(point, weights))
         for _ in range(options.trials):
             point, weights = self._corrected()
@@ -163,9 +164,11 @@ class _Steering:
 
     def _corrected(self) -> tuple[Point, list[Tensor]]:
         """Audit what is nearest to the part of the step that is tried."""
-        weights, self._multipliers = self._bundle.nearest(self._target(self._part), math.sqrt(self._options.aim))
+        names, budget = self._trial.previous.ratios, self._trial.budget
+        aims = {name: math.sqrt(self._options.aim * budget.of(name)) for name in names}
+        weights, self._multipliers = self._bundle.nearest(self._target(self._part), aims)
         point = self._trial.at_weights(weights)
-        self._bundle.learn(_roots(point), weights)
+        self._bundle.learn(self._roots(point), weights)
         return point, weights
 
     def _last_resort(self) -> Point | None:
@@ -174,10 +177,10 @@ class _Steering:
         Directions come from the control set here, which judges: along them a small enough step is feasible.
         """
         trial, aim = self._trial, self._options.aim
-        caps = {name: math.sqrt(ratio) for name, ratio in trial.previous.ratios.items() if ratio > aim}
+        caps = {name: ratio * trial.limits.of(name) for name, ratio in trial.previous.ratios.items() if ratio > aim}
         if not caps:
             return ModelSearch(memory=False).find(trial)
-        self._add(caps, self._target(0.0), draw=None)
+        self._add({name: math.sqrt(kl) for name, kl in caps.items()}, self._target(0.0), draw=None)
         for self._part in LAST_PARTS:
             point, _ = self._corrected()
             if point.feasible:
@@ -188,8 +191,8 @@ class _Steering:
         """The candidate, or if it is far from the budgets a part of it that is not: there a linear model holds."""
         trial, far = self._trial, math.sqrt(self._options.far)
         parts = [1.0]
-        for name, root in _roots(point).items():
-            start = math.sqrt(trial.previous.ratios.get(name, 0.0))
+        for name, ratio in point.ratios.items():
+            root, start = math.sqrt(ratio), math.sqrt(trial.previous.ratios.get(name, 0.0))
             if root > max(far, start):  # sqrt(KL) grows about linearly
                 parts.append((far - start) / (root - start))
         part = trial.agree(max(min(parts), LEAST_PART))
@@ -205,16 +208,16 @@ class _Steering:
 
     def _measure(self, names: Collection[str], point: Point, weights: Sequence[Tensor]) -> None:
         """Add linear models of these constraints at a point; a draw from the pool tells their directions."""
-        roots = {name: root for name, root in _roots(point).items() if name in names and root > 0}
+        roots = {name: root for name, root in self._roots(point).items() if name in names and root > 0}
         if roots:
             count = self._options.prompts or len(point.movement.prompts or ()) or 1
             self._add(roots, weights, self._trial.draw(count, self._turn, list(roots)))
             self._turn += 1
 
     def _add(self, roots: Mapping[str, float], weights: Sequence[Tensor], draw: Draw | None) -> None:
-        """Add models of these constraints: their direction is measured, how far they are from the budget was audited.
+        """Add models of these constraints: their direction is measured, sqrt(K) was audited.
 
-        d sqrt(K / eps) = sqrt(K / eps) dv / 2v, with v the same constraint on the prompts that were drawn.
+        d sqrt(K) = sqrt(K) dv / 2v, with v the same constraint on the prompts that were drawn.
         """
         self._corrections += 1
         for (name, root), normal in zip(roots.items(), self._trial.normals(list(roots), weights, draw), strict=True):
@@ -222,12 +225,12 @@ class _Steering:
                 scale = root / (2 * normal.value)
                 self._bundle.add(name, [scale * wide(part) for part in normal.gradient], root, weights)
 
+    def _roots(self, point: Point) -> dict[str, float]:
+        """sqrt(KL) of the constraints that were measured."""
+        limits, ratios = self._trial.limits, point.ratios.items()
+        return {name: math.sqrt(ratio * limits.of(name)) for name, ratio in ratios if 0 <= ratio < math.inf}
+
 
 def _violated(point: Point) -> set[str]:
     """The constraints that do not hold."""
     return {name for name, ratio in point.ratios.items() if ratio > 1}
-
-
-def _roots(point: Point) -> dict[str, float]:
-    """sqrt(KL / budget) of the constraints that were measured."""
-    return {name: math.sqrt(ratio) for name, ratio in point.ratios.items() if 0 <= ratio < math.inf}

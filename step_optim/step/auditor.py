@@ -135,6 +135,7 @@ class Auditor:
             candidate,
             self.previous(),
             self._in_force,
+            self.limits,
             rejected,
             self.kl,
             Ends(snapshot),

@@ -28,7 +28,7 @@ def value(cut: Cut, point: list[torch.Tensor]) -> float:
 
 
 def nearest(target: list[torch.Tensor], cuts: list[Cut], aim: float):
-    return Bundle(cuts, inner).nearest(target, aim)
+    return Bundle(cuts, inner).nearest(target, dict.fromkeys([cut.name for cut in cuts], aim))
 
 
 @given(target=POINTS, normal=POINTS, offset=NUMBERS)
@@ -94,7 +94,7 @@ def test_a_model_is_exact_where_it_was_measured() -> None:
     assert [value(cut, there) for cut in bundle.cuts] == pytest.approx([1.5, 2.0, 1.2])
     assert [(cut.name, value(cut, there)) for cut in bundle.newest(1)] == [("drift", 1.2), ("drift:a", 2.0)]
     assert bundle.newest(0) == []
-    assert [cut.name for cut in bundle.above(1.4, there)] == ["drift", "drift:a"]
+    assert [cut.name for cut in bundle.above({"drift": 1.4, "drift:a": 1.9}, there)] == ["drift", "drift:a"]
 
 
 def test_no_half_spaces_no_multipliers() -> None:

@@ -210,6 +210,21 @@ def test_back_under_a_cap_that_was_lowered(controller) -> None:
     assert start.keys() == world.layer.state_dict().keys()
 
 
+def test_remembered_models_serve_another_cap() -> None:
+    """They know the KL, not the budget: after `set_budget` corrections aim at the new cap, and come back to it soon."""
+    world = World(2, categorical=False, pool=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = world.optimizer(Budget(drift=0.01), lr=0.05)
+    for cap, steps in ((0.01, 15), (0.04, 15), (0.01, 6)):
+        optimizer.set_budget(Budget(drift=cap))
+        records = [world.step(optimizer) for _ in range(steps)]
+        drifts = [record.reference_drift.mean for record in records]
+        assert 0.5 * cap < drifts[-1] <= cap
+        assert records[-1].exceeded_before == ()
+        assert all(drift <= cap or drift < before for before, drift in zip([math.inf, *drifts], drifts, strict=False))
+
+
 def test_the_same_run_twice_and_in_two_parts() -> None:
     """Draws and models are part of a checkpoint: a resumed run is the same run, bit for bit."""
 
