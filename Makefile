@@ -42,7 +42,7 @@ optimizers: .venv/.tested  ## examples/optimizer_table.md: what STEP does for ev
 bench: .venv/.installed  ## what an audited step costs: examples/bench/*.md and *.png
 	$(BIN)/python examples/bench $(ARGS)
 
-steering: .venv/.installed  ## a task learned inside a cap on the drift: examples/steering/table.md (hours; resumable)
+steering: .venv/.installed  ## a task learned inside a cap on the drift: examples/steering/counting.md and .png (minutes; resumable)
 	$(BIN)/python examples/steering $(ARGS)
 
 study: .venv/.installed  ## controllers against KL penalties: examples/study/REPORT.md (hours; resumable)

@@ -1,10 +1,11 @@
 """Learn a task inside a ball: a cap on the drift, held by shrinking or by steering, against penalties and nothing.
 
-    make steering                                      # the real 135M model (hours on a CPU; resumable)
-    python examples/steering --smoke                   # a tiny random model, in a minute: does it run?
-    python examples/steering --tasks person --seeds 1 --lrs 5e-3 --arms bare steer
+    make steering                                      # a Llama that can count learns to count by two: minutes
+    python examples/steering --model real              # the 135M model of the demo: hours on a CPU; resumable
+    python examples/steering --model real --tasks person --seeds 1 --lrs 5e-3 --arms bare steer
+    python examples/steering --smoke                   # tiny random weights, in a minute: does it run?
 
-Every finished run is a file in runs/steering; the table and the picture go to examples/steering.
+Every finished run is a file in runs/steering; tables and pictures go to examples/steering.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch
 from smollm import DEFAULT_MODEL, ModelNotFound, find, load
 
 from steering.arms import ARMS
+from steering.counting import Counting
 from steering.report import draw, table
 from steering.run import Setting, run
 from steering.tasks import TASKS
-from steering.world import prompt_sets
+from steering.world import Chat, World
 
 HERE = Path(__file__).parent
 
@@ -35,11 +37,12 @@ def arguments() -> argparse.Namespace:
         prog="steering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, a few steps, three arms")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--model", choices=("counting", "real"), default="counting")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="of the real model")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="learning rates")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, help="of a run (default: 120 counting, 20 of the real model)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs") / "steering", help="where finished runs are")
     parser.add_argument(
@@ -48,39 +51,48 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def world_of(name: str) -> World:
+    """Build a world; of the chat models the responses are what they say by themselves."""
+    if name == "counting":
+        return Counting()
+    model, tokenizer = tiny.load() if name == "smoke" else load(find(DEFAULT_MODEL))[:2]
+    print("what the model says by itself on all prompts ...", flush=True)
+    return Chat(model, tokenizer)
+
+
 def main() -> int:
     """Do what is missing, then report; return the exit code."""
     args = arguments()
     torch.set_num_threads(args.threads)
     if args.smoke:
-        args.runs, args.steps, args.seeds, args.lrs = args.runs / "smoke", 6, 1, [1e-2]
-        args.arms, args.tasks = ["bare", "penalty_1", "steer"], args.tasks[:1]
+        args.steps, args.seeds, args.lrs, args.tasks = 6, 1, [1e-2], args.tasks[:1]
+        args.arms = ["bare", "penalty_1", "steer"]
+    name = "smoke" if args.smoke else args.model
     try:
-        model, tokenizer = tiny.load() if args.smoke else load(find(DEFAULT_MODEL))[:2]
+        world = world_of(name)
     except ModelNotFound as error:
         print(error, file=sys.stderr)
         return 2
-    print("what the model says by itself on all prompts ...", flush=True)
-    sets, results = prompt_sets(model, tokenizer), {}
     settings = [
-        Setting(task, arm, lr, seed, args.steps)
+        Setting(task, arm, lr, seed, args.steps or world.steps)
         for seed in range(args.seeds)
-        for task in args.tasks
+        for task in (["counting"] if name == "counting" else args.tasks)
         for lr in args.lrs
         for arm in args.arms
     ]
+    results = {}
     start = time.monotonic()
     for i, setting in enumerate(settings):
-        result = run(setting, model, tokenizer, sets, args.runs)
+        result = run(setting, world, args.runs / name)
         results[setting] = result
         done = f"[{time.monotonic() - start:6.0f} s] {i + 1}/{len(settings)} {setting.name}"
         told = f"NLL {result.nll:.3f}, held-out drift {result.held_out:.3f}, {result.rejected} rejected"
         print(f"{done}: {told}", flush=True)
-    out = args.out or (args.runs if args.smoke else HERE)
-    (out / "table.md").write_text(table(results) + "\n", encoding="utf-8")
-    draw(results, out / "steering.png")
+    out = args.out or (args.runs / name if args.smoke else HERE)
+    (out / f"{name}.md").write_text(table(results) + "\n", encoding="utf-8")
+    draw(results, out / f"{name}.png")
     print(table(results))
-    print(f"{out / 'table.md'}, {out / 'steering.png'}")
+    print(f"{out / name}.md, {out / name}.png")
     return 0
 
 

@@ -9,16 +9,12 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-import peft
 import torch
 
 from steering.arms import ARMS
-from steering.world import Sets, exact, loss, task_data
+from steering.world import Lesson, Sets, World, exact, loss
 from step_optim import STEPOptimizer, TokenKL
-
-BATCH = 6
 
 
 @dataclass(frozen=True)
@@ -67,65 +63,56 @@ class Result:
     seconds: float
 
 
-def run(setting: Setting, model: Any, tokenizer: Any, sets: Sets, folder: Path) -> Result:
-    """Do one run, or read what it ended with if it was done before. The model is left as it was."""
+def run(setting: Setting, world: World, folder: Path) -> Result:
+    """Do one run, or read what it ended with if it was done before."""
     file = folder / f"{setting.name}.json"
     if file.exists():
         return Result(**json.loads(file.read_text(encoding="utf-8")))
-    arm = ARMS[setting.arm]
-    train, test = task_data(tokenizer, setting.task, setting.seed)
-    torch.manual_seed(setting.seed)
-    lora = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    tuned = peft.get_peft_model(model, lora)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a missing pool, and of stalls: arms show them
-            kl = TokenKL(tuned, sets.control, pool=sets.pool if arm.pool else None, noise_floor=False)
-            held_out = TokenKL(tuned, sets.held_out, noise_floor=False)
-            held_out.anchor()
-            trained = [p for p in tuned.parameters() if p.requires_grad]
-            optimizer = STEPOptimizer(
-                torch.optim.AdamW(trained, lr=setting.lr, weight_decay=0.0),
-                kl=kl,
-                budget=arm.budget,
-                controller=arm.controller,
-            )
-            start, largest = time.monotonic(), 0.0
-            rng = random.Random(setting.seed)
-            for _ in range(setting.steps):
-                tuned.train()
-                total = loss(tuned, rng.sample(train, min(BATCH, len(train))))
-                if arm.beta:
-                    total = total + arm.beta * kl.penalty(4)
-                optimizer.zero_grad()
-                total.backward()
-                optimizer.step()
-                largest = max(largest, optimizer.last.reference_drift.mean)
-            seconds = time.monotonic() - start
-        tuned.eval()
-        with torch.no_grad():
-            nll = float(loss(tuned, test))
-        elsewhere, summary = held_out(), optimizer.summary()
-        both = [kl for name, kl in elsewhere.slices.items() if name in sets.control.slices]
-        result = Result(
-            nll=nll,
-            exact=exact(tuned, test),
-            drift=optimizer.last.reference_drift.mean,
-            largest=largest,
-            held_out=elsewhere.mean,
-            shared=fmean(both),
-            worst=elsewhere.worst[1],
-            rejected=summary["rejects"],
-            at_cap=round(summary["trigger_rate"] * setting.steps),
-            corrections=summary["corrections_per_step"],
-            audits=summary["audits_per_step"],
-            progress=summary["mean_progress"],
-            seconds=seconds,
-        )
-    finally:
-        tuned.unload()
+    with world.lesson(setting.task, setting.seed) as lesson, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a missing pool, and of stalls: arms show them
+        result = _learn(setting, lesson, world.sets)
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
     partial.replace(file)
     return result
+
+
+def _learn(setting: Setting, lesson: Lesson, sets: Sets) -> Result:
+    arm, model = ARMS[setting.arm], lesson.model
+    kl = TokenKL(model, sets.control, pool=sets.pool if arm.pool else None, noise_floor=False)
+    held_out = TokenKL(model, sets.held_out, noise_floor=False)
+    held_out.anchor()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inner = torch.optim.AdamW(trained, lr=setting.lr, weight_decay=0.0)
+    optimizer = STEPOptimizer(inner, kl=kl, budget=arm.budget, controller=arm.controller)
+    start, largest, rng = time.monotonic(), 0.0, random.Random(setting.seed)
+    for _ in range(setting.steps):
+        model.train()
+        total = loss(model, lesson.draw(rng))
+        if arm.beta:
+            total = total + arm.beta * kl.penalty(4)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        largest = max(largest, optimizer.last.reference_drift.mean)
+    seconds = time.monotonic() - start
+    model.eval()
+    with torch.no_grad():
+        nll = float(loss(model, lesson.test))
+    elsewhere, summary = held_out(), optimizer.summary()
+    return Result(
+        nll=nll,
+        exact=exact(model, lesson.test),
+        drift=optimizer.last.reference_drift.mean,
+        largest=largest,
+        held_out=elsewhere.mean,
+        shared=fmean(kl for name, kl in elsewhere.slices.items() if name in sets.control.slices),
+        worst=elsewhere.worst[1],
+        rejected=summary["rejects"],
+        at_cap=round(summary["trigger_rate"] * setting.steps),
+        corrections=summary["corrections_per_step"],
+        audits=summary["audits_per_step"],
+        progress=summary["mean_progress"],
+        seconds=seconds,
+    )

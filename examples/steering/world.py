@@ -1,10 +1,15 @@
-"""The model, its task, and the prompts on which it should stay what it was."""
+"""A model, a task for it, and the prompts on which it should stay what it was."""
 
 from __future__ import annotations
 
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +28,69 @@ class Sets:
     control: ControlSet
     pool: ControlSet
     held_out: ControlSet
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of one example."""
+
+    prompt: Tensor
+    response: Tensor
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one run works with."""
+
+    model: Any
+    """Its trained parameters require gradients."""
+    train: list[Pair]
+    test: list[Pair]
+    """The same for every seed."""
+    batch: int
+    """Examples of a step."""
+
+    def draw(self, rng: random.Random) -> list[Pair]:
+        """Draw a batch."""
+        return rng.sample(self.train, min(self.batch, len(self.train)))
+
+
+class World(ABC):
+    """What is learned, and what should stay."""
+
+    sets: Sets
+    steps: int
+    """Of a run, unless another number is asked for."""
+
+    @abstractmethod
+    def lesson(self, task: str, seed: int) -> Any:
+        """Return a context: a `Lesson`, with a model as it was before training."""
+
+
+class Chat(World):
+    """A chat model, under LoRA, and the tasks of `tasks`.
+
+    Args:
+        model: a causal language model; it is left as it was.
+        tokenizer: with a chat template.
+    """
+
+    steps = 20
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self.sets = prompt_sets(model, tokenizer)
+
+    @contextmanager
+    def lesson(self, task: str, seed: int) -> Iterator[Lesson]:
+        """Adapters on queries and values, which are taken off again."""
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        tuned = peft.get_peft_model(self._model, lora)
+        try:
+            yield Lesson(tuned, *task_data(self._tokenizer, task, seed), batch=6)
+        finally:
+            tuned.unload()
 
 
 def prompt_sets(model: Any, tokenizer: Any) -> Sets:
@@ -61,14 +129,6 @@ def chat(tokenizer: Any, text: str) -> Tensor:
     """The ids of one user message, up to where the answer begins."""
     out = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
     return torch.tensor(out["input_ids"] if hasattr(out, "keys") else out)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Token ids of one example."""
-
-    prompt: Tensor
-    response: Tensor
 
 
 def pairs(tokenizer: Any, found: list[Example]) -> list[Pair]:

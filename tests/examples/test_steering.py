@@ -16,7 +16,9 @@ sys.path.insert(0, str(EXAMPLES))  # as its own script does
 
 import tiny  # noqa: E402
 from steering.arms import CAP  # noqa: E402
+from steering.counting import Counting  # noqa: E402
 from steering.prompts import ELSEWHERE, PROMPTS  # noqa: E402
+from steering.run import Setting, run  # noqa: E402
 from steering.tasks import TASKS, examples  # noqa: E402
 from steering.world import prompt_sets, task_data  # noqa: E402
 
@@ -28,8 +30,8 @@ def test_the_smoke_run_and_again(tmp_path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "smoke"
-    assert (folder / "steering.png").stat().st_size > 10_000
-    table = (folder / "table.md").read_text()
+    assert (folder / "smoke.png").stat().st_size > 10_000
+    table = (folder / "smoke.md").read_text()
     assert "cap, Steer with a pool" in table
     results = {path.stem.split("-")[1]: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert results["steer"]["largest"] <= CAP < results["bare"]["largest"]
@@ -49,6 +51,20 @@ def test_the_sets_have_no_prompt_in_common() -> None:
     assert len(set.union(*found)) == sum(map(len, found))
     assert set(sets.control.slices) == set(sets.pool.slices) == set(PROMPTS)
     assert set(sets.held_out.slices) == {*PROMPTS, *ELSEWHERE}
+
+
+def test_a_model_that_counts_forgets_unless_it_is_steered(tmp_path) -> None:
+    """The smallest form of the table: the same task, a twentieth of the drift, no step rejected."""
+    world = Counting()
+    bare, steered, shrunk = (
+        run(Setting("counting", arm, 3e-3, 0, 60), world, tmp_path) for arm in ("bare", "steer", "shrink")
+    )
+    assert bare.held_out > 20 * CAP
+    assert steered.largest <= CAP
+    assert steered.held_out < 3 * CAP
+    assert steered.rejected == 0 < steered.at_cap
+    assert steered.nll < 2 * bare.nll + 0.05
+    assert shrunk.nll > 10 * steered.nll
 
 
 @pytest.mark.parametrize("task", TASKS)
