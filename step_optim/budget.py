@@ -54,6 +54,11 @@ class Limits:
     """Cap on the drift of each slice."""
 
     @property
+    def reference(self) -> float:
+        """Another name of `drift`."""
+        return self.drift
+
+    @property
     def caps_drift(self) -> bool:
         """Whether any cap is finite, so that a point has to be compared with pi_ref too."""
         return min(self.drift, *self.drift_slices.values(), math.inf) < math.inf

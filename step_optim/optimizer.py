@@ -183,6 +183,8 @@ class STEPOptimizer(OptimizerWrapper):
         self._refuse_inside_window("bind()")
         closure = self._fitting(kl)
         closure.load_state_dict(self._run.kl_state)
+        if self._run.kl is not None and closure is not self._run.kl:
+            self.controller.forget_reference(self._run.memory)
         self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
         self._run.warned.fixed.forget(closure)
         self._run.warned.of_noise = _warned_of_noise(self.budget, closure)
@@ -193,6 +195,7 @@ class STEPOptimizer(OptimizerWrapper):
         check_line(self._inner, self.controller, new)
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
+            check_measures(self._run.kl, self.controller, self._inner, self._ranks, new)
             self._run.warned.of_noise = _warned_of_noise(new, self._run.kl)
         self._run.budget = new
 
@@ -214,6 +217,7 @@ class STEPOptimizer(OptimizerWrapper):
             self._run.kl.forget_attributes()
             if restart_drift:
                 self._run.kl.forget_origin()
+                self.controller.forget_reference(self._run.memory)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its movement counts from the next step on."""
@@ -227,6 +231,7 @@ class STEPOptimizer(OptimizerWrapper):
             self.param_groups.pop()
             raise
         self._run.anchored = None  # more weights are watched from now on
+        self.controller.forget_reference(self._run.memory)
 
     def _refuse_inside_window(self, what: str) -> None:
         if self._run.open is not None:

@@ -11,6 +11,8 @@ from steering.run import Result, Setting
 
 COLOURS = {"bare": "#555555", "shrink": "#D55E00", "steer": "#0072B2", "steer_control": "#56B4E9"}
 PENALTY = "#CC79A7"
+PENALTIES = {"penalty_0.3": ":", "penalty_1": "--", "penalty_3": "-"}
+"""Lines of the penalties."""
 
 Results = Mapping[Setting, Result]
 
@@ -44,23 +46,31 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = list(dict.fromkeys(setting.task for setting in results))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.2), squeeze=False, layout="constrained")
+    size = (1.6 + 5.2 * len(tasks), 4.4)
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
     for task, panel in zip(tasks, axes[0], strict=True):
         for arm in dict.fromkeys(setting.arm for setting in results if setting.task == task):
             points = []
             for lr in sorted({s.lr for s in results if (s.task, s.arm) == (task, arm)}):
                 found = [r for s, r in results.items() if (s.task, s.arm, s.lr) == (task, arm, lr)]
                 points.append((fmean(r.held_out for r in found), fmean(r.nll for r in found)))
-            style = {"color": COLOURS.get(arm, PENALTY), "linewidth": 2.2 if arm == "steer" else 1.2}
-            panel.plot(*zip(*points, strict=True), "o-", markersize=5, label=ARMS[arm].label, **style)
+            style = {"color": COLOURS.get(arm, PENALTY), "linewidth": 2.4 if arm == "steer" else 1.2}
+            if arm in PENALTIES:
+                style["linestyle"] = PENALTIES[arm]
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=5, label=ARMS[arm].label, **style)
         panel.axvline(CAP, color="black", linewidth=1, linestyle="--")
         panel.annotate(
-            f"cap {CAP:g}", (CAP, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points"
+            f"cap {CAP:g}", (CAP, 0), xycoords=("data", "axes fraction"), xytext=(3, 5), textcoords="offset points"
         )
-        panel.set(xscale="log", yscale="log", title=f"task: {task}", xlabel="held-out drift [nats per token]")
+        panel.set(xscale="log", yscale="log", xlabel="held-out drift [nats per token]")
+        panel.set_title(f"{task}: a point for each learning rate, {_rates(results)}", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("test NLL of the task [nats per token]")
-    axes[0, -1].legend(fontsize=8, frameon=False)
-    figure.suptitle("What was learned, and how far the model moved on other prompts", fontweight="bold")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    figure.suptitle("What was learned, and how far the model moved elsewhere", fontweight="bold")
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
+
+
+def _rates(results: Results) -> str:
+    return ", ".join(f"{lr:g}" for lr in sorted({setting.lr for setting in results}))

@@ -202,7 +202,7 @@ class FunctionKL(KLClosure):
             with isolated(state=self._state, grad=True) as self.used:
                 found = _by_name(self.fn())
             self._state.refuse()
-            self._differentiable = any(isinstance(kl, Tensor) and kl.requires_grad for kl in found.values())
+            self._differentiable = all(isinstance(kl, Tensor) and kl.requires_grad for kl in found.values())
         return self._differentiable
 
     def gradients(self, names: Sequence[str], parameters: Sequence[Tensor], draw: Draw | None = None) -> list[Normal]:

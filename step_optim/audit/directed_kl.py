@@ -155,7 +155,9 @@ class DirectedKL(ReferenceKL):
 
         The prompts are drawn from the pool (from the control set if there is
         none), others at every call. Until the first step, or the first call,
-        pi_ref is the policy as it is. The forward runs in eval mode.
+        pi_ref is the policy as it is. The forward runs in eval mode; the
+        backward pass is the user's, so a model that recomputes activations in
+        eval mode (checkpointing) must not have dropout.
 
         Args:
             prompts: how many are drawn.
@@ -186,7 +188,8 @@ class DirectedKL(ReferenceKL):
             for rows, x, head in self._graded(draw):
                 kls, (begin,) = self._row_gradients(Rows(x.detach(), head), [self._origin[rows]])
                 value += float((kls[0] * counts[rows]).sum())
-                linear = linear + (x * (begin * counts[rows, None].to(begin.dtype)).to(x.dtype)).sum().float()
+                begin = (begin * counts[rows, None].to(begin.dtype)).to(x.dtype)
+                linear = linear + torch.where(begin == 0, 0.0, x * begin).sum().float()  # masked logits are -inf
         return value + (linear - linear.detach())
 
     @torch.no_grad()

@@ -305,6 +305,10 @@ def _torch_kl(distribution: Distribution) -> Equation:
 def _filled(distribution: Distribution, tensors: Parameters) -> Distribution:
     """A copy that has other tensors."""
     new = copy.deepcopy(distribution)
+    given = {path.rpartition(".")[2] for path in tensors}
+    if given & {"probs", "logits"}:  # torch keeps the one that was computed from the other
+        for kept in {"probs", "logits"} - given:
+            vars(new).pop(kept, None)
     for path, tensor in tensors.items():
         *parents, name = path.split(".")
         owner: Any = new

@@ -21,6 +21,7 @@ def checked_pool(pool: ControlSet, control: ControlSet, vocabulary: int) -> Cont
     if pool.device != control.device:
         raise ValueError(f"the pool is on {pool.device}, the control set on {control.device}; use pool.to(...)")
     pool.check_vocabulary(vocabulary)
+    pool.check_responses(vocabulary)
     judged = {tuple(prompt.tolist()): i for i, prompt in enumerate(control.prompts)}
     for i, prompt in enumerate(pool.prompts):
         j = judged.get(tuple(prompt.tolist()))

@@ -52,6 +52,7 @@ class LogitKL(DirectedKL):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over pi_ref."""
+        self.check_state_dict(state)
         if state:
             self._origin, self._penalties = self._loaded(state), int(state.get("penalties", 0))
             if self.pool is not None:

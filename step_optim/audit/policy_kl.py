@@ -96,6 +96,7 @@ class PolicyKL(LogitKL):
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is unknown; use 'sum', 'mean' or None")
         self.fn, self._model, self._reduction = fn, model, reduction
+        self._differentiable: bool | None = None
         output, policy = self._measured(self._first)
         output.check_choices()
         if reduction is None and output.may_be_tokens:
@@ -116,11 +117,21 @@ class PolicyKL(LogitKL):
         if pool is not None:
             self.pool = self._checked_pool(pool)
 
+    @property
+    def has_gradients(self) -> bool:  # type: ignore[override]
+        """Whether fn returns tensors with a graph; it is called to find out, once."""
+        if self._differentiable is None:
+            with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
+                out = self.fn()
+                self._differentiable = any(tensor.requires_grad for tensor in tensors_of(out).values())
+        return self._differentiable
+
     def _checked_pool(self, pool: Callable[[], Any] | PolicyKL) -> PolicyKL:
         if not isinstance(pool, PolicyKL):
             if not callable(pool):
                 raise TypeError(f"pool={pool!r:.60} is neither a function like fn nor a PolicyKL of one")
             pool = PolicyKL(pool, model=self._model, reduction=self._reduction, noise_floor=False)
+        pool.forget_origin()  # of another run
         if pool._kind[0] != self._kind[0]:
             raise ValueError(f"pool returns {pool._kind[0]}, fn {self._kind[0]}: give both the same kind of policy")
         return pool

@@ -146,7 +146,8 @@ class TokenKL(LogitKL):
         other._prompt_of_row = prompts.prompt_of_row
         other._reference = other._origin = other.pool = None
         other.sharded, other._idle_forwards, other._scratch = False, 0, Scratch()
-        other._layout = Layout.of(prompts, self._micro_batch)
+        other._shared, other._layout = 0, Layout.of(prompts, self._at_once)
+        other._measured(lambda: read_checked(self._reading, prompts, other._layout.batches[0]))  # the longest
         return other
 
     def _drawn(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
@@ -155,8 +156,8 @@ class TokenKL(LogitKL):
         prompts.sort(key=lambda i: [i in members for members in slices])
         first = torch.cumsum(torch.bincount(self._prompt_of_row), 0).tolist()
         rows_of = {i: range(first[i - 1] if i else 0, first[i]) for i in prompts}
-        for start in range(0, len(prompts), self._micro_batch):
-            part = prompts[start : start + self._micro_batch]
+        for start in range(0, len(prompts), self._at_once):
+            part = prompts[start : start + self._at_once]
             layout = Layout.of(self.control.select(part), len(part))
             own = torch.tensor([row for i in part for row in rows_of[i]], device=self._prompt_of_row.device)
             for rows, x in self._batches(layout=layout):
@@ -211,7 +212,7 @@ class TokenKL(LogitKL):
             shortcuts = Shortcuts(reading, control)
             why = None if self.sharded and reading.sharded else shortcuts.beside_others(layout)
             self._fall_back(why and f"{why}: each is read alone")
-            size = self._micro_batch if why is None else 1
+            size = self._at_once = self._micro_batch if why is None else 1
             self._layout = layout if why is None else Layout.of(control, size)
             if self._shared:
                 cut = Layout.of(control, size, self._shared)
@@ -230,6 +231,8 @@ class TokenKL(LogitKL):
         """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
         if audit is None and self._structure() != self._modules:  # adapters were added, say, or the head is trained now
             self._find_ways()
+            if isinstance(self.pool, TokenKL):
+                self.pool._head(live=False)  # a head that is trained from now on is copied for the pool's pi_ref
         super().anchor(audit)
 
     def _fall_back(self, why: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -249,6 +250,13 @@ class Controller(ABC):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of the controller's own attributes, besides ``trial.memory``; plain values."""
         return {}
+
+    def copied(self, memory: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy what is in ``trial.memory``: for a step that may fail, and for a checkpoint."""
+        return copy.deepcopy(dict(memory))
+
+    def forget_reference(self, memory: dict[str, Any]) -> None:
+        """Drop from ``trial.memory`` what holds for one pi_ref, one KL closure and one list of parameters only."""
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that cannot be read, by any exception, before anything has changed.

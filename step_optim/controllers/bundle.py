@@ -40,6 +40,18 @@ class Cut:
     offset: float
     """So that the model is exact where it was measured."""
 
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the normal is one of such weights: a parameter may have been added since."""
+        return len(self.normal) == len(weights) and all(
+            n.shape == w.shape for n, w in zip(self.normal, weights, strict=True)
+        )
+
+    def on(self, weights: Sequence[Tensor]) -> Cut:
+        """The same on the devices of these weights: a checkpoint may have been read to the CPU."""
+        if all(n.device == w.device for n, w in zip(self.normal, weights, strict=True)):
+            return self
+        return replace(self, normal=[n.to(w.device) for n, w in zip(self.normal, weights, strict=True)])
+
     def to_plain(self) -> dict[str, Any]:
         """As a checkpoint has it."""
         return {"name": self.name, "normal": list(self.normal), "offset": self.offset}
@@ -73,8 +85,13 @@ class Bundle:
         self.cuts, self._inner = list(cuts), inner
 
     def add(self, name: str, normal: Sequence[Tensor], root: float, weights: Sequence[Tensor]) -> None:
-        """Add the model that is exact at these weights, where its constraint's root was measured."""
-        self.cuts.append(Cut(name, normal, root - self._inner([(normal, weights)])[0]))
+        """Add the model that is exact at these weights, where its constraint's root was measured.
+
+        A normal that is 0, or not finite, tells nothing and is left out.
+        """
+        along, square = self._inner([(normal, weights), (normal, normal)])
+        if math.isfinite(along) and 0 < square < math.inf:
+            self.cuts.append(Cut(name, normal, root - along))
 
     def learn(self, roots: Mapping[str, float], weights: Sequence[Tensor]) -> None:
         """Lower the models that are above what was measured at some weights: a convex function is above all of them."""

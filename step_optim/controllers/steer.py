@@ -43,12 +43,15 @@ class Steer(Controller):
     it is infeasible, the model there is added, and less of the step is tried
     where that is not enough.
 
+    A correction may move every parameter of the optimizer that the policy reads,
+    also one that this step left alone.
+
     Where the KL closure has no gradients, the candidate's KL is not finite, or
     a budget is 0, the step is shrunk as `Interpolate` does it.
 
     Give the KL closure a pool: directions that are taken from the control set
-    itself fit the control set, and drift elsewhere was 20 times the cap's (the
-    table in examples/steering).
+    itself fit the control set, and drift elsewhere was 20 to 40 times the cap
+    (examples/steering/counting.md).
 
     Raises:
         ValueError: an argument out of range, or an unknown option.
@@ -112,6 +115,15 @@ class Steer(Controller):
             Cut.of_plain(plain)
         int(state.get("turn", 0)), float(state.get("part", 1.0))
 
+    def copied(self, memory: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy the memory; the models, which are as large as the weights and are never written, are shared."""
+        rest = {name: value for name, value in memory.items() if name != "cuts"}
+        return super().copied(rest) | {name: list(memory[name]) for name in ("cuts",) if name in memory}
+
+    def forget_reference(self, memory: dict[str, Any]) -> None:
+        """Drop the models: they are of the drift from one pi_ref, over one list of parameters."""
+        memory.pop("cuts", None)
+
     def decide(self, trial: Trial) -> Outcome:
         """Correct the candidate until the audit agrees; without gradients, shrink it."""
         measured = trial.candidate.movement.is_finite and all(map(math.isfinite, trial.candidate.ratios.values()))
@@ -126,9 +138,12 @@ class _Steering:
 
     def __init__(self, options: Steer, trial: Trial) -> None:
         self._options, self._trial = options, trial
-        self._bundle = Bundle([Cut.of_plain(plain) for plain in trial.memory.get("cuts", ())], trial.inner)
+        known = [Cut.of_plain(plain) for plain in trial.memory.get("cuts", ())]
+        fitting = [cut.on(trial.weights.previous) for cut in known if cut.fits(trial.weights.previous)]
+        self._bundle = Bundle(fitting, trial.inner)
         self._turn, self._corrections = int(trial.memory.get("turn", 0)), 0
-        self._part = 1.0
+        self._part = self._reached = 1.0
+        """Which part of the step is tried; which one was, before the last resort."""
         self._multipliers: dict[str, float] = {}
 
     def outcome(self) -> Outcome:
@@ -136,7 +151,7 @@ class _Steering:
         remembered = len(self._bundle.cuts)
         found = self._find()
         memory, options = self._trial.memory, self._options
-        memory["turn"], memory["part"] = self._turn, max(self._part, LAST_PARTS[0])
+        memory["turn"], memory["part"] = self._turn, max(self._reached, LEAST_PART)
         memory["cuts"] = [cut.to_plain() for cut in self._bundle.newest(options.memory) if cut.name.startswith("drift")]
         record = {"corrections": float(self._corrections), "remembered": float(remembered), "part": self._part}
         record |= {f"multiplier/{name}": value for name, value in self._multipliers.items()}
@@ -146,7 +161,7 @@ class _Steering:
         options, trial = self._options, self._trial
         point, weights = trial.candidate, [wide(weight) for weight in trial.weights.candidate]
         self._bundle.learn(self._roots(point), weights)
-        self._part = float(min(1.0, 2.0 * trial.memory.get("part", 1.0)))
+        self._reached = self._part = float(min(1.0, 2.0 * trial.memory.get("part", 1.0)))
         violated = _violated(point)
         limits = {name: math.sqrt(trial.limits.of(name)) for name in violated}
         if not violated <= {cut.name for cut in self._bundle.above(limits, weights)}:  # nothing tells of one of them
@@ -159,7 +174,7 @@ class _Steering:
             if near and self._corrections < options.corrections:
                 self._measure(_violated(point), point, weights)
             else:
-                self._part *= 0.5
+                self._reached = self._part = 0.5 * self._part
         return self._last_resort()
 
     def _corrected(self) -> tuple[Point, list[Tensor]]:

@@ -233,8 +233,9 @@ class Weights:
             if id(copy.tensor) not in gradients:
                 continue
             g, previous, shards = gradients[id(copy.tensor)], self._store.saved(copy.tensor), self._shards(copy.tensor)
-            kept -= shards * _product(g, copy.tensor.detach().double() - previous)
-            proposed -= shards * _product(g, copy.saved.double() - previous)
+            wide = torch.complex128 if g.is_complex() else torch.float64
+            kept -= shards * _product(g, copy.tensor.detach().to(wide) - previous)
+            proposed -= shards * _product(g, copy.saved.to(wide) - previous)
         return kept, proposed
 
     def restore(self) -> None:

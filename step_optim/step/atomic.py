@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -12,7 +13,6 @@ import torch
 from step_optim.controllers.gate import GateStalled
 from step_optim.host.ranks import PeerFailed
 from step_optim.host.undo import depth, finish
-from step_optim.step.progress import plain_copy
 from step_optim.step.step import Step
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.trackers import Sink
@@ -34,7 +34,8 @@ class Atomic:
         self._step, self._run, self._sink = step, step.run, sink
         self._rejects = on_error == "reject"
         self._depth, self._grad = depth(), torch.is_grad_enabled()
-        self._controller, self._memory = plain_copy((step.run.controller.state_dict(), step.run.memory))
+        self._controller = copy.deepcopy(step.run.controller.state_dict())
+        self._memory = step.run.controller.copied(step.run.memory)
 
     def __enter__(self) -> None:
         """Nothing has happened yet."""
@@ -69,8 +70,10 @@ class Atomic:
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
-        progress = run.progress.after(record, adaptive_rate=adaptive_rate)
-        run.progress, run.open, run.notes, run.ended, step.ended = progress, None, {}, now, True
+        try:
+            run.progress = run.progress.after(record, adaptive_rate=adaptive_rate)
+        finally:  # whatever fails, no later step runs inside of this one
+            run.open, run.notes, run.ended, step.ended = None, {}, now, True
         if stands:
             step.remember()
         step.release()
@@ -88,6 +91,6 @@ class Atomic:
         self._step.restore()
         self._run.drift = None
         self._run.controller.load_state_dict(self._controller)
-        self._run.memory = plain_copy(self._memory)
+        self._run.memory = self._run.controller.copied(self._memory)
         self._step.ranks.announce_failure(error, fatal=fatal)
         return self._step.failed(error)

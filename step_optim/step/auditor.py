@@ -37,7 +37,8 @@ class Auditor:
         self.kl, self._snapshot, self._ranks = kl, snapshot, ranks
         self._budget, self._step = budget, step
         self.limits = Limits()
-        self._drift_before: Movement | None = None
+        self.drift_before: Movement | None = None
+        """Of theta_t from pi_ref; known if there is a cap."""
         self.audited: list[TrialRecord] = []
         """Every audit of this step, the candidate's first."""
         self._candidate: Point | None = None
@@ -69,21 +70,21 @@ class Auditor:
 
     def start_from(self, drift: Movement | None) -> None:
         """Take the drift of theta_t: of a cap that it exceeds, less than that is asked, and no more."""
-        self._drift_before = drift
+        self.drift_before = drift
 
     @property
     def exceeded_before(self) -> tuple[str, ...]:
         """The caps that theta_t exceeds."""
-        return self.limits.exceeded_by(self._drift_before)
+        return self.limits.exceeded_by(self.drift_before)
 
     @property
     def _in_force(self) -> Limits:
-        return self.limits.on_the_way_back(self._drift_before)
+        return self.limits.on_the_way_back(self.drift_before)
 
     def previous(self) -> Verdict:
         """Hold theta_t itself against the budgets: its movement is 0, its drift need not be."""
         still = Movement.everywhere(0.0, self.limits.slices)
-        return self._in_force.judge(still, self._drift_before if self.limits.caps_drift else None)
+        return self._in_force.judge(still, self.drift_before if self.limits.caps_drift else None)
 
     def _pooled(self, audit: Audit) -> Audit:
         return replace(audit, movement=Movement.pooled(self._ranks.exchange(audit.movement)))
@@ -181,7 +182,7 @@ class Auditor:
         else:
             point = self._taken(replace(known, again=True, **({"alpha": None, "weights": None} | where)))
         self._known[bits] = point
-        if not point.feasible:
+        if not point.feasible and point.alpha is not None:
             self._infeasible[bits] = replace(point, audit=replace(point.audit, policy=None))
         return point
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
@@ -42,7 +41,6 @@ class Progress:
     def after(self, record: StepRecord, *, adaptive_rate: bool = False) -> Progress:
         """Count one step."""
         rejected, latest = self.rejected_in_a_row, self.latest
-        before = None if self.last is None else self.last.reference_drift
         if record.constraint is not None and record.action is Action.REJECT:
             rejected, latest = rejected + 1, self.bound_by(record.constraint)
         elif record.triggered or record.action is Action.COMMIT:
@@ -54,7 +52,7 @@ class Progress:
             latest=latest,
             summary=self.summary.plus(record),
             last=record,
-            scale=next_scale(self.scale, record, before) if adaptive_rate else self.scale,
+            scale=next_scale(self.scale, record) if adaptive_rate else self.scale,
         )
 
     def bound_by(self, constraint: str) -> tuple[str, ...]:
@@ -113,7 +111,7 @@ class Run:
             self.adaptive_rate,
             kl_state=self._kl_state(),
             progress=self.progress,
-            memory=plain_copy(self.memory),
+            memory=self.controller.copied(self.memory),
         )
 
     def _kl_state(self) -> dict[str, Any]:
@@ -126,7 +124,7 @@ class Run:
             "step": self.progress.step,
             "rejected_in_a_row": self.progress.rejected_in_a_row,
             "summary": self.progress.summary.state_dict(),
-            "controller": plain_copy(self.memory) | self.controller.state_dict(),
+            "controller": self.controller.copied(self.memory) | self.controller.state_dict(),
             "kl": self._kl_state(),
             **({"scale": self.progress.scale} if self.adaptive_rate else {}),
         }
@@ -141,7 +139,7 @@ class Run:
         if state is not None and self.kl is not None:
             self.kl.check_state_dict(kl_state)
 
-        remembered = {} if state is None else plain_copy(dict(state["controller"]))
+        remembered = {} if state is None else self.controller.copied(dict(state["controller"]))
 
         def take_over() -> None:
             self.progress, self.kl_state, self.anchored = progress, kl_state, None
@@ -153,17 +151,10 @@ class Run:
             self.controller.load_state_dict(dict(state["controller"]))
             own = self.controller.state_dict()
             self.memory = {name: value for name, value in remembered.items() if name not in own}
+            if not self.controller.follows_gradients:
+                self.memory.pop("cuts", None)  # of `Steer`, and as large as the weights
 
         return take_over
-
-
-def plain_copy(value: Any) -> Any:
-    """Copy dicts and lists, and what is in them; tensors are shared, for nobody writes into those of a memory."""
-    if isinstance(value, dict):
-        return {name: plain_copy(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([plain_copy(item) for item in value])
-    return value if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _read(state: Mapping[str, Any], controller: Controller) -> tuple[Progress, Mapping[str, Any]]:

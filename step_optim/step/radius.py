@@ -20,7 +20,7 @@ LEAST = 1 / 16
 """Caps alone do not bring the scale below this: a policy that sits on its cap has to go on being pushed."""
 
 
-def next_scale(scale: float, record: StepRecord, before: Movement | None = None) -> float:
+def next_scale(scale: float, record: StepRecord) -> float:
     """Return the scale of the learning rates for the next proposal, in (0, 1].
 
     K grows like the square of the learning rate, so a proposal that used the
@@ -33,7 +33,6 @@ def next_scale(scale: float, record: StepRecord, before: Movement | None = None)
     Args:
         scale: that of this step.
         record: what it showed.
-        before: the drift of theta_t; None if it is not known.
 
     >>> def after(kl):
     ...     return StepRecord(0, Action.SHRINK, Movement(kl), Movement(0.0), Limits(mean=0.04))
@@ -45,7 +44,7 @@ def next_scale(scale: float, record: StepRecord, before: Movement | None = None)
         return scale
     if not record.candidate.is_finite:
         return scale / CHANGE
-    by_step = limits.without_caps()
+    by_step, before = limits.without_caps(), record.previous_drift
     knows_room = limits.caps_drift and before is not None and record.candidate_drift is not None
     if not (by_step.limits_anything or knows_room):
         return scale

@@ -372,6 +372,7 @@ class Step:
             self.run.progress.step,
             auditor.limits,
             auditor.exceeded_before,
+            auditor.drift_before,
             tuple(self.kl.slices or ()),
             tuple(auditor.audited[1:]),
             self.update_norm,

@@ -22,6 +22,8 @@ class Measurements:
     """The budgets in force."""
     exceeded_before: tuple[str, ...]
     """Caps that theta_t exceeds."""
+    previous_drift: Movement | None
+    """Of theta_t from pi_ref, if there is a cap."""
     slices: tuple[str, ...]
     """What the KL closure measures besides the mean, as far as it says."""
     trials: tuple[TrialRecord, ...]

@@ -68,6 +68,8 @@ class StepRecord:
     steering: Mapping[str, float] = field(default_factory=dict)
     """Of `Steer`: corrections (gradients that were measured), remembered (normals it began with), and the multiplier
     of each constraint, multiplier/<constraint>."""
+    previous_drift: Movement | None = None
+    """Movement of the policy before the step from pi_ref; None if no cap is finite."""
     candidate_drift: Movement | None = None
     """Movement of the candidate from pi_ref; None if no cap is finite."""
     reference_drift: Movement | None = None
@@ -127,7 +129,7 @@ class StepRecord:
             TrialRecord(_float(trial["alpha"]), _movement(trial["movement"]), trial["feasible"])
             for trial in values.get("trials", ())
         )
-        for name in ("candidate_drift", "reference_drift"):
+        for name in ("previous_drift", "candidate_drift", "reference_drift"):
             values[name] = None if values.get(name) is None else _movement(values[name])
         for name in ("alpha", "alpha_realised", "progress", "update_norm", "reward"):
             values[name] = _float(values.get(name))

@@ -210,12 +210,11 @@ def test_back_under_a_cap_that_was_lowered(controller) -> None:
     assert start.keys() == world.layer.state_dict().keys()
 
 
+@pytest.mark.filterwarnings("ignore:PolicyKL has no pool")
 def test_remembered_models_serve_another_cap() -> None:
     """They know the KL, not the budget: after `set_budget` corrections aim at the new cap, and come back to it soon."""
     world = World(2, categorical=False, pool=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = world.optimizer(Budget(drift=0.01), lr=0.05)
+    optimizer = world.optimizer(Budget(drift=0.01), lr=0.05)
     for cap, steps in ((0.01, 15), (0.04, 15), (0.01, 6)):
         optimizer.set_budget(Budget(drift=cap))
         records = [world.step(optimizer) for _ in range(steps)]

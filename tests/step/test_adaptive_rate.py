@@ -67,8 +67,8 @@ def test_a_cap_leaves_the_room_that_there_is():
 
     def after(drift: float, before: float, scale: float = 0.5) -> float:
         limits = Limits(drift=0.04)
-        seen = StepRecord(0, Action.SHRINK, Movement(0.0), Movement(0.0), limits, candidate_drift=Movement(drift))
-        return next_scale(scale, seen, Movement(before))
+        drifts = {"previous_drift": Movement(before), "candidate_drift": Movement(drift)}
+        return next_scale(scale, StepRecord(0, Action.SHRINK, Movement(0.0), Movement(0.0), limits, **drifts))
 
     room = (math.sqrt(0.01 + 0.8 * 0.03) - 0.1) / (0.25 - 0.1)
     assert after(0.0625, before=0.01) == pytest.approx(0.5 * room)
