@@ -70,10 +70,8 @@ class Atomic:
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
-        try:
-            run.progress = run.progress.after(record, adaptive_rate=adaptive_rate)
-        finally:  # whatever fails, no later step runs inside of this one
-            run.open, run.notes, run.ended, step.ended = None, {}, now, True
+        progress = run.progress.after(record, adaptive_rate=adaptive_rate)
+        run.progress, run.open, run.notes, run.ended, step.ended = progress, None, {}, now, True
         if stands:
             step.remember()
         step.release()

@@ -103,7 +103,7 @@ def movement(now: nn.Linear, before: nn.Linear) -> Movement:
     return Movement.over(every.tolist(), SLICES)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 999), lr=st.sampled_from([0.01, 0.1, 1.0]), cap=st.floats(1e-3, 1.0))
 def test_a_cap_does_not_end_learning(seed, lr, cap) -> None:
     """No step is rejected, and the loss falls on along the cap, where a controller that shrinks is stuck."""

@@ -57,18 +57,6 @@ def test_slices_of_another_closure_do_not_break_the_adaptive_rate() -> None:
     assert world.optimizer.last.step == 5
 
 
-def test_a_step_ends_whatever_fails_in_its_bookkeeping(monkeypatch) -> None:
-    """The next one is audited as usual, and not taken for a part of this one."""
-    world = World(Budget(mean=0.01), Interpolate())
-    progress = type(world.optimizer._run.progress)
-    with monkeypatch.context() as patch:
-        patch.setattr(progress, "after", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            world.step(0)
-    assert world.step(1).accepted.mean <= 0.01
-    world.optimizer.refresh()
-
-
 def test_resume_with_an_adaptive_rate_at_a_cap() -> None:
     """The scale follows from what the step itself measured."""
     options = {"budget": Budget(mean=1.0, drift=0.02), "adaptive_rate": True}
