@@ -137,7 +137,7 @@ class Training(RuleBasedStateMachine):
     def counters_add_up(self) -> None:
         if hasattr(self, "optimizer"):
             summary = self.optimizer.summary()
-            parts = ("commits", "rejects", "shrinks", "projects", "unchanged")
+            parts = ("commits", "rejects", "shrinks", "projects", "steers", "unchanged")
             assert sum(summary[part] for part in parts) == summary["steps"] == self.steps
 
     @invariant()
