@@ -47,6 +47,20 @@ class Normal:
     gradient: list[Tensor]
     """A tensor for each parameter."""
 
+    @staticmethod
+    def of(total: Tensor, parameters: Sequence[Tensor], *, again: bool = False) -> Normal:
+        """Differentiate one figure; 0 of parameters that it does not depend on.
+
+        Args:
+            total: the figure, with its graph.
+            parameters: what to differentiate with respect to.
+            again: whether the graph is used once more.
+        """
+        trained = [p for p in parameters if p.requires_grad]
+        parts = torch.autograd.grad(total, trained, retain_graph=again, allow_unused=True)
+        by_id = {id(p): g for p, g in zip(trained, parts, strict=True) if g is not None}
+        return Normal(float(total.detach()), [by_id.get(id(p), torch.zeros_like(p)) for p in parameters])
+
 
 class KLClosure(ABC):
     """Measures the movement of the *current* weights from the policy before the step.
@@ -207,7 +221,6 @@ class FunctionKL(KLClosure):
 
     def gradients(self, names: Sequence[str], parameters: Sequence[Tensor], draw: Draw | None = None) -> list[Normal]:
         """Differentiate what the function returned; see `KLClosure.gradients`."""
-        trained = [p for p in parameters if p.requires_grad]
         normals = []
         with isolated(state=self._state, grad=True) as self.used:
             found = _by_name(self.fn())
@@ -215,11 +228,7 @@ class FunctionKL(KLClosure):
                 kl = found[name]
                 if not (isinstance(kl, Tensor) and kl.requires_grad):
                     raise NotImplementedError(f"the KL function's figure for {name!r} has no graph")
-                again = name != names[-1]
-                parts = torch.autograd.grad(kl.sum(), trained, retain_graph=again, allow_unused=True)
-                by_id = {id(p): g for p, g in zip(trained, parts, strict=True) if g is not None}
-                gradient = [by_id.get(id(p), torch.zeros_like(p)) for p in parameters]
-                normals.append(Normal(float(kl.detach()), gradient))
+                normals.append(Normal.of(kl.sum(), parameters, again=name != names[-1]))
         self._state.refuse()
         return normals
 

@@ -223,16 +223,8 @@ class PolicyKL(LogitKL):
     ) -> list[Normal]:
         if self.has_logits:
             return super()._normals(wanted, policies, parameters, draw)
-        found = []
-        trained = [p for p in parameters if p.requires_grad]
         with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
-            for kind, counts in wanted:
-                total = self._live_kl(policies[kind], counts)
-                parts = torch.autograd.grad(total, trained, allow_unused=True)
-                by_id = {id(p): g for p, g in zip(trained, parts, strict=True) if g is not None}
-                gradient = [by_id.get(id(p), torch.zeros_like(p)) for p in parameters]
-                found.append(Normal(float(total.detach()), gradient))
-        return found
+            return [Normal.of(self._live_kl(policies[kind], counts), parameters) for kind, counts in wanted]
 
     def _live_kl(self, reference: Any, counts: Tensor) -> Tensor:
         """A weighted sum of the observations' KLs from a reference, with a graph; the policy is no categorical one."""
