@@ -38,5 +38,6 @@ ARMS: dict[str, Arm] = {
     "shrink": Arm("cap, Interpolate", capped=True),
     "steer_control": Arm("cap, Steer without a pool", Steer(), capped=True),
     "steer": Arm("cap, Steer with a pool", Steer(), capped=True, pool=True),
+    "steer_pull": Arm("cap, Steer with a pool and the pull", Steer(pull=True), capped=True, pool=True),
 }
 """By the names of their files."""

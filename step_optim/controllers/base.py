@@ -221,6 +221,9 @@ class Controller(ABC):
     follows_gradients = False
     """Whether it follows `KLClosure.gradients`, and without them does less."""
 
+    pull: bool = False
+    """Whether `pulls` may answer with something."""
+
     patience: int | None = None
     """Rejections in a row after which it does something else by itself, so that nobody needs to be warned before."""
 
@@ -230,6 +233,20 @@ class Controller(ABC):
     @abstractmethod
     def decide(self, trial: Trial) -> Outcome:
         """Return the outcome of a step whose candidate is infeasible."""
+
+    def pulls(self, memory: Mapping[str, Any]) -> Mapping[str, float]:
+        """Tell how strongly caps pull at the next inner step; see `controllers.pull`.
+
+        Args:
+            memory: what is in ``trial.memory``.
+
+        Returns:
+            Shares of the loss's gradient by cap, as in `Verdict.ratios`; caps that are missing do not pull.
+        """
+        return {}
+
+    def saw(self, candidate: Point, memory: dict[str, Any]) -> None:
+        """Look at a candidate, also at a feasible one, before anything is decided about it."""
 
     def check_options(self) -> None:
         """Refuse unknown values of the options, and what looks like one of them misspelt, in a subclass too.

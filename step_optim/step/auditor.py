@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,11 +14,13 @@ from torch import Tensor
 from step_optim.audit.closure import Audit, Draw, KLClosure, Normal
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Ends, Point, Trial
+from step_optim.controllers.pull import PROMPTS
 from step_optim.host.ranks import Ranks
 from step_optim.isolation.eval_mode import isolated
 from step_optim.movement import Movement
 from step_optim.snapshot.rounding import Rounding
 from step_optim.snapshot.snapshot import Snapshot
+from step_optim.step.pulled import Pulled
 from step_optim.telemetry.record import TrialRecord
 
 
@@ -50,6 +52,8 @@ class Auditor:
         self._infeasible: dict[tuple[int, ...], Point] = {}
         """Those that will not be committed, without their policies."""
         self._rounding: Rounding | None = None
+        self._pulls = 0
+        """At how many inner steps of this step caps pulled."""
 
     def resolve_budget(self, slices: Iterable[str]) -> None:
         """Find the limits of this step, for these slices."""
@@ -211,6 +215,17 @@ class Auditor:
         with self._ranks.together():
             found = self.kl.gradients(names, self._snapshot.parameters, draw)
         return [self._pooled_normal(name, normal, draw) for name, normal in zip(names, found, strict=True)]
+
+    def pulled(self, shares: Mapping[str, float]) -> Pulled:
+        """What caps add to the gradient at the current weights, each as long as its share; most often nothing."""
+        if not shares or not self.kl.has_gradients:
+            return Pulled()
+        turn, self._pulls = self._step + self._pulls, self._pulls + 1
+        with self._ranks.together():
+            draw = self.kl.draw(PROMPTS, turn, list(shares))
+            found = self.kl.gradients(list(shares), self._snapshot.parameters, draw)
+        pooled = {name: self._pooled_normal(name, n, draw) for name, n in zip(shares, found, strict=True)}
+        return Pulled(shares, self._snapshot.parameters, [(shares[name], n.gradient) for name, n in pooled.items()])
 
     def _inner(self, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
         found = self._snapshot.inner(pairs)

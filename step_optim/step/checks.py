@@ -108,6 +108,8 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
             f"{controller!r} needs whole weights in every process, and FSDP2 has split them; use Interpolate(), or "
             "DistributedDataParallel"
         )
+    if controller.pull:
+        _check_pull(controller, optimizer, budget)
     if kl.opaque:  # it would have to be called
         return
     if not kl.has_gradients:
@@ -134,6 +136,20 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
                 f"{sorted(pool.members)}): {type(controller).__name__} would have no direction for it. Give the pool "
                 "some, under that name"
             )
+
+
+def _check_pull(controller: Controller, optimizer: Optimizer, budget: Budget) -> None:
+    """Refuse a pull to nowhere, and below an optimizer that compares losses: those do not know of it."""
+    if not budget.caps_drift:
+        raise ValueError(
+            f"{controller!r}: pull=True keeps proposals near a cap on the drift, and {budget} has none; use "
+            "Budget(drift=...), or pull=False"
+        )
+    if any(group.get("line_search_fn") is not None for group in optimizer.param_groups):
+        raise ValueError(
+            f"{controller!r}: the line search of {type(optimizer).__name__} compares losses, which the pull is no part "
+            "of; use line_search_fn=None, or pull=False"
+        )
 
 
 def plain_note(name: str, value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -65,6 +65,8 @@ class Step:
         self.auditor = Auditor(kl, run.budget, run.progress.step, snapshot, ranks)
         self.lr: tuple[float, ...] = ()
         self.scale = run.progress.scale if run.adaptive_rate else 1.0
+        self.pull: Mapping[str, float] = {}
+        """How strongly caps pulled at the latest inner step; see `Pulled`."""
         self.update_norm = 0.0
         self.rewind = True
         """Whether a rollback rewinds the random streams."""
@@ -150,7 +152,10 @@ class Step:
         # A loss closure may draw its data from the random streams: rewound, it would draw the same again.
         self.rewind = self.rewind and closure is None
         self.idle = self.idle is not False and closure is None and not has_gradient(self.optimizer)
-        with self._proposing():
+        with self.clock("search"):
+            pulled = self.auditor.pulled(self.run.controller.pulls(self.run.memory))
+        self.pull = pulled.shares
+        with pulled.during(args, kwargs) as (args, kwargs), self._proposing():
             return self.optimizer.step(*args, **kwargs)
 
     @contextmanager
@@ -191,6 +196,7 @@ class Step:
             if self.idle:
                 self.run.warned.no_gradient(self.optimizer)
         else:
+            self.run.controller.saw(candidate, self.run.memory)
             outcome = self._settle(self._judge(candidate))
             if outcome.action is Action.REJECT:
                 self._warn_of_stall(candidate)
@@ -373,6 +379,7 @@ class Step:
             auditor.limits,
             auditor.exceeded_before,
             auditor.drift_before,
+            self.pull,
             tuple(self.kl.slices or ()),
             tuple(auditor.audited[1:]),
             self.update_norm,

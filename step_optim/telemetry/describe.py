@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ class Measurements:
     """Caps that theta_t exceeds."""
     previous_drift: Movement | None
     """Of theta_t from pi_ref, if there is a cap."""
+    pull: Mapping[str, float]
+    """Shares of the loss's gradient that caps pulled by."""
     slices: tuple[str, ...]
     """What the KL closure measures besides the mean, as far as it says."""
     trials: tuple[TrialRecord, ...]

@@ -68,6 +68,8 @@ class StepRecord:
     steering: Mapping[str, float] = field(default_factory=dict)
     """Of `Steer`: corrections (gradients that were measured), remembered (normals it began with), and the multiplier
     of each constraint, multiplier/<constraint>."""
+    pull: Mapping[str, float] = field(default_factory=dict)
+    """How strongly caps pulled at the step, with `Steer(pull=True)`: shares of the loss's gradient, by cap."""
     previous_drift: Movement | None = None
     """Movement of the policy before the step from pi_ref; None if no cap is finite."""
     candidate_drift: Movement | None = None
@@ -135,7 +137,7 @@ class StepRecord:
             values[name] = _float(values.get(name))
         values["lr"] = tuple(float(lr) for lr in values.get("lr", ()))
         values["scale"] = float(values.get("scale", 1.0))
-        for name in ("projection", "steering", "seconds"):
+        for name in ("projection", "steering", "pull", "seconds"):
             values[name] = _floats(values.get(name, {}))
         return cls(**values)
 

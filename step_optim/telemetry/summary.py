@@ -56,6 +56,7 @@ class Summary:
             add("progress_sum", record.progress)
             add("progress_count", 1)
         add("corrections", record.steering.get("corrections", 0.0))
+        add("pulled", bool(record.pull))
         if record.candidate.is_finite:
             add("candidate_sum", record.candidate.mean)
             add("candidate_count", 1)
@@ -77,8 +78,9 @@ class Summary:
         ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, drift,
         drift:<name> or "not finite".
         Progress is the share of what the inner optimizer proposed that was kept, see `StepRecord.progress`; corrections
-        are gradients that `Steer` measured. The overhead's share is that of snapshots, audits and searches in the time
-        between two steps: without them the training loop, generation included, would take 1 - share of its time.
+        are gradients that `Steer` measured; the pull rate is the share of steps at which it pulled. The overhead's
+        share is that of snapshots, audits and searches in the time between two steps: without them the training loop,
+        generation included, would take 1 - share of its time.
         """
         total = self._sums.get
         steps = total("steps", 0)
@@ -94,6 +96,7 @@ class Summary:
             "mean_alpha": _per(total("alpha_sum", 0), total("alpha_count", 0)),
             "mean_progress": _per(total("progress_sum", 0), total("progress_count", 0)),
             "corrections_per_step": _per(total("corrections", 0), steps),
+            "pull_rate": _per(total("pulled", 0), steps),
             "audits_per_step": _per(total("audits", 0), steps),
             "audits_per_trigger": _per(total("trials", 0), total("trials_count", 0)),
             "max_audits_per_trigger": int(total("trials_max", 0)),
