@@ -96,6 +96,8 @@ class Outcome:
     """Residuals and step counts of `Project`."""
     steering: Mapping[str, float] = field(default_factory=dict)
     """Corrections and multipliers of `Steer`."""
+    layers: Mapping[str, float] = field(default_factory=dict)
+    """By layer, the part of its step that was made; empty if all made the same."""
 
 
 class Ends:
@@ -147,6 +149,13 @@ class Trial:
     """Draw prompts from the KL closure's pool: (how many, which turn, for which constraints); None without a pool."""
     normals: Callable[[Sequence[str], Sequence[Tensor], Draw | None], list[Normal]]
     """Values and gradients of constraints at any weights, on what was drawn; see `KLClosure.gradients`."""
+    names: Callable[[], Mapping[str, int | None]]
+    """The names of the parameters of the modules that the policy reads, in their order, as far as they are known: where
+    each is in ``weights.previous``, or None if the optimizer does not move it."""
+    bend: Callable[[Sequence[float]], Callable[[float], Sequence[float]]]
+    """From now on go to the candidate by another way: weights, one for each of ``weights.previous``, tell how early
+    each tensor's step is made. `at` then takes the share of the whole step. Returns what tells the part of each tensor
+    at an alpha; see `Path`."""
     inner: Inner
     """Inner products of points, and of points with normals, a tensor for each of ``weights.previous``."""
     agree: Callable[[Any], Any] = lambda value: value

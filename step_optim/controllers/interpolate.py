@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from step_optim.controllers.base import Controller, Outcome, Trial, checked_on_reject, checked_on_shrink
+from step_optim.controllers.layers import ByLayer, check_by_layer, layer_weights
 from step_optim.controllers.searches import SEARCHES, ModelSearch, Search, check_profile
 
 
@@ -44,6 +45,12 @@ class Interpolate(Controller):
     min_alpha: float = 1e-4
     """The smallest alpha worth committing; see `Search`."""
 
+    by_layer: ByLayer | None = None
+    """Shorten some layers more than others: ``"linear"`` makes a layer's part grow with its depth; a mapping gives
+    weights by name pattern (``{"*.layers.0.*": 0.5}``; others have 1), a function by name. A layer of twice the weight
+    makes twice the part of its step, and the whole of it at most; alpha is the share of the whole step (see `Path`),
+    the record's ``layers`` has each layer's part."""
+
     on_reject: str = "restore"
     """``"restore"`` or ``"keep_state"``, if no alpha is feasible."""
 
@@ -64,6 +71,7 @@ class Interpolate(Controller):
                 )
         elif self.search not in SEARCHES:
             raise ValueError(f"search={self.search!r} is unknown; use one of {tuple(SEARCHES)}")
+        check_by_layer(self.by_layer)
         self.line  # noqa: B018 - refuses what is out of range
         checked_on_reject(self.on_reject)
         checked_on_shrink(self.on_shrink)
@@ -83,9 +91,22 @@ class Interpolate(Controller):
 
     def decide(self, trial: Trial) -> Outcome:
         """Shrink to the budget, or reject."""
+        parts_of = None if self.by_layer is None else _bent(self.by_layer, trial)
         found = self.line.find(trial)
-        return trial.reject() if found is None else trial.accept(found)
+        if found is None or found.alpha is None:
+            return trial.reject()
+        return trial.accept(found, layers={} if parts_of is None else parts_of(found.alpha))
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse what is no profile."""
         check_profile(state)
+
+
+def _bent(by_layer: ByLayer, trial: Trial) -> Callable[[float], dict[str, float]]:
+    """Bend the way to the candidate; return what tells each layer's part at an alpha."""
+    places = trial.names()
+    layers = {places[name]: layer for name, layer in layer_weights(by_layer, list(places)).items()}
+    last = max((weight for _, weight in layers.values()), default=1.0)  # of what has no name: it is not in the policy
+    chosen = [layers.get(i, ("others", last)) for i in range(len(trial.weights.previous))]
+    parts = trial.bend([weight for _, weight in chosen])
+    return lambda alpha: {name: part for (name, _), part in zip(chosen, parts(alpha), strict=True)}

@@ -39,6 +39,13 @@ def end_forward(module: Any) -> None:
         module.reset_iter_state()
 
 
+def outermost(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of some modules that are inside none of the others, each once."""
+    modules = list(dict.fromkeys(modules))
+    inside = {id(part) for module in modules for part in module.modules() if part is not module}
+    return [module for module in modules if id(module) not in inside]
+
+
 def has_fsdp(model: nn.Module) -> bool:
     """Whether a forward of this model gathers weights from other processes."""
     return bool(sharded(model.modules()))

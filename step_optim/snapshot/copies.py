@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,12 @@ class Copies:
             return
         self._has_candidate = True
         for place, copy, parameter in self._pairs():
-            weight, previous, candidate = self._weights.of(parameter)
+            where = self._weights.place_of(parameter)
+            weight, previous, candidate = self._weights.of(where)
             old = self._before.get(place)
             saved = None if old is None else self._state.saved(old)
             origin = previous if saved is None else saved
-            self._copies.append(_Copy(copy, origin.to(copy.dtype), copy.clone(), weight, candidate))
+            self._copies.append(_Copy(copy, origin.to(copy.dtype), copy.clone(), weight, candidate, where))
 
     def _pairs(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Where a copy is found, the copy, its parameter: plain tensors both."""
@@ -73,10 +74,10 @@ class Copies:
                     yield key, state[key], parameter
 
     @torch.no_grad()
-    def go(self, alpha: float) -> None:
-        """Follow the weights to theta_t + alpha (candidate - theta_t)."""
+    def go(self, parts: float | Sequence[float]) -> None:
+        """Follow the weights to theta_t + part (candidate - theta_t); see `Weights.go`."""
         for copy in self._copies:
-            copy.go(alpha)
+            copy.go(parts if isinstance(parts, (int, float)) else parts[copy.place])
 
     @property
     def round_weights(self) -> bool:
@@ -99,17 +100,19 @@ class _Copy:
     candidate: Tensor
     weight: Tensor
     weight_candidate: Tensor
+    place: int
+    """Of the weight among all of them."""
 
     @property
     def is_master(self) -> bool:
         """Whether the weight is nothing but this copy in a narrower dtype."""
         return self.live.element_size() > self.weight.element_size()
 
-    def go(self, alpha: float) -> None:
-        if alpha in (0, 1):
-            self.live.copy_(self.candidate if alpha == 1 else self.previous)
+    def go(self, part: float) -> None:
+        if part in (0, 1):
+            self.live.copy_(self.candidate if part == 1 else self.previous)
             return
-        self.live.copy_(torch.lerp(self.previous, self.candidate, alpha))
+        self.live.copy_(torch.lerp(self.previous, self.candidate, part))
         if self.is_master:
             self.weight.copy_(self.live)
 

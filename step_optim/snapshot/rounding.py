@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from step_optim.host.ranks import Ranks
+from step_optim.snapshot.path import Path
 from step_optim.snapshot.weights import Weights
 
 SAMPLE = 1024
@@ -19,13 +20,15 @@ class Rounding:
 
     Args:
         weights: know both ends.
+        path: the way between them; by default the straight line.
     """
 
     @torch.no_grad()
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, path: Path | None = None) -> None:
+        self._path = path
         self._ends = [
-            (_sample(previous), _sample(candidate), shards * previous.numel())
-            for previous, candidate, shards in weights.ends()
+            (i, _sample(previous), _sample(candidate), shards * previous.numel())
+            for i, (previous, candidate, shards) in enumerate(weights.ends())
             if previous.numel() > 0 and not previous.is_meta
         ]
 
@@ -33,8 +36,12 @@ class Rounding:
     def realised(self, alphas: Sequence[float], ranks: Ranks) -> list[float]:
         """Return <point - theta_t, candidate - theta_t> / ‖candidate - theta_t‖² for each alpha, over all ranks."""
         along, length = torch.zeros(len(alphas), dtype=torch.float64, device="cpu"), 0.0
-        parts = torch.tensor(alphas, dtype=torch.float64, device="cpu")
-        for previous, candidate, size in self._ends:
+        straight = torch.tensor(alphas, dtype=torch.float64, device="cpu")
+        bent = (
+            None if self._path is None else torch.tensor([self._path.parts(a) for a in alphas], device="cpu").double()
+        )
+        for i, previous, candidate, size in self._ends:
+            parts = straight if bent is None else bent[:, i]
             way, weight = _wide(candidate) - _wide(previous), size / previous.numel()
             square = float((way * way.conj()).real.sum()) * weight
             length += square

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from step_optim.host.undo import uninterrupted
 from step_optim.snapshot.copies import Copies
 from step_optim.snapshot.groups import GroupJournal
 from step_optim.snapshot.known import ParamLike
+from step_optim.snapshot.path import Path
 from step_optim.snapshot.rounding import Rounding
 from step_optim.snapshot.state import OptimizerState
 from step_optim.snapshot.weights import Update, Weights
@@ -36,12 +37,14 @@ class Snapshot:
         self._weights, self._state = Weights(optimizer, host=host), OptimizerState(optimizer, host=host)
         self._copies = Copies(optimizer, self._weights, self._state, param_like)
         self._rng: RNGState | None = None
+        self._path: Path | None = None
+        """The way to the candidate; None if it is the straight line."""
 
     # -- theta_t ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Begin a new step: until `capture_rest` is done, there is nothing to restore."""
-        self._rng = None
+        self._rng = self._path = None
 
     def capture_weights(self) -> bool | Tensor:
         """Take the current weights as theta_t.
@@ -135,10 +138,15 @@ class Snapshot:
 
     # -- points -------------------------------------------------------------------------------------------------------
 
+    def bend(self, path: Path) -> None:
+        """Go to the candidate by another way, until the next step begins."""
+        self._path = path
+
     def go(self, alpha: float) -> None:
         """Write theta_t + alpha (candidate - theta_t), with the candidate's state; copies of the weights move along."""
-        self._weights.go(alpha)
-        self._copies.go(alpha)
+        parts = alpha if alpha in (0, 1) or self._path is None else self._path.parts(alpha)
+        self._weights.go(parts)
+        self._copies.go(parts)
 
     def write(self, values: Sequence[Tensor]) -> None:
         """Write weights off the line, a tensor for each of `previous`; copies of them move along."""
@@ -157,6 +165,10 @@ class Snapshot:
         """<a, b> of pairs of points, a tensor for each of `previous`; counted as in `update`."""
         return self._weights.inner(pairs)
 
+    def squares(self) -> list[float]:
+        """‖candidate - theta_t‖² of each of `previous`."""
+        return self._weights.squares()
+
     def descent(self) -> tuple[float, float]:
         """First-order decrease of the loss by the current weights and by the candidate: -<g, x - theta_t>."""
         return self._weights.descent()
@@ -168,4 +180,8 @@ class Snapshot:
 
     def rounding(self) -> Rounding:
         """Return what tells how rounding changes parts of the update."""
-        return Rounding(self._weights)
+        return Rounding(self._weights, self._path)
+
+    def names(self, named: Mapping[str, Tensor]) -> dict[str, int | None]:
+        """Where named parameters are in `previous`; None of those that the optimizer does not move."""
+        return self._weights.names(named)

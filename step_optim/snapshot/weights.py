@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,11 +121,21 @@ class Weights:
                     self._shards_of[id(plain)] = shard_count(parameter)
                     yield plain
 
-    def of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A plain parameter as it is, at theta_t, and at the candidate."""
+    def place_of(self, parameter: Tensor) -> int:
+        """Where a plain parameter is in `previous`."""
         place = memory(parameter)
-        copy = next(copy for copy in self._copies if memory(copy.tensor) == place)
+        return next(i for i, copy in enumerate(self._copies) if memory(copy.tensor) == place)
+
+    def of(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensor at a place as it is, at theta_t, and at the candidate."""
+        copy = self._copies[place]
         return copy.tensor.detach(), self._store.saved(copy.tensor), copy.saved
+
+    def names(self, named: Mapping[str, Tensor]) -> dict[str, int | None]:
+        """Where named parameters are in `previous`; None of those that the optimizer does not move."""
+        places = {memory(copy.tensor): i for i, copy in enumerate(self._copies)}
+        found = {name: [places.get(memory(plain)) for plain in plain_tensors(p)] for name, p in named.items()}
+        return {name: next((i for i in where if i is not None), None) for name, where in found.items()}
 
     @torch.no_grad()
     def update(self) -> Update:
@@ -171,15 +181,20 @@ class Weights:
         self._candidate.wait()
 
     @torch.no_grad()
-    def go(self, alpha: float) -> None:
-        """Write theta_t + alpha (candidate - theta_t); exactly theta_t at 0 and exactly the candidate at 1."""
-        if alpha == 0:
+    def go(self, parts: float | Sequence[float]) -> None:
+        """Write theta_t + part (candidate - theta_t); exactly theta_t at 0 and exactly the candidate at 1.
+
+        Args:
+            parts: of all tensors, or one for each of `previous`.
+        """
+        if parts == 0:
             self._store.restore()
             return
         self._candidate.put_back()
-        for copy in self._copies:
+        for i, copy in enumerate(self._copies):
+            part = parts if isinstance(parts, (int, float)) else parts[i]
             there, previous = copy.saved, self._store.saved(copy.tensor)
-            copy.tensor.detach().copy_(there if alpha == 1 else torch.lerp(previous, there, alpha))
+            copy.tensor.detach().copy_(there if part == 1 else torch.lerp(previous, there, part))
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
@@ -198,6 +213,11 @@ class Weights:
         assert self._has_candidate
         for copy in self._copies:
             yield self._store.saved(copy.tensor), copy.saved, self._shards(copy.tensor)
+
+    @torch.no_grad()
+    def squares(self) -> list[float]:
+        """‖candidate - theta_t‖² of each of `previous`, counted as in `update`."""
+        return [shards * float(_square(candidate, previous)) for previous, candidate, shards in self.ends()]
 
     @torch.no_grad()
     def alignment(self) -> tuple[float, float]:

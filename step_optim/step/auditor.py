@@ -15,9 +15,11 @@ from step_optim.audit.closure import Audit, Draw, KLClosure, Normal
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Ends, Point, Trial
 from step_optim.controllers.pull import PROMPTS
+from step_optim.host.modules import outermost
 from step_optim.host.ranks import Ranks
 from step_optim.isolation.eval_mode import isolated
 from step_optim.movement import Movement
+from step_optim.snapshot.path import Path
 from step_optim.snapshot.rounding import Rounding
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.pulled import Pulled
@@ -149,6 +151,8 @@ class Auditor:
             self._distill,
             self._draw,
             self._normals,
+            self._names,
+            self._bend,
             self._inner,
             self._ranks.agree,
             memory,
@@ -166,6 +170,22 @@ class Auditor:
         if self._rounding is None:
             self._rounding = self._snapshot.rounding()
         return self._rounding.realised(alphas, self._ranks)
+
+    def _names(self) -> dict[str, int | None]:
+        """Names of the outermost modules' parameters; a second module's are told apart by its place."""
+        named: dict[str, Tensor] = {}
+        for i, module in enumerate(outermost([*self.kl.modules(), *self.kl.used])):
+            prefix = f"{i}:" if i else ""
+            named |= {prefix + name: parameter for name, parameter in module.named_parameters()}
+        return self._snapshot.names(named)
+
+    def _bend(self, weights: Sequence[float]) -> Callable[[float], Sequence[float]]:
+        if len(self.audited) > 1:
+            raise RuntimeError("bend() after other points were audited: those are on another way; call it first")
+        squares = zip(*self._ranks.exchange(self._snapshot.squares()), strict=True)
+        path = Path(weights, list(map(math.fsum, squares)))
+        self._snapshot.bend(path)
+        return path.parts
 
     def _at(self, alpha: float) -> Point:
         if not 0 <= alpha <= 1:

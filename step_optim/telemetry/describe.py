@@ -78,6 +78,7 @@ def decided(
         stalled=outcome.stalled,
         projection=outcome.projection,
         steering=outcome.steering,
+        layers=outcome.layers,
         candidate_drift=None if candidate is None or not known.budget.caps_drift else candidate.drift,
         reference_drift=drift,
         error=None if proposed.is_finite else _not_finite(known, proposed),

@@ -58,6 +58,8 @@ class StepRecord:
     """Share of the candidate's first-order decrease of the loss that was kept: -<g, x - theta_t> over -<g, candidate -
     theta_t>, with g the gradient at the step; of a window or a loss closure, whose gradients are many, the step itself
     in the place of -g. 1 after a commit, 0 after a rejection; None if the candidate promised no decrease."""
+    layers: Mapping[str, float] = field(default_factory=dict)
+    """By layer, the part of its update that was committed, with `Interpolate(by_layer=...)`; alpha is that of all."""
     trials: tuple[TrialRecord, ...] = ()
     """Audits beyond the candidate's, in order."""
     stalled: bool = False
@@ -137,7 +139,7 @@ class StepRecord:
             values[name] = _float(values.get(name))
         values["lr"] = tuple(float(lr) for lr in values.get("lr", ()))
         values["scale"] = float(values.get("scale", 1.0))
-        for name in ("projection", "steering", "pull", "seconds"):
+        for name in ("layers", "projection", "steering", "pull", "seconds"):
             values[name] = _floats(values.get(name, {}))
         return cls(**values)
 
