@@ -3,6 +3,7 @@
     make steering                                      # a Llama that can count learns to count by two: minutes
     python examples/steering --model real              # the 135M model of the demo: hours on a CPU; resumable
     python examples/steering --model real --tasks person --seeds 1 --lrs 5e-3 --arms bare steer
+    python examples/steering --grid --seeds 1          # options of Steer around their defaults: half an hour
     python examples/steering --smoke                   # tiny random weights, in a minute: does it run?
 
 Every finished run is a file in runs/steering; tables and pictures go to examples/steering.
@@ -21,7 +22,7 @@ import tiny
 import torch
 from smollm import DEFAULT_MODEL, ModelNotFound, find, load
 
-from steering.arms import ARMS
+from steering.arms import ARMS, GRID
 from steering.counting import Counting
 from steering.report import draw, table
 from steering.run import Setting, run
@@ -40,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=("counting", "real"), default="counting")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="of the real model")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--grid", action="store_true", help="the options of Steer, one at a time: a table of its own")
     parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="learning rates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of a run (default: 120 counting, 20 of the real model)")
@@ -67,6 +69,8 @@ def main() -> int:
     if args.smoke:
         args.steps, args.seeds, args.lrs, args.tasks = 6, 1, [1e-2], args.tasks[:1]
         args.arms = ["bare", "penalty_1", "steer"]
+    if args.grid:
+        args.arms = list(GRID)
     name = "smoke" if args.smoke else args.model
     try:
         world = world_of(name)
@@ -89,10 +93,13 @@ def main() -> int:
         told = f"NLL {result.nll:.3f}, held-out drift {result.held_out:.3f}, {result.rejected} rejected"
         print(f"{done}: {told}", flush=True)
     out = args.out or (args.runs / name if args.smoke else HERE)
-    (out / f"{name}.md").write_text(table(results) + "\n", encoding="utf-8")
-    draw(results, out / f"{name}.png")
+    written = [out / (f"{name}_grid.md" if args.grid else f"{name}.md")]
+    written[0].write_text(table(results) + "\n", encoding="utf-8")
+    if not args.grid:
+        written.append(out / f"{name}.png")
+        draw(results, written[1])
     print(table(results))
-    print(f"{out / name}.md, {out / name}.png")
+    print(*written)
     return 0
 
 

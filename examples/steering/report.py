@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from steering.arms import ARMS, CAP
+from steering.arms import CAP, arm_of
 from steering.run import Result, Setting
 
-COLOURS = {"bare": "#555555", "shrink": "#D55E00", "steer": "#0072B2", "steer_control": "#56B4E9"}
+COLOURS = {
+    "bare": "#555555",
+    "shrink": "#D55E00",
+    "steer": "#0072B2",
+    "steer_pull": "#009E73",
+    "steer_penalty": "#E69F00",
+    "steer_control": "#56B4E9",
+}
 PENALTY = "#CC79A7"
 PENALTIES = {"penalty_0.3": ":", "penalty_1": "--", "penalty_3": "-"}
 """Lines of the penalties."""
@@ -28,7 +35,7 @@ def table(results: Results) -> str:
         found = [result for s, result in results.items() if (s.task, s.arm, s.lr) == (task, arm, lr)]
         rejected, at_cap = sum(r.rejected for r in found), sum(r.at_cap for r in found)
         lines.append(
-            f"| {task} | {ARMS[arm].label} | {lr:g} | {fmean(r.nll for r in found):.3f} "
+            f"| {task} | {arm_of(arm).label} | {lr:g} | {fmean(r.nll for r in found):.3f} "
             f"| {fmean(r.exact for r in found):.2f} | {fmean(r.drift for r in found):.3f} "
             f"({max(r.largest for r in found):.4f}) | {fmean(r.held_out for r in found):.3f} "
             f"| {max(r.worst for r in found):.3f} | {rejected} of {at_cap} "
@@ -54,10 +61,10 @@ def draw(results: Results, path: Path) -> None:
             for lr in sorted({s.lr for s in results if (s.task, s.arm) == (task, arm)}):
                 found = [r for s, r in results.items() if (s.task, s.arm, s.lr) == (task, arm, lr)]
                 points.append((fmean(r.held_out for r in found), fmean(r.nll for r in found)))
-            style = {"color": COLOURS.get(arm, PENALTY), "linewidth": 2.4 if arm == "steer" else 1.2}
+            style = {"color": COLOURS.get(arm, PENALTY), "linewidth": 2.4 if arm in ("steer", "steer_pull") else 1.2}
             if arm in PENALTIES:
                 style["linestyle"] = PENALTIES[arm]
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=5, label=ARMS[arm].label, **style)
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=5, label=arm_of(arm).label, **style)
         panel.axvline(CAP, color="black", linewidth=1, linestyle="--")
         panel.annotate(
             f"cap {CAP:g}", (CAP, 0), xycoords=("data", "axes fraction"), xytext=(3, 5), textcoords="offset points"

@@ -12,7 +12,7 @@ from statistics import fmean
 
 import torch
 
-from steering.arms import ARMS
+from steering.arms import arm_of
 from steering.world import Lesson, Sets, World, exact, loss
 from step_optim import STEPOptimizer, TokenKL
 
@@ -79,8 +79,9 @@ def run(setting: Setting, world: World, folder: Path) -> Result:
 
 
 def _learn(setting: Setting, lesson: Lesson, sets: Sets) -> Result:
-    arm, model = ARMS[setting.arm], lesson.model
-    kl = TokenKL(model, sets.control, pool=sets.pool if arm.pool else None, noise_floor=False)
+    arm, model = arm_of(setting.arm), lesson.model
+    pool = sets.pool.select(range(min(arm.pool, len(sets.pool)))) if arm.pool else None
+    kl = TokenKL(model, sets.control, pool=pool, noise_floor=False)
     held_out = TokenKL(model, sets.held_out, noise_floor=False)
     held_out.anchor()
     trained = [p for p in model.parameters() if p.requires_grad]

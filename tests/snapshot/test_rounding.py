@@ -241,7 +241,7 @@ def test_a_large_tensor_is_looked_at_in_part() -> None:
             p.add_(4e-3 * torch.randn(p.shape))
     weights.keep_candidate()
     rounding = Rounding(weights)
-    assert max(len(previous) for previous, _, _ in rounding._ends) <= 2 * SAMPLE
+    assert max(len(previous) for _, previous, _, _ in rounding._ends) <= 2 * SAMPLE
     alphas = [0.1, 0.4, 0.6, 0.9]
     for alpha, part in zip(alphas, rounding.realised(alphas, Ranks(None)), strict=True):
         weights.go(alpha)
