@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from step_optim import Budget, ControlSet, Gate, Interpolate, Project, Steer, STEPOptimizer, TokenKL
 from tests.strategies import Bigram, bits
 
-CONTROLLERS = {"Gate": Gate, "Interpolate": Interpolate, "Project": lambda: Project(steps=1), "Steer": Steer}
+Pull = functools.partial(Steer, pull=True)
+CONTROLLERS = {
+    "Gate": Gate,
+    "Interpolate": Interpolate,
+    "Project": lambda: Project(steps=1),
+    "Steer": Steer,
+    "pull": Pull,
+}
 INF = math.inf
 
 
@@ -96,7 +104,7 @@ class Training:
         self.inner = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.05)
         self.optimizer: Any = self.inner
         if budget is not None:
-            steers = controller == "Steer"
+            steers = controller in ("Steer", "pull")
             kl = TokenKL(
                 self.model,
                 control_set().to(self.device),

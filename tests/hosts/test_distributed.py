@@ -131,14 +131,16 @@ def test_project_works_on_replicas():
     same([result["weights"] for result in results])
 
 
+@pytest.mark.parametrize("controller", ["Steer", "pull"])
 @pytest.mark.parametrize("shard", [False, True])
-def test_steer_works_on_replicas(shard):
+def test_steer_works_on_replicas(shard, controller):
     """Under DDP, with the control set everywhere or a part of it, the replicas stay one, inside of the caps."""
     budget = {"drift": 1e-3, "drift_slices": {"a": 2e-3}}
-    results = on_ranks(jobs.train, 2, kind="ddp", own=True, budget=budget, controller="Steer", shard=shard)
+    results = on_ranks(jobs.train, 2, kind="ddp", own=True, budget=budget, controller=controller, shard=shard)
     records = same([result["records"] for result in results])
     assert "steer" in {record["action"] for record in records}
     assert max(record["reference_drift"]["mean"] for record in records) <= 1e-3
+    assert any(record["pull"] for record in records) == (controller == "pull")
     same([result["weights"] for result in results])
 
 
