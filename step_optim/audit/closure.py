@@ -77,6 +77,9 @@ class KLClosure(ABC):
     has_gradients = False
     """Whether `gradients` returns some: what `Steer` follows."""
 
+    reduces_gradients = False
+    """Whether `gradients` returns this process's shards of them where FSDP2 has split the weights."""
+
     isolates = False
     """Whether `audit` runs itself isolated; if not, `Auditor.audit` does that."""
 

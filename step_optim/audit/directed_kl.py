@@ -14,6 +14,7 @@ from step_optim.audit import divergence as statistic
 from step_optim.audit.closure import Audit, Draw, Normal
 from step_optim.audit.draws import drawn
 from step_optim.audit.gradients import feature_gradients
+from step_optim.audit.reduced import set_aside, shards
 from step_optim.audit.reference_kl import ReferenceKL
 from step_optim.audit.rows import Head, Rows, Scratch
 from step_optim.isolation.eval_mode import isolated
@@ -121,6 +122,8 @@ class DirectedKL(ReferenceKL):
         trained = [p for p in parameters if p.requires_grad]
         if not trained:
             raise ValueError("no parameter of the optimizer requires a gradient: there is no direction to steer along")
+        if self.reduces_gradients:
+            return [self._reduced(kind, counts, policies[kind], parameters, draw) for kind, counts in wanted]
         totals = [0.0] * len(wanted)
         gradients = [{id(p): torch.zeros_like(p) for p in parameters} for _ in wanted]
         with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
@@ -138,6 +141,21 @@ class DirectedKL(ReferenceKL):
                         if g is not None:
                             gradients[j][id(p)] += g
         return [Normal(total, list(each.values())) for total, each in zip(totals, gradients, strict=True)]
+
+    def _reduced(
+        self, kind: str, counts: Tensor, policy: Any, parameters: Sequence[Tensor], draw: Draw | None
+    ) -> Normal:
+        """One constraint under FSDP2, which reduces the gradients of one backward pass for each forward."""
+        total = 0.0
+        quiet = isolated(self.modules(), grad=True, watch=self._watch, state=self._state)
+        with quiet, set_aside(*self.modules()):
+            for rows, x, head in self._graded(draw):  # in every process as often: they wait for each other
+                kls, (begin,) = self._row_gradients(Rows(x.detach(), head), [policy[rows]])
+                total += float((kls[0] * counts[rows]).sum())
+                torch.autograd.backward(x, (begin * counts[rows, None].to(begin.dtype)).to(x.dtype))
+            found = shards(parameters)
+        none = [torch.zeros_like(getattr(p, "_local_tensor", p)) for p in parameters]
+        return Normal(total, [zero if g is None else g for zero, g in zip(none, found, strict=True)])
 
     def _graded(self, draw: Draw | None) -> Iterator[tuple[Tensor, Tensor, Head | None]]:
         """Evaluate prompts batch by batch, with a graph: features and their head if that is frozen, else logits."""

@@ -169,6 +169,11 @@ class TokenKL(LogitKL):
         return shared if prefix or (prefix is None and worth_sharing(control, shared)) else 0
 
     @property
+    def reduces_gradients(self) -> bool:  # type: ignore[override]
+        """Whether FSDP2 shards the model, and every process measures the same prompts."""
+        return self._reading.sharded and not self.sharded
+
+    @property
     def readout(self) -> str:
         """How rows are read: "hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
         return self._reading.readout

@@ -55,6 +55,8 @@ class Weights:
         self._store, self._candidate = TensorStore(host=host), TensorStore(host=host)
         self._has_candidate = False
         self._shards_of: dict[int, int] = {}
+        self._whole: dict[int, Tensor] = {}
+        """The DTensors that this process has parts of, by the ids of the parts."""
 
     @property
     def _copies(self) -> list[TensorCopy]:
@@ -79,8 +81,8 @@ class Weights:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The parameter objects themselves, for autograd."""
-        return [copy.tensor for copy in self._copies]
+        """The parameter objects themselves, for autograd: of a sharded one the DTensor, not this process's part."""
+        return [self._whole.get(id(copy.tensor), copy.tensor) for copy in self._copies]
 
     @torch.no_grad()
     def capture(self) -> bool | Tensor:
@@ -114,11 +116,13 @@ class Weights:
         return digest(parameter.detach() for parameter in self._parameters())
 
     def _parameters(self) -> Iterator[Tensor]:
-        self._shards_of = {}
+        self._shards_of, self._whole = {}, {}
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 for plain in plain_tensors(parameter):
                     self._shards_of[id(plain)] = shard_count(parameter)
+                    if hasattr(parameter, "placements"):
+                        self._whole[id(plain)] = parameter
                     yield plain
 
     def place_of(self, parameter: Tensor) -> int:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
+import torch
 from torch import Tensor
 
 from step_optim.audit.closure import Audit, Draw, KLClosure, Normal
@@ -244,8 +245,15 @@ class Auditor:
         with self._ranks.together():
             draw = self.kl.draw(PROMPTS, turn, list(shares))
             found = self.kl.gradients(list(shares), self._snapshot.parameters, draw)
-        pooled = {name: self._pooled_normal(name, n, draw) for name, n in zip(shares, found, strict=True)}
-        return Pulled(shares, self._snapshot.parameters, [(shares[name], n.gradient) for name, n in pooled.items()])
+        total = [torch.zeros_like(weight) for weight in self._snapshot.previous]
+        for (name, share), normal in zip(shares.items(), found, strict=True):
+            gradient = self._pooled_normal(name, normal, draw).gradient
+            if 0 < (length := self._length(gradient)) < math.inf:
+                total = [n.add(part, alpha=share / length) for n, part in zip(total, gradient, strict=True)]
+        return Pulled(shares, list(zip(self._snapshot.parameters, total, strict=True)), self._length)
+
+    def _length(self, point: Sequence[Tensor]) -> float:
+        return math.sqrt(self._inner([(point, point)])[0])
 
     def _inner(self, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
         found = self._snapshot.inner(pairs)
@@ -259,6 +267,8 @@ class Auditor:
         weight = float(len(members[part]) if part else getattr(self.kl, "prompts", 1)) if own else 1.0
         parts = self._ranks.exchange((normal.value, weight))
         value = sum(v * w for v, w in parts) / sum(w for _, w in parts)
+        if self.kl.reduces_gradients:  # that is done; these are this process's shards
+            return Normal(value, normal.gradient)
         return Normal(value, self._ranks.average(normal.gradient, weight))
 
     def go(self, point: Point | None, *, restore_state: bool = False) -> None:

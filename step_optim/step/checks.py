@@ -103,10 +103,11 @@ def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, 
 
 def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimizer, budget: Budget) -> None:
     """Refuse weights in pieces and a pool that lacks a slice; warn where there are no gradients, or no pool."""
-    if any(shard_count(p) > 1 for group in optimizer.param_groups for p in group["params"]):
+    split = any(shard_count(p) > 1 for group in optimizer.param_groups for p in group["params"])
+    if split and not kl.reduces_gradients:
         raise ValueError(
-            f"{controller!r} needs whole weights in every process, and FSDP2 has split them; use Interpolate(), or "
-            "DistributedDataParallel"
+            f"{controller!r}: FSDP2 has split the weights, and {kl!r} has no gradients then; use TokenKL with "
+            "shard=False, Interpolate(), or DistributedDataParallel"
         )
     if controller.pull:
         _check_pull(controller, optimizer, budget)

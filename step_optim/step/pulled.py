@@ -14,6 +14,11 @@ from step_optim.host.undo import undone
 from step_optim.step.proposal import loss_closure
 
 
+def norm(tensors: Sequence[Tensor]) -> float:
+    """L2 norm of all of them together."""
+    return math.hypot(*(float(torch.linalg.vector_norm(tensor)) for tensor in tensors))
+
+
 class Pulled:
     """Adds a direction to `.grad` for the duration of an inner step, as long as a share of the gradient itself.
 
@@ -22,18 +27,17 @@ class Pulled:
 
     Args:
         shares: by cap, for the record; by default nothing is added.
-        parameters: those that may have a gradient.
-        parts: shares, and gradients whose length does not matter, a tensor for each parameter.
+        direction: parameters, and this process's part of what is added for each 1 of the gradient's length.
+        length: L2 norm over all parameters, and over all processes that have parts of them.
     """
 
     def __init__(
         self,
         shares: Mapping[str, float] | None = None,
-        parameters: Sequence[Tensor] = (),
-        parts: Sequence[tuple[float, Sequence[Tensor]]] = (),
+        direction: Sequence[tuple[Tensor, Tensor]] = (),
+        length: Callable[[Sequence[Tensor]], float] = norm,
     ) -> None:
-        self.shares = dict(shares or {})
-        self._direction = _sum(parameters, parts)
+        self.shares, self._direction, self._length = dict(shares or {}), list(direction), length
         self._own: list[tuple[Tensor, Tensor]] = []
         """Parameters with the gradients that the training loop gave them."""
 
@@ -64,12 +68,12 @@ class Pulled:
         found = [(p, p.grad, n) for p, n in self._direction if p.grad is not None]
         if any(g.layout is not torch.strided for _, g, _ in found):
             raise ValueError("a gradient is sparse, and pull=True would make it dense; use Steer(pull=False)")
-        length = _length([g for _, g, _ in found])
+        length = self._length([torch.zeros_like(n) if p.grad is None else _part(p.grad) for p, n in self._direction])
         if not 0 < length < math.inf:
             return
         self._own = [(p, g) for p, g, _ in found]
         for p, g, n in found:
-            p.grad = g.add(n.to(g.dtype), alpha=length)
+            p.grad = _like(g, _part(g).add(n.to(g.dtype), alpha=length))
 
     def _take_back(self) -> None:
         for p, g in self._own:
@@ -77,15 +81,16 @@ class Pulled:
         self._own = []
 
 
-def _sum(parameters: Sequence[Tensor], parts: Sequence[tuple[float, Sequence[Tensor]]]) -> list[tuple[Tensor, Tensor]]:
-    """Each parameter, and the sum of its gradients, all of them made as long as their shares."""
-    total = [torch.zeros_like(parameter) for parameter in parameters]
-    for share, gradient in parts:
-        length = _length(gradient)
-        if 0 < length < math.inf:
-            total = [n.add(part, alpha=share / length) for n, part in zip(total, gradient, strict=True)]
-    return list(zip(parameters, total, strict=True)) if parts else []
+def _part(gradient: Tensor) -> Tensor:
+    """This process's part of a DTensor, or all of any other."""
+    return getattr(gradient, "_local_tensor", gradient)
 
 
-def _length(parts: Sequence[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
+def _like(gradient: Any, part: Tensor) -> Tensor:
+    """A gradient of the same kind, with other values."""
+    if not hasattr(gradient, "placements"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = gradient.shape, gradient.stride()
+    return DTensor.from_local(part, gradient.device_mesh, gradient.placements, shape=shape, stride=stride)

@@ -116,7 +116,7 @@ def test_a_loss_closure_is_pulled_at_every_call(to_none: bool) -> None:
         seen.append(weight.grad.clone())
         return loss
 
-    with Pulled({}, [weight], [(2.0, [direction])]).during((closure,), {}) as (args, kwargs):
+    with Pulled({}, [(weight, 2.0 * direction)]).during((closure,), {}) as (args, kwargs):
         for _ in range(3):
             assert args[0]() == 12.5
             assert torch.equal(weight.grad, own + 10.0 * direction)
@@ -131,7 +131,7 @@ def test_only_what_has_a_gradient_is_pulled() -> None:
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     for gradient in (torch.ones(1), torch.zeros(1), torch.tensor([math.inf])):
         a.grad = gradient
-        with Pulled({}, [a, b], [(math.sqrt(2), [torch.ones(1), torch.ones(1)])]).during((), {}):
+        with Pulled({}, [(a, torch.ones(1)), (b, torch.ones(1))]).during((), {}):
             torch.testing.assert_close(a.grad, torch.tensor([2.0]) if gradient == 1 else gradient)
             assert b.grad is None
         assert a.grad is gradient

@@ -217,6 +217,21 @@ def refused(kind: str, shard: bool, controller: str = "Project") -> str:
     return "taken"
 
 
+def gradients_aside() -> bool:
+    """Measure a gradient under FSDP2 between the loop's backward pass and its step."""
+    run = Training("fsdp", budget={"drift": 1e-3}, controller="Steer")
+    run.step(0)
+    run.loss(1)
+    run.plain.set_requires_gradient_sync(False)  # as a loop that accumulates has it for the next backward pass
+    before, own = run.picture(), [p.grad for p in run.plain.parameters()]
+    kl = run.optimizer._run.kl
+    (normal,) = kl.gradients(["drift"], list(run.plain.parameters()), kl.draw(3, 0, ["drift"]))
+    assert any(bool(part.any()) for part in normal.gradient)
+    assert all(p.grad is gradient for p, gradient in zip(run.plain.parameters(), own, strict=True))
+    assert not any(group.reduce_grads for group in run.plain._get_fsdp_state()._fsdp_param_groups)
+    return run.picture() == before
+
+
 def windowed(kind: str, budget: float) -> dict[str, Any]:
     """Three inner steps in one window."""
     run = Training(kind, budget=budget, shard=True, own=True)

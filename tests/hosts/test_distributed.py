@@ -144,9 +144,28 @@ def test_steer_works_on_replicas(shard, controller):
     same([result["weights"] for result in results])
 
 
-def test_steer_is_refused_where_weights_are_in_pieces():
-    """FSDP2 has split them; the error says what to use."""
-    assert "use Interpolate()" in same(on_ranks(jobs.refused, 2, kind="fsdp", shard=False, controller="Steer"))
+@pytest.mark.parametrize("controller", ["Steer", "pull"])
+@pytest.mark.parametrize("kind", ["fsdp", "root"])
+def test_steer_works_on_weights_in_pieces(kind, controller):
+    """FSDP2 has split them: every process corrects its part, and the whole ends where one process would end."""
+    options = {"budget": {"drift": 1e-3, "drift_slices": {"a": 2e-3}}, "controller": controller, "exact": True}
+    results = on_ranks(jobs.train, 2, kind=kind, **options)
+    records = same([result["records"] for result in results])
+    assert "steer" in {record["action"] for record in records}
+    assert max(record["reference_drift"]["mean"] for record in records) <= 1e-3
+    assert any(record["pull"] for record in records) == (controller == "pull")
+    alone = same(on_ranks(jobs.train, 1, kind="ddp", **options))
+    assert same([result["values"] for result in results]) == pytest.approx(alone["values"], rel=1e-3, abs=1e-4)
+
+
+def test_gradients_of_pieces_leave_the_loops_own():
+    """What FSDP2 reduces for a direction does not end in `.grad`, and a loop that reduces later goes on to do so."""
+    assert same(on_ranks(jobs.gradients_aside, 2)) is True
+
+
+def test_steer_is_refused_where_weights_and_control_set_are_in_pieces():
+    """The error says what to use."""
+    assert "shard=False" in same(on_ranks(jobs.refused, 2, kind="fsdp", shard=True, controller="Steer"))
 
 
 @pytest.mark.parametrize(("kind", "shard"), [("ddp", True), ("fsdp", False)])

@@ -1,4 +1,4 @@
-"""Steer, with the pull and without, inside the loops that people write: the cap holds, and gradients stay the loop's."""
+"""Steer, with the pull and without, in the loops that people write: the cap holds, gradients stay the loop's."""
 
 from __future__ import annotations
 

@@ -1,0 +1,46 @@
+"""Gradients of a model that FSDP2 shards: its backward pass reduces them over all processes, into `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from step_optim.host.modules import sharded
+from step_optim.host.undo import undone
+
+
+@contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Take the training loop's gradients away, and have those of the body reduced; afterwards all is as before."""
+    groups = [group for module in sharded(model.modules()) for group in _groups(module)]
+    own = [(p, p.grad) for p in model.parameters()]
+    ways = [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
+
+    def put_back() -> None:
+        for parameter, gradient in own:
+            parameter.grad = gradient
+        for group, reduces, all_reduces in ways:
+            group.reduce_grads, group.all_reduce_grads = reduces, all_reduces
+
+    with undone(put_back):
+        for parameter, _ in own:
+            parameter.grad = None
+        for group in groups:
+            group.reduce_grads = group.all_reduce_grads = True
+        yield
+
+
+def _groups(module: Any) -> list[Any]:
+    """What one module has FSDP2 reduce; the attribute's name differs between versions of torch."""
+    state = module._get_fsdp_state()
+    one = getattr(state, "_fsdp_param_group", None)
+    several = getattr(state, "_fsdp_param_groups", None)
+    return list(several) if several is not None else [] if one is None else [one]
+
+
+def shards(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """This process's part of each parameter's gradient, as it was reduced; None of one that has none."""
+    return [None if p.grad is None else getattr(p.grad, "_local_tensor", p.grad).detach() for p in parameters]
