@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from step_optim import Movement
+from step_optim import ControlSet, Movement, TokenKL
 from tests import reference
-from tests.models import nudge, ragged_control, tiny_llama
+from tests.models import VOCAB, nudge, ragged_control, tiny_llama
 
 ROOT = Path(__file__).parent.parent.parent
 BENCH = ROOT / "examples" / "bench"
@@ -284,3 +284,29 @@ def test_control_sets_are_as_described():
     assert {16 <= len(response) <= 32 for response in control.responses} == {True}
     assert len({tuple(prompt[: workload.PREFIX].tolist()) for prompt in control.prompts}) == 1
     assert control.digest == made.control(24).digest != made.control(24, seed=1).digest
+
+
+def test_gradients_of_constraints_hold_one_micro_batch() -> None:
+    """Their memory does not grow with the prompts, and is below that of one training step on as many tokens."""
+    model = tiny_llama(layers=3, hidden=32)
+
+    def prompts(count: int, seed: int) -> ControlSet:
+        generator = torch.Generator().manual_seed(seed)
+        draws = [torch.randint(1, VOCAB, (10,), generator=generator) for _ in range(2 * count)]
+        return ControlSet.from_ids(draws[::2], draws[1::2])
+
+    def peak(count: int) -> int:
+        kl = TokenKL(model, prompts(count, 0), pool=prompts(count, 1), noise_floor=False, micro_batch=2)
+        kl.anchor()
+        parameters = list(model.parameters())
+        kl.gradients(["drift"], parameters, kl.draw(count, 0, ["drift"]))
+        draw = kl.draw(count, 1, ["drift"])
+        return measure.peak_bytes(lambda: kl.gradients(["drift"], parameters, draw), CPU)
+
+    ids = torch.cat(
+        [torch.cat([a, b])[None] for a, b in zip(prompts(32, 1).prompts, prompts(32, 1).responses, strict=True)]
+    )
+    step = measure.peak_bytes(lambda: model(input_ids=ids, labels=ids).loss.backward(), CPU)
+    few, many = peak(4), peak(32)
+    assert many <= 1.3 * few
+    assert many <= 0.5 * step
