@@ -13,21 +13,21 @@ from torch.optim import Optimizer
 from step_optim.audit.closure import KLClosure, Unbound, as_kl
 from step_optim.budget import Bound, Budget
 from step_optim.controllers.base import Action, Controller
-from step_optim.controllers.interpolate import Interpolate
 from step_optim.host.ranks import WORLD, Ranks
 from step_optim.host.wrapper import OptimizerWrapper, hooked
 from step_optim.snapshot.known import ParamLike, known_copies
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.atomic import Atomic
 from step_optim.step.checks import (
-    below_noise,
     check_budget,
     check_controller,
     check_inner,
     check_line,
     check_measures,
     check_rates,
+    default_controller,
     plain_note,
+    warned_of_noise,
 )
 from step_optim.step.progress import Run
 from step_optim.step.proposal import loss_closure
@@ -53,7 +53,8 @@ class STEPOptimizer(OptimizerWrapper):
             every ``step()``, as in the example; one that measures from a fixed
             policy is warned of. It may come later, through `bind`.
         budget: a `Budget`, or a number for ``Budget(mean=number)``.
-        controller: `Interpolate` (default), `Gate`, `Project`, or your own `Controller`.
+        controller: `Interpolate`, `Steer`, `Gate`, `Project`, or your own `Controller`. By default `Steer` if the
+            budget caps the drift and the KL closure has a pool, and `Interpolate` otherwise.
         log: a path for JSON lines, a tracker with ``log(dict, step=...)``, or
             a callable(dict, step).
         on_error: what an exception in the audit does, once the weights are
@@ -121,8 +122,8 @@ class STEPOptimizer(OptimizerWrapper):
             raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'reject'")
         if snapshot not in ("device", "cpu"):
             raise ValueError(f"snapshot={snapshot!r} is unknown; use 'device' or 'cpu'")
-        controller = check_controller(Interpolate() if controller is None else controller)
-        budget = Budget.of(budget)
+        budget, named = Budget.of(budget), controller is not None
+        controller = check_controller(default_controller(budget, None, optimizer) if controller is None else controller)
         check_line(optimizer, controller, budget)
         if adaptive_rate and warm_start is False:
             raise ValueError("adaptive_rate=True and warm_start=False contradict each other; give adaptive_rate alone")
@@ -133,7 +134,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._on_error, self._log = on_error, log
         self._snapshot_on = snapshot
         self._param_like = known_copies(optimizer) if param_like is None else param_like
-        self._run = Run(budget, controller, adaptive_rate)
+        self._run = Run(budget, controller, named, adaptive_rate)
         self._snapshot, self._ranks = self._new_snapshot(), Ranks(process_group)
         self._sink = self._open_log()
         if kl is not None:
@@ -167,7 +168,7 @@ class STEPOptimizer(OptimizerWrapper):
         if self._run.kl is not None:
             check_measures(self._run.kl, controller, self._inner, self._ranks, self.budget)
         if controller is not self.controller:
-            self._run.controller, self._run.memory = controller, {}
+            self._run.controller, self._run.named, self._run.memory = controller, True, {}
 
     @property
     def last(self) -> StepRecord | None:
@@ -181,23 +182,27 @@ class STEPOptimizer(OptimizerWrapper):
             ValueError: it does not fit the budget, the controller or the parameters.
         """
         self._refuse_inside_window("bind()")
-        closure = self._fitting(kl)
+        closure = as_kl(kl)
+        controller = self._for(self.budget, closure)
+        self._check(closure, controller)
         closure.load_state_dict(self._run.kl_state)
         if self._run.kl is not None and closure is not self._run.kl:
             self.controller.forget_reference(self._run.memory)
         self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
+        self._run.controller = controller
         self._run.warned.fixed.forget(closure)
-        self._run.warned.of_noise = _warned_of_noise(self.budget, closure)
+        self._run.warned.of_noise = warned_of_noise(self.budget, closure)
 
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
         new = Budget.of(budget)
-        check_line(self._inner, self.controller, new)
+        controller = self._for(new, self._run.kl)
+        check_line(self._inner, controller, new)
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
-            check_measures(self._run.kl, self.controller, self._inner, self._ranks, new)
-            self._run.warned.of_noise = _warned_of_noise(new, self._run.kl)
-        self._run.budget = new
+            check_measures(self._run.kl, controller, self._inner, self._ranks, new)
+            self._run.warned.of_noise = warned_of_noise(new, self._run.kl)
+        self._run.budget, self._run.controller = new, controller
 
     def refresh(self, *, restart_drift: bool = False) -> None:
         """Take the reference anew at the next step.
@@ -322,13 +327,22 @@ class STEPOptimizer(OptimizerWrapper):
         """Trigger rate, rejection rate, mean alpha, overhead, drift ... since the start; see `Summary.figures`."""
         return self._run.progress.summary.figures()
 
+    def _for(self, budget: Budget, kl: KLClosure | None) -> Controller:
+        """The controller for a budget and a KL closure: the one that was named, or the default."""
+        default = default_controller(budget, kl, self._inner)
+        return self.controller if self._run.named or type(default) is type(self.controller) else default
+
     def _fitting(self, kl: KLClosure | Callable[[], Any]) -> KLClosure:
-        """Refuse a KL closure that does not fit the budget, the controller or the parameters."""
+        """Read the argument ``kl=`` of one step, or of one window."""
         closure = as_kl(kl)
-        check_budget(self.budget, closure)
-        closure.check_parameters([p for group in self.param_groups for p in group["params"]])
-        check_measures(closure, self.controller, self._inner, self._ranks, self.budget)
+        self._check(closure, self.controller)
         return closure
+
+    def _check(self, kl: KLClosure, controller: Controller) -> None:
+        """Refuse a KL closure that does not fit the budget, a controller or the parameters."""
+        check_budget(self.budget, kl)
+        kl.check_parameters([p for group in self.param_groups for p in group["params"]])
+        check_measures(kl, controller, self._inner, self._ranks, self.budget)
 
     @contextmanager
     def _calling(self, name: str) -> Iterator[None]:
@@ -383,8 +397,3 @@ class STEPOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self._inner).__name__}, {self.budget}, {self.controller!r})"
-
-
-def _warned_of_noise(budget: Budget, kl: KLClosure) -> bool:
-    """Warn of a budget below the audit's noise; a schedule is looked at in every step."""
-    return not budget.is_scheduled and below_noise(budget.at(0, kl.slices or ()), kl)

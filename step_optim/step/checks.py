@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget, Limits
 from step_optim.controllers.base import Controller
+from step_optim.controllers.interpolate import Interpolate
+from step_optim.controllers.steer import Steer
 from step_optim.host.ranks import Ranks
 from step_optim.host.wrapper import OptimizerWrapper
 from step_optim.snapshot.known import steps_in_backward, why_recomputed
@@ -72,6 +74,14 @@ def check_rates(optimizer: Optimizer) -> None:
         )
 
 
+def default_controller(budget: Budget, kl: KLClosure | None, optimizer: Optimizer) -> Controller:
+    """What decides if nobody was named: at a cap, shortened steps end learning, and a pool is there to steer by."""
+    if not budget.caps_drift or getattr(kl, "pool", None) is None:
+        return Interpolate()
+    assert kl is not None
+    return Steer() if kl.reduces_gradients or not _split(optimizer) else Interpolate()
+
+
 def check_controller(controller: Any) -> Controller:
     """Refuse what cannot decide, and options of a subclass that would be taken for something else."""
     if not isinstance(controller, Controller):
@@ -93,8 +103,7 @@ def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, 
             f"controller={controller!r} works on logits, and kl={kl!r} has none; use TokenKL, a PolicyKL over logits, "
             "or Interpolate()"
         )
-    sharded = kl.sharded or any(shard_count(p) > 1 for group in optimizer.param_groups for p in group["params"])
-    if ranks.size > 1 and sharded:
+    if ranks.size > 1 and (kl.sharded or _split(optimizer)):
         raise ValueError(
             f"{controller!r} needs all control prompts and whole weights in every process; use Interpolate(), or "
             "shard=False and DistributedDataParallel"
@@ -103,8 +112,7 @@ def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, 
 
 def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimizer, budget: Budget) -> None:
     """Refuse weights in pieces and a pool that lacks a slice; warn where there are no gradients, or no pool."""
-    split = any(shard_count(p) > 1 for group in optimizer.param_groups for p in group["params"])
-    if split and not kl.reduces_gradients:
+    if _split(optimizer) and not kl.reduces_gradients:
         raise ValueError(
             f"{controller!r}: FSDP2 has split the weights, and {kl!r} has no gradients then; use TokenKL with "
             "shard=False, Interpolate(), or DistributedDataParallel"
@@ -137,6 +145,11 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
                 f"{sorted(pool.members)}): {type(controller).__name__} would have no direction for it. Give the pool "
                 "some, under that name"
             )
+
+
+def _split(optimizer: Optimizer) -> bool:
+    """Whether FSDP2 has split weights."""
+    return any(shard_count(p) > 1 for group in optimizer.param_groups for p in group["params"])
 
 
 def _check_pull(controller: Controller, optimizer: Optimizer, budget: Budget) -> None:
@@ -181,3 +194,8 @@ def below_noise(limits: Limits, kl: KLClosure) -> bool:
             stacklevel=2,
         )
     return bool(found)
+
+
+def warned_of_noise(budget: Budget, kl: KLClosure) -> bool:
+    """Warn of a budget below the audit's noise; a schedule is looked at in every step."""
+    return not budget.is_scheduled and below_noise(budget.at(0, kl.slices or ()), kl)

@@ -80,6 +80,8 @@ class Run:
 
     budget: Budget
     controller: Controller
+    named: bool = True
+    """Whether the controller was named, and is not the one that goes with budget and KL closure."""
     adaptive_rate: bool = False
     """Whether proposals are scaled by what the last ones have shown."""
     kl: KLClosure | None = None
@@ -108,6 +110,7 @@ class Run:
         return Run(
             self.budget,
             self.controller,
+            self.named,
             self.adaptive_rate,
             kl_state=self._kl_state(),
             progress=self.progress,
@@ -151,7 +154,7 @@ class Run:
             self.controller.load_state_dict(dict(state["controller"]))
             own = self.controller.state_dict()
             self.memory = {name: value for name, value in remembered.items() if name not in own}
-            if not self.controller.follows_gradients:
+            if self.named and not self.controller.follows_gradients:
                 self.memory.pop("cuts", None)  # of `Steer`, and as large as the weights
 
         return take_over
