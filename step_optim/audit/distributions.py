@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,42 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import (
     Bernoulli,
-    Beta,
     Binomial,
     Categorical,
-    Cauchy,
-    ContinuousBernoulli,
     Dirichlet,
     Distribution,
-    Exponential,
-    Gamma,
     Geometric,
-    Gumbel,
     HalfCauchy,
     HalfNormal,
     Independent,
-    Laplace,
-    LowRankMultivariateNormal,
-    MultivariateNormal,
-    Normal,
     OneHotCategorical,
-    Pareto,
-    Poisson,
     Transform,
     TransformedDistribution,
-    Uniform,
-    Weibull,
-    Wishart,
     kl_divergence,
 )
 from torch.distributions.kl import _KL_REGISTRY
 
-from step_optim.audit import closed_forms
 from step_optim.audit.closed_forms import Parameters, log_probabilities
+from step_optim.audit.parameters import FORMS, Equation, copies, filled, float64_copy, given, tensors_of, torch_kl
 from step_optim.snapshot.tensors import same_bits
-
-Reader = Callable[[Any], dict[str, Tensor]]
-Equation = Callable[[Parameters, Parameters], Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,7 +102,7 @@ class Leaf:
         """The probabilities or logits [N, ..., A] that a categorical policy was made from, by their whole path."""
         one_hot = self.family is OneHotCategorical
         inside = self.distribution._categorical if one_hot else self.distribution  # type: ignore[attr-defined]
-        name = _given(inside, "probs", "logits")
+        name = given(inside, "probs", "logits")
         return {self.path + ("_categorical." if one_hot else "") + name: getattr(inside, name)}
 
     @property
@@ -137,20 +119,20 @@ class Leaf:
 
     def kl(self, reference: Kept) -> Tensor:
         """KL(self ‖ reference) in the batch shape, nats, with the graph of the parameters."""
-        reader, equation = FORMS.get(self.family, (_copies, None))
+        reader, equation = FORMS.get(self.family, (copies, None))
         with torch.enable_grad():
             live = {n: t.double() if t.is_floating_point() else t for n, t in reader(self.distribution).items()}
             if equation is None or self.family in TWO_OUTCOMES:  # torch's form cancels, but its derivative does not
                 frozen = {id(tensor): tensor.detach() for tensor in tensors_of(self.distribution).values()}
                 still = copy.deepcopy(self.distribution, frozen)
-                return kl_divergence(_filled(still, live), _filled(still, reference.parameters))
+                return kl_divergence(filled(still, live), filled(still, reference.parameters))
             return equation(live, reference.parameters).double().expand(self.distribution.batch_shape)
 
     def keep(self) -> Kept:
         """Copy the parameters."""
-        reader, equation = FORMS.get(self.family, (_copies, _torch_kl(self.distribution)))
+        reader, equation = FORMS.get(self.family, (copies, torch_kl(self.distribution)))
         with torch.no_grad():
-            parameters = {name: _float64(tensor) for name, tensor in reader(self.distribution).items()}
+            parameters = {name: float64_copy(tensor) for name, tensor in reader(self.distribution).items()}
             shape, constants = tuple(self.distribution.batch_shape), tuple(_facts(self.transforms))
         return Kept(self.path, parameters, shape, constants, equation)
 
@@ -238,115 +220,8 @@ def _facts(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
                 yield from _facts(item, seen)
 
 
-def tensors_of(value: Tensor | Distribution, path: str = "") -> dict[str, Tensor]:
-    """Tensors of a distribution and of those it is made of, by attribute path; a tensor by itself."""
-    if isinstance(value, Tensor):
-        return {path: value}
-    found = {}
-    for name, item in vars(value).items():
-        if isinstance(item, Tensor):
-            found[path + name] = item
-        elif isinstance(item, Distribution):
-            found |= tensors_of(item, f"{path}{name}.")
-    return found
-
-
-def _float64(tensor: Tensor) -> Tensor:
-    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to(dtype, copy=True)
-
-
-def _given(distribution: Distribution, *names: str) -> str:
-    """Which of several attributes the distribution was made from: torch adds the others later, rounded and clamped."""
-    return next(name for name in vars(distribution) if name in names)
-
-
-def _attributes(*names: str) -> Reader:
-    return lambda distribution: {name: tensors_of(distribution)[name] for name in names}
-
-
-def _attributes_and_odds(*names: str) -> Reader:
-    return lambda distribution: _attributes(*names, _given(distribution, "probs", "logits"))(distribution)
-
-
-def _attributes_and_tril(*names: str) -> Reader:
-    """A Cholesky factor that was made in float64, whichever matrix was given."""
-
-    def read(distribution: Any) -> dict[str, Tensor]:
-        kind = _given(distribution, "scale_tril", "covariance_matrix", "precision_matrix")
-        matrix = _unexpanded(getattr(distribution, kind), distribution._unbroadcasted_scale_tril).double()
-        if kind == "precision_matrix":
-            matrix = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-        tril = matrix.tril() if kind == "scale_tril" else torch.linalg.cholesky(matrix)
-        return _attributes(*names)(distribution) | {"_unbroadcasted_scale_tril": tril}
-
-    return read
-
-
-def _unexpanded(matrix: Tensor, like: Tensor) -> Tensor:
-    """A matrix that torch has expanded to the batch shape, in the shape that it had before."""
-    return matrix[(0,) * (matrix.dim() - like.dim())][tuple(slice(size) for size in like.shape)]
-
-
-def _copies(distribution: Distribution) -> dict[str, Tensor]:
-    return tensors_of(distribution)
-
-
-def _torch_kl(distribution: Distribution) -> Equation:
-    """The closed form that somebody has registered with torch, in float64: it may cancel at small movements."""
-
-    def equation(p: Parameters, q: Parameters) -> Tensor:
-        with torch.enable_grad():  # torch differentiates the log-normaliser of an exponential family
-            return kl_divergence(_filled(distribution, p), _filled(distribution, q)).detach()
-
-    return equation
-
-
-def _filled(distribution: Distribution, tensors: Parameters) -> Distribution:
-    """A copy that has other tensors."""
-    new = copy.deepcopy(distribution)
-    given = {path.rpartition(".")[2] for path in tensors}
-    if given & {"probs", "logits"}:  # torch keeps the one that was computed from the other
-        for kept in {"probs", "logits"} - given:
-            vars(new).pop(kept, None)
-    for path, tensor in tensors.items():
-        *parents, name = path.split(".")
-        owner: Any = new
-        for parent in parents:
-            owner = getattr(owner, parent)
-        setattr(owner, name, tensor)
-    return new
-
-
 WRAPPERS = (Independent, TransformedDistribution, HalfNormal)
 """Their KL is that of their base."""
 
 TWO_OUTCOMES = (Bernoulli, Binomial, Geometric)
 """Their equations are that of rows of logits, which has no graph."""
-
-_LOC_SCALE = _attributes("loc", "scale")
-FORMS: dict[type, tuple[Reader, Equation]] = {
-    Bernoulli: (_attributes_and_odds(), closed_forms.bernoulli),
-    Beta: (_attributes("_dirichlet.concentration"), closed_forms.beta),
-    Binomial: (_attributes_and_odds("total_count"), closed_forms.binomial),
-    Cauchy: (_LOC_SCALE, closed_forms.cauchy),
-    ContinuousBernoulli: (_attributes_and_odds(), closed_forms.continuous_bernoulli),
-    Dirichlet: (_attributes("concentration"), closed_forms.dirichlet),
-    Exponential: (_attributes("rate"), closed_forms.exponential),
-    Gamma: (_attributes("concentration", "rate"), closed_forms.gamma),
-    Geometric: (_attributes_and_odds(), closed_forms.geometric),
-    Gumbel: (_LOC_SCALE, closed_forms.gumbel),
-    Laplace: (_LOC_SCALE, closed_forms.laplace),
-    LowRankMultivariateNormal: (
-        _attributes("loc", "_unbroadcasted_cov_factor", "_unbroadcasted_cov_diag"),
-        closed_forms.low_rank_normal,
-    ),
-    MultivariateNormal: (_attributes_and_tril("loc"), closed_forms.multivariate_normal),
-    Normal: (_LOC_SCALE, closed_forms.normal),
-    Pareto: (_attributes("scale", "alpha"), closed_forms.pareto),
-    Poisson: (_attributes("rate"), closed_forms.poisson),
-    Uniform: (_attributes("low", "high"), closed_forms.uniform),
-    Weibull: (_attributes("scale", "concentration"), closed_forms.weibull),
-    Wishart: (_attributes_and_tril("df"), closed_forms.wishart),
-}
-"""How each class is read, and the equation of its KL. Subclasses are read like the class they derive from."""

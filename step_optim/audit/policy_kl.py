@@ -13,9 +13,10 @@ from torch.distributions import Distribution
 
 from step_optim.audit.closed_forms import log_probabilities
 from step_optim.audit.closure import Draw, Normal
-from step_optim.audit.distributions import Kept, same_constants, tensors_of
+from step_optim.audit.distributions import Kept, same_constants
 from step_optim.audit.logit_kl import LogitKL
 from step_optim.audit.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
+from step_optim.audit.parameters import tensors_of
 from step_optim.audit.policy_output import Output
 from step_optim.audit.reference_kl import Incomparable
 from step_optim.audit.rows import Rows

@@ -59,7 +59,7 @@ from torch.distributions import (
 )
 
 from step_optim import PolicyKL
-from step_optim.audit.distributions import tensors_of
+from step_optim.audit.parameters import tensors_of
 
 N = 2
 """Observations."""
