@@ -131,10 +131,13 @@ class DirectedKL(ReferenceKL):
                 held = [j for j, (_, counts) in enumerate(wanted) if bool((counts[rows] != 0).any())]
                 kinds = list(dict.fromkeys(wanted[j][0] for j in held))
                 kls, begins = self._row_gradients(Rows(x.detach(), head), [policies[kind][rows] for kind in kinds])
+                trains = x.requires_grad  # not where all that the policy reads is frozen for now
                 for j in held:
                     kind, counts = wanted[j]
                     kl, begin, weight = kls[kinds.index(kind)], begins[kinds.index(kind)], counts[rows]
                     totals[j] += float((kl * weight).sum())
+                    if not trains:
+                        continue
                     begin = (begin * weight[:, None].to(begin.dtype)).to(x.dtype)
                     found = torch.autograd.grad(x, trained, begin, retain_graph=j != held[-1], allow_unused=True)
                     for p, g in zip(trained, found, strict=True):
@@ -147,8 +150,9 @@ class DirectedKL(ReferenceKL):
     ) -> Normal:
         """One constraint under FSDP2, which reduces the gradients of one backward pass for each forward."""
         total = 0.0
-        quiet = isolated(self.modules(), grad=True, watch=self._watch, state=self._state)
-        with quiet, set_aside(*self.modules()):
+        (model,) = self.modules()
+        quiet = isolated([model], grad=True, watch=self._watch, state=self._state)
+        with quiet, set_aside(model, parameters):
             for rows, x, head in self._graded(draw):  # in every process as often: they wait for each other
                 kls, (begin,) = self._row_gradients(Rows(x.detach(), head), [policy[rows]])
                 total += float((kls[0] * counts[rows]).sum())
@@ -233,7 +237,11 @@ class DirectedKL(ReferenceKL):
             )
         parts = [name.partition(":")[2] for name in names]
         open_ = range(pool.prompts) if "" in parts else sorted({i for part in parts for i in pool.members[part]})
-        draw = Draw(tuple(drawn(open_, list(pool.members.values()), count, turn)))
+        chosen = drawn(open_, list(pool.members.values()), count, turn)
+        for members in (pool.members[part] for part in parts if part):
+            if not set(members) & set(chosen):  # a small slice of a large pool
+                chosen.append(members[turn % len(members)])
+        draw = Draw(tuple(chosen))
         moves = any(not name.startswith("drift") for name in names)
         return replace(draw, previous=pool._measured(lambda: pool._read(draw))) if moves else draw
 

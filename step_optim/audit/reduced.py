@@ -13,10 +13,15 @@ from step_optim.host.undo import undone
 
 
 @contextmanager
-def set_aside(model: nn.Module) -> Iterator[None]:
-    """Take the training loop's gradients away, and have those of the body reduced; afterwards all is as before."""
+def set_aside(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Take the training loop's gradients away, and have those of the body reduced; afterwards all is as before.
+
+    Args:
+        model: whose backward pass it is.
+        parameters: others that may have gradients.
+    """
     groups = [group for module in sharded(model.modules()) for group in _groups(module)]
-    own = [(p, p.grad) for p in model.parameters()]
+    own = [(p, p.grad) for p in (*model.parameters(), *parameters)]
     ways = [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
 
     def put_back() -> None:

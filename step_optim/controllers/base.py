@@ -231,7 +231,7 @@ class Controller(ABC):
     """Whether it follows `KLClosure.gradients`, and without them does less."""
 
     pull: bool = False
-    """Whether `pulls` may answer with something."""
+    """Whether caps pull before the inner step; by how much, `shares` says."""
 
     patience: int | None = None
     """Rejections in a row after which it does something else by itself, so that nobody needs to be warned before."""
@@ -243,7 +243,17 @@ class Controller(ABC):
     def decide(self, trial: Trial) -> Outcome:
         """Return the outcome of a step whose candidate is infeasible."""
 
-    def pulls(self, memory: Mapping[str, Any]) -> Mapping[str, float]:
+    def check_names(self, names: Sequence[str]) -> None:
+        """Refuse options that do not fit a model.
+
+        Args:
+            names: of its parameters, in its order.
+
+        Raises:
+            ValueError: an option that says nothing about them.
+        """
+
+    def shares(self, memory: Mapping[str, Any]) -> Mapping[str, float]:
         """Tell how strongly caps pull at the next inner step; see `controllers.pull`.
 
         Args:
@@ -254,8 +264,13 @@ class Controller(ABC):
         """
         return {}
 
-    def saw(self, candidate: Point, memory: dict[str, Any]) -> None:
-        """Look at a candidate, also at a feasible one, before anything is decided about it."""
+    def saw(self, ratios: Mapping[str, float], memory: dict[str, Any]) -> None:
+        """Look at a candidate, also at a feasible one, before anything is decided about it.
+
+        Args:
+            ratios: its KL / budget by constraint, with the budgets as they were set.
+            memory: what is in ``trial.memory``.
+        """
 
     def check_options(self) -> None:
         """Refuse unknown values of the options, and what looks like one of them misspelt, in a subclass too.

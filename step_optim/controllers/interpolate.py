@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from step_optim.controllers.base import Controller, Outcome, Trial, checked_on_reject, checked_on_shrink
-from step_optim.controllers.layers import ByLayer, check_by_layer, layer_weights
+from step_optim.controllers.layers import OTHERS, UNNAMED, ByLayer, check_by_layer, layer_weights
 from step_optim.controllers.searches import SEARCHES, ModelSearch, Search, check_profile
 
 
@@ -45,12 +45,6 @@ class Interpolate(Controller):
     min_alpha: float = 1e-4
     """The smallest alpha worth committing; see `Search`."""
 
-    by_layer: ByLayer | None = None
-    """Shorten some layers more than others: ``"linear"`` makes a layer's part grow with its depth; a mapping gives
-    weights by name pattern (``{"*.layers.0.*": 0.5}``; others have 1), a function by name. A layer of twice the weight
-    makes twice the part of its step, and the whole of it at most; alpha is the share of the whole step (see `Path`),
-    the record's ``layers`` has each layer's part."""
-
     on_reject: str = "restore"
     """``"restore"`` or ``"keep_state"``, if no alpha is feasible."""
 
@@ -58,6 +52,13 @@ class Interpolate(Controller):
     """The optimizer state of a step that was shrunk: ``"keep_state"`` the candidate's, ``"restore"`` theta_t's. In a
     window, gradients that were taken far beyond the budget stay in the candidate's moments; without them the next
     update gained more held-out reward, on 8 of 9 occasions (the branches in examples/study/REPORT.md)."""
+
+    by_layer: ByLayer | None = field(default=None, hash=False)
+    """Shorten some layers more than others: ``"linear"`` makes a layer's part grow with its depth; a mapping gives
+    weights by name pattern (``{"*.layers.0.*": 0.5}``; others have 1, and so has what no module of the policy names), a
+    function by name. A layer of twice the weight
+    makes twice the part of its step, and the whole of it at most; alpha is the share of the whole step (see `Path`),
+    the record's ``layers`` has each layer's part."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -97,6 +98,11 @@ class Interpolate(Controller):
             return trial.reject()
         return trial.accept(found, layers={} if parts_of is None else parts_of(found.alpha))
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Refuse a rule that says nothing about a model with these names."""
+        if self.by_layer is not None:
+            layer_weights(self.by_layer, names)
+
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse what is no profile."""
         check_profile(state)
@@ -104,9 +110,18 @@ class Interpolate(Controller):
 
 def _bent(by_layer: ByLayer, trial: Trial) -> Callable[[float], dict[str, float]]:
     """Bend the way to the candidate; return what tells each layer's part at an alpha."""
-    places = trial.names()
-    layers = {places[name]: layer for name, layer in layer_weights(by_layer, list(places)).items()}
-    last = max((weight for _, weight in layers.values()), default=1.0)  # of what has no name: it is not in the policy
-    chosen = [layers.get(i, ("others", last)) for i in range(len(trial.weights.previous))]
+    names = trial.names()
+    moved = {name: place for name, place in names.items() if place is not None}
+    if not moved:
+        raise ValueError(
+            f"by_layer={by_layer!r}: no tensor of the optimizer is a named parameter of the policy's modules, so that "
+            "none has a layer; use by_layer=None"
+        )
+    layers: dict[int, tuple[str, float]] = {}
+    for name, layer in layer_weights(by_layer, list(names)).items():
+        place = moved.get(name)
+        if place is not None and layers.get(place, OTHERS)[0] == OTHERS[0]:  # of two names of one tensor, the first
+            layers[place] = layer
+    chosen = [layers.get(place, UNNAMED) for place in range(len(trial.weights.previous))]
     parts = trial.bend([weight for _, weight in chosen])
     return lambda alpha: {name: part for (name, _), part in zip(chosen, parts(alpha), strict=True)}

@@ -6,11 +6,18 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 ByLayer: TypeAlias = "str | Mapping[str, float] | Callable[[str], float]"
 
-_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+OTHERS = ("others", 1.0)
+"""Layer and weight of what a mapping does not name."""
+
+UNNAMED = ("unnamed", 1.0)
+"""Layer and weight of what is no parameter of a module that the policy reads."""
+
+_NUMBER = re.compile(r"(?:^|[.:])(\d+)(?:\.|$)")
 
 
 def depths(names: Sequence[str]) -> dict[str, int]:
@@ -67,6 +74,8 @@ def check_by_layer(by_layer: ByLayer | None) -> None:
     if not by_layer:
         raise ValueError("by_layer={} has no pattern; use None to shorten all layers alike")
     for pattern, weight in by_layer.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"by_layer={by_layer!r}: {pattern!r} is no pattern of names; use texts, '*.layers.0.*'")
         _checked(weight, f"by_layer[{pattern!r}]")
 
 
@@ -89,23 +98,25 @@ def layer_weights(by_layer: ByLayer, names: Sequence[str]) -> dict[str, tuple[st
         count = 1 + max(found.values(), default=0)
         if count < 2:
             raise ValueError(
-                f"by_layer={by_layer!r} needs numbered layers, and no name of the {len(names)} parameters that are "
-                "known has a number (PolicyKL knows the model with model=); use a mapping of name patterns, or None"
+                f"by_layer={by_layer!r} needs numbered layers, as in layers.0.weight, and none of the {len(names)} "
+                f"names that are known is like that{_some(names)} (PolicyKL knows the model with model=); use a "
+                "mapping of name patterns, or None"
             )
         return {name: (f"layer {depth}", (1 + depth) / count) for name, depth in found.items()}
     if isinstance(by_layer, Mapping):
         chosen = {name: next((p for p in by_layer if fnmatchcase(name, p)), None) for name in names}
         unused = [pattern for pattern in by_layer if pattern not in chosen.values()]
         if unused:
-            some = ", ".join(map(repr, names[:3]))
-            raise ValueError(
-                f"by_layer: no parameter is left for the pattern {unused[0]!r}; their names are {some} ..."
-            )
-        return {name: ("others", 1.0) if p is None else (p, float(by_layer[p])) for name, p in chosen.items()}
+            raise ValueError(f"by_layer: no parameter is left for the pattern {unused[0]!r}{_some(names)}")
+        return {name: OTHERS if p is None else (p, float(by_layer[p])) for name, p in chosen.items()}
     return {name: (name, _checked(by_layer(name), f"by_layer({name!r})")) for name in names}
 
 
-def _checked(weight: float, what: str) -> float:
-    if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+def _some(names: Sequence[str]) -> str:
+    return f" ({', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+def _checked(weight: Any, what: str) -> float:
+    if not (isinstance(weight, Real) and 0 < float(weight) < math.inf):
         raise ValueError(f"{what}={weight!r} must be a number above 0: how early that layer's step is made")
     return float(weight)

@@ -1,7 +1,7 @@
 """How strongly each cap pulls at the next step: dual variables, as shares of the loss's own gradient.
 
 Before the inner step, shares s_j of the gradients n_j of the caps' drifts are
-added to the gradient g of the loss,
+added to the gradient g of the loss with respect to what the policy reads,
 
     g + ‖g‖ sum_j s_j n_j / ‖n_j‖,
 
@@ -61,3 +61,10 @@ def next_shares(shares: Mapping[str, float], ratios: Mapping[str, float], aim: f
             found[name] = max(share, LEAST)
     total = max(1.0, sum(found.values()))
     return {name: share / total for name, share in found.items()}
+
+
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Refuse a checkpoint's shares that are none, by any exception."""
+    for name, share in shares.items():
+        if not name.startswith("drift") or not 0 < share <= 1:
+            raise ValueError(f"pull[{name!r}]={share!r} is no share of a cap")

@@ -13,7 +13,7 @@ from torch import Tensor
 from step_optim.audit.closure import Draw
 from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject, checked_on_shrink
 from step_optim.controllers.bundle import Bundle, Cut, wide
-from step_optim.controllers.pull import next_shares
+from step_optim.controllers.pull import check_shares, next_shares
 from step_optim.controllers.searches import ModelSearch
 
 LEAST_PART = 1e-3
@@ -87,17 +87,18 @@ class Steer(Controller):
     far: float = 6.0
     """Where a candidate is beyond so many times a budget, a linear model is measured nearer to it."""
 
-    pull: bool = False
-    """Whether caps pull before each inner step: a share of the gradient of their drift, on four prompts of the pool, is
-    added to the loss's gradient for the inner step alone, so that proposals come out near the caps (see
-    `controllers.pull`). The inner optimizer's moments then have seen both. It costs a forward and backward over four
-    prompts a step, where a cap is near."""
-
     on_reject: str = "restore"
     """``"restore"`` or ``"keep_state"``, if nothing that was tried is feasible."""
 
     on_shrink: str = "keep_state"
     """The optimizer state of what is committed; see `Interpolate`."""
+
+    pull: bool = False
+    """Whether caps pull before each inner step: a share of the gradient of their drift, on four prompts of the pool, is
+    added to the loss's gradient for the inner step alone, so that proposals come out near the caps (see
+    `controllers.pull`). The inner optimizer's moments then have seen both. Where a cap is near, it costs a forward over
+    four prompts at every inner step (over all of the pool with `PolicyKL`, over the control set without a pool), and a
+    backward for each cap."""
 
     follows_gradients = True
 
@@ -121,7 +122,8 @@ class Steer(Controller):
         for plain in state.get("cuts", ()):
             Cut.of_plain(plain)
         int(state.get("turn", 0)), float(state.get("part", 1.0))
-        [float(share) for share in state.get("pull", {}).values()]
+        check_shares(state.get("pull", {}))
+        int(state.get("pulls", 0))
 
     def copied(self, memory: Mapping[str, Any]) -> dict[str, Any]:
         """Copy the memory; the models, which are as large as the weights and are never written, are shared."""
@@ -133,14 +135,15 @@ class Steer(Controller):
         memory.pop("cuts", None)
         memory.pop("pull", None)
 
-    def pulls(self, memory: Mapping[str, Any]) -> Mapping[str, float]:
+    def shares(self, memory: Mapping[str, Any]) -> Mapping[str, float]:
         """Return the shares that the last candidates have led to."""
-        return memory.get("pull", {}) if self.pull else {}
+        shares: Mapping[str, float] = memory.get("pull", {})
+        return shares
 
-    def saw(self, candidate: Point, memory: dict[str, Any]) -> None:
+    def saw(self, ratios: Mapping[str, float], memory: dict[str, Any]) -> None:
         """Raise the shares of caps that the candidate is beyond, and lower the others."""
         if self.pull:
-            memory["pull"] = next_shares(memory.get("pull", {}), candidate.ratios, self.aim)
+            memory["pull"] = next_shares(memory.get("pull", {}), ratios, self.aim)
 
     def decide(self, trial: Trial) -> Outcome:
         """Correct the candidate until the audit agrees; without gradients, shrink it."""

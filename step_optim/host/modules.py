@@ -46,6 +46,15 @@ def outermost(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if id(module) not in inside]
 
 
+def named_parameters(modules: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    """Parameters by name, a tied one by each of its names; those of a second module begin with ``1:``."""
+    return {
+        f"{i}:{name}" if i else name: parameter
+        for i, module in enumerate(modules)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+
+
 def has_fsdp(model: nn.Module) -> bool:
     """Whether a forward of this model gathers weights from other processes."""
     return bool(sharded(model.modules()))

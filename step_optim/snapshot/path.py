@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -22,22 +23,33 @@ class Path:
 
     def __init__(self, weights: Sequence[float], squares: Sequence[float]) -> None:
         self._weights = list(weights)
-        if len(weights) != len(squares) or not all(weight > 0 for weight in weights):
-            raise ValueError(f"{len(squares)} weights above 0 are needed, one for each tensor, not {len(weights)}")
-        total = sum(squares)
-        self._shares = [square / total for square in squares] if total > 0 else [1 / len(squares)] * len(squares)
+        if len(weights) != len(squares):
+            raise ValueError(f"{len(weights)} weights for {len(squares)} tensors; give one for each")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"the weights {list(weights)} must be numbers above 0")
+        self._weights, total = list(weights), sum(squares)
+        self._shares = [square / total if total > 0 else 1 / len(squares) for square in squares]
 
     def parts(self, alpha: float) -> list[float]:
         """Return the part of each tensor, 0 to 1; exactly 0 and exactly 1 at the ends."""
         if alpha in (0, 1):
             return [float(alpha)] * len(self._weights)
-        rest, open_ = alpha, sum(w * q for w, q in zip(self._weights, self._shares, strict=True))
-        scale = 0.0
-        for weight, share in sorted(zip(self._weights, self._shares, strict=True), reverse=True):  # who arrives first
-            if open_ <= 0:
-                break
-            scale = rest / open_
-            if scale * weight <= 1:
-                break
-            rest, open_ = rest - share, open_ - weight * share
+        scale = self._scale(alpha)
         return [min(1.0, scale * weight) for weight in self._weights]
+
+    def _scale(self, alpha: float) -> float:
+        """The s at which alpha of the step is made.
+
+        The tensors of most weight arrive first: of the others, which make
+        s w_i each, alpha less what has arrived is wanted.
+        """
+        first = sorted(zip(self._weights, self._shares, strict=True), reverse=True)
+        scale, arrived = 0.0, 0.0
+        for i, (weight, share) in enumerate(first):
+            rate = math.fsum(w * q for w, q in first[i:])
+            if rate > 0:
+                scale = (alpha - arrived) / rate
+            if rate <= 0 or scale * weight <= 1:
+                break
+            arrived += share
+        return scale

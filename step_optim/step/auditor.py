@@ -15,15 +15,16 @@ from torch import Tensor
 from step_optim.audit.closure import Audit, Draw, KLClosure, Normal
 from step_optim.budget import Budget, Limits, Verdict
 from step_optim.controllers.base import Ends, Point, Trial
+from step_optim.controllers.bundle import wide
 from step_optim.controllers.pull import PROMPTS
-from step_optim.host.modules import outermost
+from step_optim.host.modules import named_parameters, outermost
 from step_optim.host.ranks import Ranks
 from step_optim.isolation.eval_mode import isolated
 from step_optim.movement import Movement
 from step_optim.snapshot.path import Path
 from step_optim.snapshot.rounding import Rounding
 from step_optim.snapshot.snapshot import Snapshot
-from step_optim.step.pulled import Pulled
+from step_optim.step.pulled import Pulled, norm
 from step_optim.telemetry.record import TrialRecord
 
 
@@ -55,8 +56,6 @@ class Auditor:
         self._infeasible: dict[tuple[int, ...], Point] = {}
         """Those that will not be committed, without their policies."""
         self._rounding: Rounding | None = None
-        self._pulls = 0
-        """At how many inner steps of this step caps pulled."""
 
     def resolve_budget(self, slices: Iterable[str]) -> None:
         """Find the limits of this step, for these slices."""
@@ -107,6 +106,10 @@ class Auditor:
             self._budget.check_slices(audit.movement.slices)
             self.resolve_budget(audit.movement.slices)
         return self._judged(audit, alpha=1.0)
+
+    def ratios(self, point: Point) -> Mapping[str, float]:
+        """A point's figures against the budgets as they were set, also where a cap was exceeded before the step."""
+        return self.limits.judge(point.movement, point.drift if self.limits.caps_drift else None).ratios
 
     def not_finite(self) -> Point:
         """The candidate, where its update is not finite: infeasible without an audit."""
@@ -173,12 +176,8 @@ class Auditor:
         return self._rounding.realised(alphas, self._ranks)
 
     def _names(self) -> dict[str, int | None]:
-        """Names of the outermost modules' parameters; a second module's are told apart by its place."""
-        named: dict[str, Tensor] = {}
-        for i, module in enumerate(outermost([*self.kl.modules(), *self.kl.used])):
-            prefix = f"{i}:" if i else ""
-            named |= {prefix + name: parameter for name, parameter in module.named_parameters()}
-        return self._snapshot.names(named)
+        """Names of the outermost modules' parameters."""
+        return self._snapshot.names(named_parameters(outermost([*self.kl.modules(), *self.kl.used])))
 
     def _bend(self, weights: Sequence[float]) -> Callable[[float], Sequence[float]]:
         if len(self.audited) > 1:
@@ -237,23 +236,39 @@ class Auditor:
             found = self.kl.gradients(names, self._snapshot.parameters, draw)
         return [self._pooled_normal(name, normal, draw) for name, normal in zip(names, found, strict=True)]
 
-    def pulled(self, shares: Mapping[str, float]) -> Pulled:
-        """What caps add to the gradient at the current weights, each as long as its share; most often nothing."""
-        if not shares or not self.kl.has_gradients:
-            return Pulled()
-        turn, self._pulls = self._step + self._pulls, self._pulls + 1
+    def pulled(self, shares: Mapping[str, float], turn: int) -> Pulled | None:
+        """What caps add to the gradient at the current weights, each as long as its share; None if nothing."""
+        caps = {f"drift:{name}": cap for name, cap in self.limits.drift_slices.items()} | {"drift": self.limits.drift}
+        shares = {name: share for name, share in shares.items() if caps.get(name, math.inf) < math.inf}
+        parameters = self._snapshot.parameters
+        if not shares or not self.kl.has_gradients or not any(p.requires_grad for p in parameters):
+            return None
         with self._ranks.together():
             draw = self.kl.draw(PROMPTS, turn, list(shares))
-            found = self.kl.gradients(list(shares), self._snapshot.parameters, draw)
-        total = [torch.zeros_like(weight) for weight in self._snapshot.previous]
+            found = self.kl.gradients(list(shares), parameters, draw)
+        pulling, total = dict[str, float](), [wide(torch.zeros_like(weight)) for weight in self._snapshot.previous]
+        read = [False] * len(total)
         for (name, share), normal in zip(shares.items(), found, strict=True):
             gradient = self._pooled_normal(name, normal, draw).gradient
-            if 0 < (length := self._length(gradient)) < math.inf:
-                total = [n.add(part, alpha=share / length) for n, part in zip(total, gradient, strict=True)]
-        return Pulled(shares, list(zip(self._snapshot.parameters, total, strict=True)), self._length)
+            squares = self._squares(gradient)
+            length = math.sqrt(sum(squares))
+            if 0 < length < math.inf:
+                pulling[name] = share
+                total = [n.add(wide(part), alpha=share / length) for n, part in zip(total, gradient, strict=True)]
+                read = [before or square > 0 for before, square in zip(read, squares, strict=True)]
+        direction = [(p, n) for p, n, reads in zip(parameters, total, read, strict=True) if reads]
+        return Pulled(pulling, direction, self._norm) if pulling else None
 
-    def _length(self, point: Sequence[Tensor]) -> float:
-        return math.sqrt(self._inner([(point, point)])[0])
+    def _norm(self, gradients: Sequence[Tensor]) -> float:
+        """L2 norm; over all processes where those have parts of the weights, and else without waiting for them."""
+        return math.sqrt(sum(self._squares(gradients))) if self.kl.reduces_gradients else norm(gradients)
+
+    def _squares(self, tensors: Sequence[Tensor]) -> list[float]:
+        """The square of each tensor's length, over all processes."""
+        own = [norm([tensor]) ** 2 for tensor in tensors]
+        if not self.kl.reduces_gradients:
+            return own
+        return [math.fsum(parts) for parts in zip(*self._ranks.exchange(own), strict=True)]
 
     def _inner(self, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
         found = self._snapshot.inner(pairs)

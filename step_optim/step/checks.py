@@ -12,6 +12,7 @@ from step_optim.budget import Budget, Limits
 from step_optim.controllers.base import Controller
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.controllers.steer import Steer
+from step_optim.host.modules import named_parameters, outermost
 from step_optim.host.ranks import Ranks
 from step_optim.host.wrapper import OptimizerWrapper
 from step_optim.snapshot.known import steps_in_backward, why_recomputed
@@ -94,6 +95,8 @@ def check_controller(controller: Any) -> Controller:
 
 def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, ranks: Ranks, budget: Budget) -> None:
     """Refuse a controller that needs more than a KL closure, or one process, can tell it."""
+    if modules := outermost(kl.modules()):
+        controller.check_names(list(named_parameters(modules)))
     if controller.follows_gradients:
         _check_directions(kl, controller, optimizer, budget)
     if not controller.needs_logits:

@@ -10,49 +10,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step_optim.controllers.bundle import wide
 from step_optim.host.undo import undone
 from step_optim.step.proposal import loss_closure
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
     """L2 norm of all of them together."""
-    return math.hypot(*(float(torch.linalg.vector_norm(tensor)) for tensor in tensors))
+    return math.hypot(*(float(torch.linalg.vector_norm(wide(tensor))) for tensor in tensors))
 
 
 class Pulled:
     """Adds a direction to `.grad` for the duration of an inner step, as long as a share of the gradient itself.
 
     Only parameters that have a gradient get one: the others, the inner
-    optimizer leaves alone.
+    optimizer leaves alone. What the inner optimizer does to a gradient (clears
+    it, say) is done to the training loop's own.
 
     Args:
-        shares: by cap, for the record; by default nothing is added.
-        direction: parameters, and this process's part of what is added for each 1 of the gradient's length.
-        length: L2 norm over all parameters, and over all processes that have parts of them.
+        shares: by cap, for the record.
+        direction: parameters that the policy reads, and this process's part of what is added to each, for every 1 of
+            the length of their gradients.
+        length: L2 norm of gradients, over all processes that have parts of them.
     """
 
     def __init__(
         self,
-        shares: Mapping[str, float] | None = None,
-        direction: Sequence[tuple[Tensor, Tensor]] = (),
+        shares: Mapping[str, float],
+        direction: Sequence[tuple[Tensor, Tensor]],
         length: Callable[[Sequence[Tensor]], float] = norm,
     ) -> None:
-        self.shares, self._direction, self._length = dict(shares or {}), list(direction), length
-        self._own: list[tuple[Tensor, Tensor]] = []
-        """Parameters with the gradients that the training loop gave them."""
+        self.shares, self._direction, self._length = dict(shares), list(direction), length
+        self._given: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        """Parameter, the training loop's gradient, the one in its place, and the version of that one's bits."""
 
     @contextmanager
     def during(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Sequence[Any], dict[str, Any]]]:
         """Around the inner step; its arguments, with a loss closure whose gradients are changed, too."""
+        closure = loss_closure(args, kwargs)
         with undone(self._take_back):
-            closure = loss_closure(args, kwargs)
-            if closure is None or not self._direction:
+            if closure is None:
                 self._add()
-                yield args, kwargs
             elif args:
-                yield (self._around(closure), *args[1:]), kwargs
+                args = (self._around(closure), *args[1:])
             else:
-                yield args, kwargs | {"closure": self._around(closure)}
+                kwargs = kwargs | {"closure": self._around(closure)}
+            yield args, kwargs
 
     def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def loss() -> Any:
@@ -63,7 +66,6 @@ class Pulled:
 
         return loss
 
-    @torch.no_grad()
     def _add(self) -> None:
         found = [(p, p.grad, n) for p, n in self._direction if p.grad is not None]
         if any(g.layout is not torch.strided for _, g, _ in found):
@@ -71,14 +73,19 @@ class Pulled:
         length = self._length([torch.zeros_like(n) if p.grad is None else _part(p.grad) for p, n in self._direction])
         if not 0 < length < math.inf:
             return
-        self._own = [(p, g) for p, g, _ in found]
         for p, g, n in found:
-            p.grad = _like(g, _part(g).add(n.to(g.dtype), alpha=length))
+            total = _like(g, _part(g) + (length * n).to(g.dtype))  # with its graph, if second derivatives are wanted
+            self._given.append((p, g, total, _part(total)._version))
+            p.grad = total
 
+    @torch.no_grad()
     def _take_back(self) -> None:
-        for p, g in self._own:
-            p.grad = g
-        self._own = []
+        for p, own, total, version in self._given:
+            if p.grad is total:
+                if _part(total)._version != version:  # the inner optimizer has written into it
+                    _part(own).copy_(_part(total))
+                p.grad = own
+        self._given = []
 
 
 def _part(gradient: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,10 @@ from step_optim.snapshot.snapshot import Snapshot
 from step_optim.snapshot.weights import Update
 from step_optim.step.auditor import Auditor
 from step_optim.step.checks import below_noise
+from step_optim.step.kept import kept
 from step_optim.step.progress import Run
 from step_optim.step.proposal import has_gradient, learning_rates, loss_closure, scaled_rates
+from step_optim.step.pulled import Pulled
 from step_optim.step.staleness import Staleness
 from step_optim.step.stall import Stall, is_told
 from step_optim.telemetry.describe import Measurements, decided, failed
@@ -85,8 +87,8 @@ class Step:
         """Whether the reference still is another policy than theta_t's when the step ends."""
         self._at_rest: Movement | None = None
         """What a function reads at theta_t, if that was measured."""
-        self._failed_at_rest: Exception | None = None
-        """What that failed with, to be raised where an audit's failure is expected."""
+        self._failed_early: Exception | None = None
+        """What a measurement before the candidate's failed with, to be raised where an audit's failure is expected."""
         snapshot.begin()
         ranks.begin()
 
@@ -132,10 +134,14 @@ class Step:
         try:
             self._read_at_rest()
         except Exception as error:
-            if self._raises or (isinstance(error, PeerFailed) and error.fatal):
-                raise
-            self.ranks.announce_failure(error, fatal=False)
-            self._failed_at_rest = error
+            self._may_go_on(error)
+
+    def _may_go_on(self, error: Exception) -> None:
+        """Where errors of measurements are rejections, propose before this one is raised."""
+        if self._raises or (isinstance(error, PeerFailed) and error.fatal):
+            raise error
+        self.ranks.announce_failure(error, fatal=False)
+        self._failed_early = error
 
     def _read_at_rest(self) -> None:
         try:
@@ -152,11 +158,24 @@ class Step:
         # A loss closure may draw its data from the random streams: rewound, it would draw the same again.
         self.rewind = self.rewind and closure is None
         self.idle = self.idle is not False and closure is None and not has_gradient(self.optimizer)
-        with self.clock("search"):
-            pulled = self.auditor.pulled(self.run.controller.pulls(self.run.memory))
-        self.pull = pulled.shares
-        with pulled.during(args, kwargs) as (args, kwargs), self._proposing():
+        pulled = self._pulled()
+        around = nullcontext((args, kwargs)) if pulled is None else pulled.during(args, kwargs)
+        with around as (args, kwargs), self._proposing():
             return self.optimizer.step(*args, **kwargs)
+
+    def _pulled(self) -> Pulled | None:
+        """What the controller has caps add to the gradient of this inner step."""
+        memory, pulled = self.run.memory, None
+        shares = self.run.controller.shares(memory) if self.run.controller.pull else {}
+        if shares:
+            turn = memory["pulls"] = memory.get("pulls", 0) + 1
+            try:
+                with self.clock("search"):
+                    pulled = self.auditor.pulled(shares, turn)
+            except Exception as error:
+                self._may_go_on(error)
+        self.pull = {} if pulled is None else pulled.shares
+        return pulled
 
     @contextmanager
     def part(self) -> Iterator[None]:
@@ -187,8 +206,8 @@ class Step:
     def decide(self) -> None:
         """Commit a feasible candidate; otherwise do what the controller says."""
         self.proposed = True
-        if self._failed_at_rest is not None:
-            raise self._failed_at_rest
+        if self._failed_early is not None:
+            raise self._failed_early
         candidate = self._candidate()  # K_global and K_s on the control set
         self.run.warned.fixed.judge(self.kl, self._at_rest, candidate, self.auditor.limits)
         if candidate is None:
@@ -196,7 +215,8 @@ class Step:
             if self.idle:
                 self.run.warned.no_gradient(self.optimizer)
         else:
-            self.run.controller.saw(candidate, self.run.memory)
+            if candidate.movement.is_finite:
+                self.run.controller.saw(self.auditor.ratios(candidate), self.run.memory)
             outcome = self._settle(self._judge(candidate))
             if outcome.action is Action.REJECT:
                 self._warn_of_stall(candidate)
@@ -204,10 +224,8 @@ class Step:
             with self.clock("audit"):
                 self.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference
             self.run.drift = outcome.point.drift
-        realised = self._alpha_realised(outcome.point, candidate)
-        record = decided(
-            self._measurements(), outcome, candidate, realised, self._progress(outcome, realised), self._drift()
-        )
+        realised, progress = kept(outcome, candidate, self.snapshot, self.ranks, one_gradient=self._one_gradient)
+        record = decided(self._measurements(), outcome, candidate, realised, progress, self._drift())
         self.ranks.exchange(None)  # it stands on every rank, or on none
         self.record = record
 
@@ -288,7 +306,7 @@ class Step:
         # Moments that have seen a gradient which is not finite would reject every later step.
         finite = self.auditor.audited[0].movement.is_finite
         self.restore(keep_state=controller.on_reject == "keep_state" and finite)
-        return replace(outcome, action=Action.REJECT, point=None)
+        return replace(outcome, action=Action.REJECT, point=None, layers={})
 
     def _warn_of_stall(self, candidate: Point) -> None:
         """If it was the fifth rejection in a row, or the fiftieth, say why and what helps."""
@@ -315,24 +333,6 @@ class Step:
             rounded=auditor.rounded,
             adaptive_rate=run.adaptive_rate,
         )
-
-    def _alpha_realised(self, point: Point | None, candidate: Point | None) -> float | None:
-        """Which part of the update stands, after rounding; None if there was none."""
-        if candidate is None or point is None:
-            return None if candidate is None else 0.0
-        if point.alpha == 1:
-            return 1.0
-        along, length = map(sum, zip(*self.ranks.exchange(self.snapshot.alignment()), strict=True))
-        return along / length if length > 0 else math.nan
-
-    def _progress(self, outcome: Outcome, aligned: float | None) -> float | None:
-        """Which share of the candidate's first-order decrease of the loss stands; None if it had none."""
-        if outcome.point is None or outcome.action is Action.COMMIT:
-            return None if outcome.action is Action.UNCHANGED else float(outcome.action is Action.COMMIT)
-        if not self._one_gradient:  # those of a window are of many points: the step itself stands for them
-            return aligned
-        kept, proposed = map(sum, zip(*self.ranks.exchange(self.snapshot.descent()), strict=True))
-        return kept / proposed if proposed > 0 else None
 
     @property
     def _one_gradient(self) -> bool:

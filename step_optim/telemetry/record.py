@@ -17,7 +17,7 @@ class TrialRecord:
     """One audit of a point that a controller tried."""
 
     alpha: float | None
-    """Where on the line to the candidate; None for weights off it."""
+    """The part of the update, on the way to the candidate; None for weights off it."""
     movement: Movement
     """K_global and K_s there [nats per token]."""
     feasible: bool

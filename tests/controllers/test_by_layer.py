@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_parts_grow_with_alpha_and_end_exactly(weights, a, b) -> None:
 def test_what_does_not_move_makes_no_difference() -> None:
     assert Path([1.0, 2.0], [1.0, 0.0]).parts(0.25) == [0.25, 0.5]
     assert Path([1.0, 3.0], [0.0, 0.0]).parts(0.5) == [0.25, 0.75]
-    with pytest.raises(ValueError, match="weights above 0"):
+    with pytest.raises(ValueError, match="must be numbers above 0"):
         Path([1.0, 0.0], [1.0, 1.0])
 
 
@@ -103,7 +104,7 @@ def test_bad_rules_are_refused_at_construction(by_layer, error, message) -> None
 
 
 def test_rules_that_name_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="no name of the 2 parameters"):
+    with pytest.raises(ValueError, match="none of the 2 names that are known"):
         layer_weights("linear", ["weight", "bias"])
     with pytest.raises(ValueError, match=r"no parameter is left for the pattern 'head\*'"):
         layer_weights({"*": 1.0, "head*": 2.0}, ["body", "head"])
@@ -232,7 +233,7 @@ def test_a_policy_without_names_is_refused_and_rolled_back() -> None:
         controller=Interpolate(by_layer="linear"),
     )
     weight.grad = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    with pytest.raises(ValueError, match=r"the 0 parameters that are known.*model="):
+    with pytest.raises(ValueError, match="no tensor of the optimizer is a named parameter"):
         optimizer.step()
     assert torch.equal(weight, torch.zeros(2, 3))
 
@@ -251,3 +252,69 @@ def test_a_way_is_chosen_before_others_are_measured() -> None:
     with pytest.raises(RuntimeError, match="call it first"):
         optimizer.step()
     assert math.isnan(optimizer.last.candidate.mean)
+
+
+def test_what_no_module_names_has_the_weight_one_and_a_layer_of_its_own() -> None:
+    """A bare log_std of a policy, under a mapping."""
+    net = Net(0)
+    log_std = nn.Parameter(torch.zeros(3))
+    kl = PolicyKL(
+        lambda: torch.distributions.Independent(torch.distributions.Normal(net.model(net.inputs), log_std.exp()), 1),
+        noise_floor=False,
+    )
+    optimizer = STEPOptimizer(
+        torch.optim.SGD([*net.model.parameters(), log_std], lr=0.5),
+        kl=kl,
+        budget=1e-4,
+        controller=Interpolate(by_layer={"0.*": 3.0}),
+    )
+    (net.model(net.inputs).square().mean() + log_std.sum()).backward()
+    optimizer.step()
+    layers = optimizer.last.layers
+    assert set(layers) == {"0.*", "others", "unnamed"}
+    assert layers["unnamed"] == pytest.approx(layers["others"]) == pytest.approx(layers["0.*"] / 3)
+
+
+def test_depths_of_a_second_model_are_seen() -> None:
+    """The layers of body and head, where the policy is a function of both."""
+    body, head = nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    inputs = torch.randn(8, 4)
+    optimizer = STEPOptimizer(
+        torch.optim.SGD([*body.parameters(), *head.parameters()], lr=1.0),
+        kl=PolicyKL(lambda: head(body(inputs)), noise_floor=False),
+        budget=1e-5,
+        controller=Interpolate(by_layer="linear"),
+    )
+    head(body(inputs)).square().mean().backward()
+    optimizer.step()
+    assert len(optimizer.last.layers) == 3
+
+
+def test_a_rule_that_does_not_fit_is_refused_when_the_model_is_known() -> None:
+    """Before any step; and a tied head goes by either of its names."""
+    model = tiny_llama(tied=True)
+    kl = TokenKL(model, ragged_control(), noise_floor=False)
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match=r"'haed\.\*'"):
+        STEPOptimizer(inner, kl=kl, budget=0.1, controller=Interpolate(by_layer={"haed.*": 2.0}))
+    optimizer = STEPOptimizer(inner, kl=kl, budget=1e-6, controller=Interpolate(by_layer={"lm_head.*": 2.0}))
+    model(ragged_control().prompts[0][None]).logits.square().mean().backward()
+    optimizer.step()
+    assert optimizer.last.layers["lm_head.*"] == pytest.approx(2 * optimizer.last.layers["others"])
+
+
+def test_rules_are_values() -> None:
+    """A controller with a mapping is hashable, numbers of numpy count as numbers, and keys are texts."""
+    assert hash(Interpolate(by_layer={"*": 2.0})) == hash(Interpolate(by_layer={"*": 2.0}))
+    assert Interpolate(by_layer={"*": np.float32(0.5)}).by_layer == {"*": 0.5}
+    with pytest.raises(TypeError, match="0 is no pattern"):
+        Interpolate(by_layer={0: 0.5})
+
+
+def test_parts_of_very_different_weights() -> None:
+    """No cancellation: the share of the step is what was asked for."""
+    weights, squares = [1.4e-7, 8.3e-9, 8.4e8, 1766.0], [0.1, 0.1, 2.0, 2.0]
+    for alpha in (1e-9, 0.3, 0.95, 0.98, 1 - 1e-9):
+        parts = Path(weights, squares).parts(alpha)
+        made = sum(p * q for p, q in zip(parts, squares, strict=True)) / sum(squares)
+        assert made == pytest.approx(alpha, rel=1e-9)

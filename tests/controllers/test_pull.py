@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -145,9 +146,10 @@ def test_a_sparse_gradient_is_refused_and_nothing_moves() -> None:
         optimizer = STEPOptimizer(
             torch.optim.SGD(layer.parameters(), lr=0.1), kl=kl, budget=Budget(drift=1.0), controller=Steer(pull=True)
         )
+    layer(rows[:2]).square().sum().backward()
+    optimizer.step()
     optimizer._run.memory["pull"] = {"drift": 0.5}
     before = layer.weight.detach().clone()
-    layer(rows[:2]).square().sum().backward()
     with pytest.raises(ValueError, match=r"sparse.*pull=False"):
         optimizer.step()
     assert torch.equal(layer.weight, before)
@@ -262,3 +264,203 @@ def test_in_a_window_every_inner_step_is_pulled() -> None:
         assert optimizer.last.reference_drift.mean <= CAP
     assert optimizer.last.pull
     assert optimizer.summary()["pull_rate"] > 0
+
+
+class Clears(torch.optim.SGD):
+    """Clears gradients itself, in one of the ways that optimizers have."""
+
+    def __init__(self, params, lr: float, *, to_none: bool) -> None:
+        super().__init__(params, lr)
+        self.to_none = to_none
+
+    def step(self, closure=None):
+        super().step()
+        self.zero_grad(set_to_none=self.to_none)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_that_the_inner_optimizer_clears_stay_cleared(to_none: bool) -> None:
+    """A loop that never calls zero_grad itself, because the optimizer does: nothing of a step is in the next one."""
+    world = World(1)
+    inner = Clears(world.layer.parameters(), 0.1, to_none=to_none)
+    optimizer = STEPOptimizer(inner, kl=world.kl, budget=Budget(drift=CAP), controller=Steer(pull=True))
+    for _ in range(8):
+        world.loss().backward()
+        fresh = torch.autograd.grad(world.loss(), list(world.layer.parameters()))
+        for p, g in zip(world.layer.parameters(), fresh, strict=True):
+            torch.testing.assert_close(p.grad, g)
+        optimizer.step()
+        assert all(p.grad is None or not p.grad.any() for p in world.layer.parameters())
+    assert optimizer.last.pull
+
+
+def test_a_closure_that_finds_cleared_gradients_does_not_get_old_ones_back() -> None:
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    seen = []
+
+    def closure() -> None:
+        (0.5 * weight.square().sum()).backward()
+        seen.append(weight.grad.clone())
+
+    with Pulled({}, [(weight, torch.ones(2))]).during((closure,), {}) as (args, _):
+        args[0]()
+        weight.grad = None  # as a first_step(zero_grad=True) does
+        args[0]()
+    assert all(torch.equal(gradient, torch.tensor([3.0, 4.0])) for gradient in seen)
+
+
+def test_the_length_is_that_of_what_the_policy_reads() -> None:
+    """A value head with a thousand times the gradient does not make the pull a thousand times as strong."""
+    moved = []
+    for scale in (0.0, 1e3):
+        world = World(2)
+        critic = nn.Linear(4, 1, dtype=torch.float64)
+        inner = torch.optim.SGD([*world.layer.parameters(), *critic.parameters()], lr=0.1)
+        optimizer = STEPOptimizer(inner, kl=world.kl, budget=Budget(drift=1.0), controller=Steer(pull=True))
+        world.step(optimizer)
+        optimizer._run.memory["pull"] = {"drift": 1.0}
+        optimizer.zero_grad()
+        (world.loss() + scale * critic(INPUTS).mean()).backward()
+        optimizer.step()
+        assert optimizer.last.pull == {"drift": 1.0}
+        moved.append([p.detach().clone() for p in world.layer.parameters()])
+    for a, b in zip(*moved, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_shares_of_caps_that_are_gone_do_not_pull() -> None:
+    """Another budget or another closure: caps that this step does not have are left out, and nothing fails."""
+    world = World(3)
+    optimizer = world.optimizer(Budget(drift_slices={"a": CAP}), Steer(pull=True))
+    for _ in range(5):
+        world.step(optimizer)
+    assert list(optimizer.last.pull) == ["drift:a"]
+    optimizer.set_budget(Budget(drift=100.0))
+    world.step(optimizer)
+    assert optimizer.last.pull == {}
+
+    plain = PolicyKL(lambda: world.layer(INPUTS), noise_floor=False)
+    saved = optimizer.state_dict()
+    saved["step_optim"]["controller"]["pull"] = {"drift:a": 0.5}
+    saved["step_optim"]["kl"] = {}
+    with pytest.warns(UserWarning, match="pool"):
+        resumed = STEPOptimizer(
+            torch.optim.Adam(world.layer.parameters()), kl=plain, budget=Budget(drift=1.0), controller=Steer(pull=True)
+        )
+    resumed.load_state_dict(saved)
+    resumed.zero_grad()
+    world.loss().backward()
+    resumed.step()
+    assert resumed.last.pull == {}
+
+
+def test_every_capped_slice_is_drawn() -> None:
+    """Also a small one of a large pool, by the pull and by corrections."""
+    layer = nn.Linear(4, 3)
+    rows = torch.randn(60, 4)
+    members = {"rare": [0, 1], **{f"s{i}": range(2 + 8 * i, 10 + 8 * i) for i in range(7)}}
+    pool = PolicyKL(lambda: layer(rows), members, noise_floor=False)
+    kl = PolicyKL(lambda: layer(rows + 1), members, noise_floor=False, pool=pool)
+    for turn in range(40):
+        draw = kl.draw(4, turn, [f"drift:{name}" for name in members])
+        assert all(set(draw.prompts) & set(part) for part in members.values())
+
+
+def test_a_lowered_cap_pulls_with_all_its_might() -> None:
+    """Far beyond the cap as it is set, the share rises, though the step only has to come back a little."""
+    world = World(4)
+    optimizer = world.optimizer(Budget(drift=0.3), Steer(pull=True), lr=0.05)
+    for _ in range(12):
+        world.step(optimizer)
+    optimizer.set_budget(Budget(drift=0.003))
+    shares = [world.step(optimizer) and optimizer._run.memory["pull"]["drift"] for _ in range(4)]
+    assert all(b > a or b == 1 for a, b in itertools.pairwise(shares))
+
+
+def test_a_candidate_that_is_not_finite_says_nothing() -> None:
+    world = World(5)
+    optimizer = world.optimizer(Budget(drift=CAP), Steer(pull=True))
+    for _ in range(5):
+        world.step(optimizer)
+    before = dict(optimizer._run.memory["pull"])
+    optimizer.zero_grad()
+    (world.loss() * math.inf).backward()
+    optimizer.step()
+    assert optimizer._run.memory["pull"] == before != {}
+
+
+def test_frozen_policies_are_not_pulled() -> None:
+    """While a value head is trained alone."""
+    world = World(6)
+    critic = nn.Linear(4, 1, dtype=torch.float64)
+    inner = torch.optim.SGD([*world.layer.parameters(), *critic.parameters()], lr=0.1)
+    optimizer = STEPOptimizer(inner, kl=world.kl, budget=Budget(drift=1e-3), controller=Steer(pull=True))
+    for _ in range(4):
+        world.step(optimizer)
+    assert optimizer.last.pull
+    world.layer.requires_grad_(False)
+    optimizer.zero_grad()
+    critic(INPUTS).mean().backward()
+    optimizer.step()
+    assert optimizer.last.pull == {}
+
+
+@pytest.mark.parametrize("on_error", ["raise", "reject"])
+def test_errors_of_the_pull_are_those_of_audits(on_error: str) -> None:
+    world = World(7)
+    broken = []
+
+    def rows() -> torch.Tensor:
+        if broken:
+            raise OSError("gone")
+        return world.layer(INPUTS + 1)
+
+    kl = PolicyKL(lambda: world.layer(INPUTS), pool=PolicyKL(rows, noise_floor=False), noise_floor=False)
+    optimizer = STEPOptimizer(
+        torch.optim.SGD(world.layer.parameters(), lr=0.1),
+        kl=kl,
+        budget=Budget(drift=CAP),
+        controller=Steer(pull=True),
+        on_error=on_error,
+    )
+    for _ in range(6):
+        world.step(optimizer)
+    assert optimizer.last.pull
+    broken.append(True)
+    before = [p.detach().clone() for p in world.layer.parameters()]
+    if on_error == "raise":
+        with pytest.raises(OSError, match="gone"):
+            world.step(optimizer)
+    else:
+        world.step(optimizer)
+        assert "gone" in optimizer.last.error
+    assert all(torch.equal(a, b) for a, b in zip(world.layer.parameters(), before, strict=True))
+
+
+def test_gradients_keep_their_graph() -> None:
+    """Second-order optimizers differentiate them once more."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    (gradient,) = torch.autograd.grad(weight.pow(3).sum(), weight, create_graph=True)
+    weight.grad = gradient
+    with Pulled({}, [(weight, torch.ones(2))]).during((), {}):
+        (second,) = torch.autograd.grad(weight.grad.sum(), weight, retain_graph=True)
+    torch.testing.assert_close(second, 6 * weight.detach())
+    assert weight.grad is gradient
+
+
+def test_half_precision_gradients_may_be_long() -> None:
+    weight = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    weight.grad = torch.full((4,), 6e4, dtype=torch.float16)
+    with Pulled({}, [(weight, torch.tensor([1e-3, 0.0, 0.0, 0.0]))]).during((), {}):
+        assert weight.grad.isfinite().all()
+        assert weight.grad[0] > weight.grad[1]
+
+
+@pytest.mark.parametrize("share", [math.nan, -0.1, 2.0, 0.0])
+def test_damaged_shares_are_refused(share: float) -> None:
+    world = World(8)
+    optimizer = world.optimizer(Budget(drift=CAP), Steer(pull=True))
+    state = optimizer.state_dict()
+    state["step_optim"]["controller"]["pull"] = {"drift": share}
+    with pytest.raises(ValueError, match="damaged"):
+        optimizer.load_state_dict(state)
