@@ -49,7 +49,7 @@ ARMS: dict[str, Arm] = {
 
 OPTIONS: dict[str, Any] = {
     "aim": (0.8, 0.95, 1.0),
-    "memory": (0, 2, 16),
+    "average": (0.0, 0.5, 0.7, 0.95),
     "far": (2.0, 20.0),
     "corrections": (1, 5),
     "prompts": (4, 8, 32),

@@ -39,7 +39,7 @@ class Steer(Controller):
 
     For every violated constraint a linear model of sqrt(KL) is
     measured, by a backward pass over prompts drawn from the KL closure's pool;
-    models of caps are remembered from step to step (see `bundle`). The point
+    those of caps are averages over the draws of many steps (see `bundle`). The point
     nearest to the candidate at which no model is above the aim is audited. If
     it is infeasible, the model there is added, and less of the step is tried
     where that is not enough.
@@ -81,8 +81,8 @@ class Steer(Controller):
     prompts: int | None = None
     """Prompts of the pool in one draw; by default as many as the control set has."""
 
-    memory: int = 8
-    """Linear models of each cap that are remembered."""
+    average: float = 0.85
+    """How much of a cap's remembered direction is kept when another draw is measured; 0 takes every draw by itself."""
 
     far: float = 6.0
     """Where a candidate is beyond so many times a budget, a linear model is measured nearer to it."""
@@ -112,8 +112,10 @@ class Steer(Controller):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if self.memory < 0:
-            raise ValueError(f"memory={self.memory} must be 0 or more linear models of each cap")
+        if not 0 <= self.average < 1:
+            raise ValueError(
+                f"average={self.average} must be at least 0 and below 1: the part that is kept of the past"
+            )
         checked_on_reject(self.on_reject)
         checked_on_shrink(self.on_shrink)
 
@@ -171,9 +173,9 @@ class _Steering:
         """Decide; what was learned of the caps is for the next steps, too."""
         remembered = len(self._bundle.cuts)
         found = self._find()
-        memory, options = self._trial.memory, self._options
+        memory = self._trial.memory
         memory["turn"], memory["part"] = self._turn, max(self._reached, LEAST_PART)
-        memory["cuts"] = [cut.to_plain() for cut in self._bundle.newest(options.memory) if cut.name.startswith("drift")]
+        memory["cuts"] = [cut.to_plain() for cut in self._bundle.lasting]
         record = {"corrections": float(self._corrections), "remembered": float(remembered), "part": self._part}
         record |= {f"multiplier/{name}": value for name, value in self._multipliers.items()}
         return self._trial.reject(steering=record) if found is None else self._trial.accept(found, steering=record)
@@ -216,7 +218,8 @@ class _Steering:
         caps = {name: ratio * trial.limits.of(name) for name, ratio in trial.previous.ratios.items() if ratio > aim}
         if not caps:
             return ModelSearch(memory=False).find(trial)
-        self._add({name: math.sqrt(kl) for name, kl in caps.items()}, self._target(0.0), draw=None)
+        self._bundle.forget(caps)  # what is remembered of them has led astray
+        self._add({name: math.sqrt(kl) for name, kl in caps.items()}, self._target(0.0), draw=None, lasts=False)
         for self._part in LAST_PARTS:
             point, _ = self._corrected()
             if point.feasible:
@@ -250,7 +253,9 @@ class _Steering:
             self._add(roots, weights, self._trial.draw(count, self._turn, list(roots)))
             self._turn += 1
 
-    def _add(self, roots: Mapping[str, float], weights: Sequence[Tensor], draw: Draw | None) -> None:
+    def _add(
+        self, roots: Mapping[str, float], weights: Sequence[Tensor], draw: Draw | None, *, lasts: bool = True
+    ) -> None:
         """Add models of these constraints: their direction is measured, sqrt(K) was audited.
 
         d sqrt(K) = sqrt(K) dv / 2v, with v the same constraint on the prompts that were drawn.
@@ -259,7 +264,11 @@ class _Steering:
         for (name, root), normal in zip(roots.items(), self._trial.normals(list(roots), weights, draw), strict=True):
             if 0 < normal.value < math.inf:
                 scale = root / (2 * normal.value)
-                self._bundle.add(name, [scale * wide(part) for part in normal.gradient], root, weights)
+                direction = [scale * wide(part) for part in normal.gradient]
+                if name.startswith("drift") and lasts:
+                    self._bundle.follow(name, direction, root, weights, self._options.average)
+                else:
+                    self._bundle.add(name, direction, root, weights)
 
     def _roots(self, point: Point) -> dict[str, float]:
         """sqrt(KL) of the constraints that were measured."""

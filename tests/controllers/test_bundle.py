@@ -87,13 +87,14 @@ def test_a_model_above_a_measurement_is_lowered_to_it() -> None:
 
 
 def test_a_model_is_exact_where_it_was_measured() -> None:
-    """Its offset says so; the newest of each constraint are kept."""
+    """Its offset says so; none of them lasts, and those of a constraint can be dropped."""
     bundle, there = Bundle([], inner), [torch.tensor([1.0, -3.0])]
     for name, root in (("drift", 1.5), ("drift:a", 2.0), ("drift", 1.2)):
         bundle.add(name, [torch.tensor([2.0, 0.5])], root, there)
     assert [value(cut, there) for cut in bundle.cuts] == pytest.approx([1.5, 2.0, 1.2])
-    assert [(cut.name, value(cut, there)) for cut in bundle.newest(1)] == [("drift", 1.2), ("drift:a", 2.0)]
-    assert bundle.newest(0) == []
+    assert bundle.lasting == []
+    bundle.forget(["drift"])
+    assert [cut.name for cut in bundle.cuts] == ["drift:a"]
     assert [cut.name for cut in bundle.above({"drift": 1.4, "drift:a": 1.9}, there)] == ["drift", "drift:a"]
 
 
@@ -101,3 +102,40 @@ def test_no_half_spaces_no_multipliers() -> None:
     """An empty bundle leaves the target."""
     assert solve([], []) == []
     assert nearest([torch.ones(2)], [], 1.0)[1] == {}
+
+
+def test_what_is_remembered_is_the_average_as_long_as_the_newest_is_along_it() -> None:
+    """E <- a E + (1 - a) n, and the model's normal E <n, E> / <E, E>; exact where it was measured; one for each cap."""
+    bundle, there = Bundle([], inner), [torch.tensor([1.0, -1.0])]
+    bundle.follow("drift", [torch.tensor([2.0, 0.0])], 0.3, there, 0.75)
+    bundle.add("drift", [torch.tensor([5.0, 5.0])], 0.3, there)
+    bundle.follow("drift", [torch.tensor([1.0, 1.0])], 0.4, there, 0.75)
+    (cut,) = bundle.lasting
+    mean, newest = torch.tensor([1.75, 0.25]), torch.tensor([1.0, 1.0])
+    torch.testing.assert_close(cut.normal[0], mean * (newest @ mean) / (mean @ mean))
+    assert cut.offset + float(cut.normal[0] @ there[0]) == pytest.approx(0.4)
+    assert len(bundle.cuts) == 2
+
+
+def test_directions_that_point_apart_are_not_averaged() -> None:
+    bundle, there = Bundle([], inner), [torch.zeros(2)]
+    bundle.follow("drift", [torch.tensor([1.0, 0.0])], 0.3, there, 0.85)
+    bundle.follow("drift", [torch.tensor([-1.0, 0.1])], 0.3, there, 0.85)
+    torch.testing.assert_close(bundle.lasting[0].normal[0], torch.tensor([-1.0, 0.1]))
+    bundle.follow("drift", [torch.tensor([math.nan, 0.1])], 0.3, there, 0.85)  # tells nothing
+    torch.testing.assert_close(bundle.lasting[0].normal[0], torch.tensor([-1.0, 0.1]))
+
+
+@given(st.integers(0, 999))
+def test_an_average_of_noisy_draws_is_nearer_to_the_truth(seed) -> None:
+    """In direction and in slope, which one draw overestimates."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.zeros(400)
+    truth[0] = 1.0
+    bundle = Bundle([], inner)
+    for _ in range(40):
+        draw = truth + 0.3 * torch.randn(400, generator=generator)  # six times as long as the truth
+        bundle.follow("drift", [draw], 1.0, [torch.zeros(400)], 0.85)
+    normal = bundle.lasting[0].normal[0]
+    assert float(normal @ truth / normal.norm()) > float(draw @ truth / draw.norm())
+    assert float(normal.norm()) < 0.7 * float(draw.norm())

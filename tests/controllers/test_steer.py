@@ -70,7 +70,7 @@ BOUNDS = st.one_of(st.just(math.inf), st.floats(1e-4, 0.3))
     options=st.fixed_dictionaries(
         {
             "aim": st.sampled_from([0.5, 0.9, 1.0]),
-            "memory": st.integers(0, 4),
+            "average": st.sampled_from([0.0, 0.5, 0.85]),
             "corrections": st.integers(1, 3),
             "prompts": st.sampled_from([None, 2]),
         }
@@ -288,7 +288,8 @@ def test_a_damaged_memory_is_refused(damage) -> None:
         ("corrections", 0),
         ("trials", 0),
         ("prompts", 0),
-        ("memory", -1),
+        ("average", -0.1),
+        ("average", 1.0),
         ("on_reject", "x"),
         ("on_shrink", "x"),
     ],
