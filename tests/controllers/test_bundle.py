@@ -93,9 +93,9 @@ def test_a_model_is_exact_where_it_was_measured() -> None:
         bundle.add(name, [torch.tensor([2.0, 0.5])], root, there)
     assert [value(cut, there) for cut in bundle.cuts] == pytest.approx([1.5, 2.0, 1.2])
     assert bundle.lasting == []
+    assert [cut.name for cut in bundle.above({"drift": 1.4, "drift:a": 1.9}, there)] == ["drift", "drift:a"]
     bundle.forget(["drift"])
     assert [cut.name for cut in bundle.cuts] == ["drift:a"]
-    assert [cut.name for cut in bundle.above({"drift": 1.4, "drift:a": 1.9}, there)] == ["drift", "drift:a"]
 
 
 def test_no_half_spaces_no_multipliers() -> None:
