@@ -5,7 +5,7 @@ layers, and with a part that grows with depth; both results are scored on the sa
 surrogate objective mean(ratio * advantage), and the movement there. A second setting has other prompts, another reward
 and adapters on all linear layers.
 
-    python examples/by_layer.py                          # 24 candidates, about half an hour on one core
+    python examples/by_layer.py                          # 24 candidates, about an hour on one core
     python examples/by_layer.py --smoke                  # tiny random weights: does it run?
 """
 

@@ -19,6 +19,9 @@ from step_optim.controllers.searches import ModelSearch
 LEAST_PART = 1e-3
 """The smallest part of a step at which a model is measured."""
 
+GROWTH = 4.0
+"""Times the part of the last step with which the next one begins, 1 at most."""
+
 LAST_PARTS = (1 / 16, 0.0)
 """Parts of a step that are tried last, at a cap."""
 
@@ -184,7 +187,7 @@ class _Steering:
         options, trial = self._options, self._trial
         point, weights = trial.candidate, [wide(weight) for weight in trial.weights.candidate]
         self._bundle.learn(self._roots(point), weights)
-        self._reached = self._part = float(min(1.0, 2.0 * trial.memory.get("part", 1.0)))
+        self._reached = self._part = float(min(1.0, GROWTH * trial.memory.get("part", 1.0)))
         violated = _violated(point)
         limits = {name: math.sqrt(trial.limits.of(name)) for name in violated}
         if not violated <= {cut.name for cut in self._bundle.above(limits, weights)}:  # nothing tells of one of them

@@ -118,6 +118,18 @@ def test_grpo_of_trl_gets_a_trust_region_in_three_lines(tmp_path):
     assert f"bare {max(record.accepted.mean for record in bare):.5f}, budget 0.01000" in shown
 
 
+def test_by_layer_compares_both_ways_on_the_same_responses(tmp_path):
+    """A line for all candidates; both ways are within the budget."""
+    shown = run(
+        str(ROOT / "examples" / "by_layer.py"), "--smoke", "--out", str(tmp_path / "table.md"), directory=tmp_path
+    )
+    header, _, *rows = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith("|")]
+    assert header[:4] == ["setting", "candidates", "objective, straight", "by layer"]
+    assert rows[-1][0] == "all"
+    assert int(rows[-1][1]) == sum(line[:1].isdigit() for line in shown.splitlines()) > 0
+    assert not (tmp_path / "table.md").exists()
+
+
 @pytest.mark.parametrize("options", [(), ("--fsdp",)])
 def test_ddp_takes_one_decision_on_two_processes(tmp_path, options):
     """The spike is shrunk, and both processes hold the same bits at the end; short enough to copy."""
