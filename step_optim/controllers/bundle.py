@@ -16,9 +16,7 @@ is remembered is the average E <- a E + (1 - a) n, as long as n is along it,
 
     n <- E <n, E> / <E, E>,
 
-so that the draw's noise makes the model no steeper. One average of all draws
-was better than the last eight models side by side, at an eighth of the memory
-(`python examples/steering --grid`).
+so that the draw's noise makes the model no steeper.
 """
 
 from __future__ import annotations
@@ -33,6 +31,9 @@ from torch import Tensor
 
 SWEEPS = 400
 """Rounds of coordinate ascent on the dual; a bundle has a dozen half-spaces."""
+
+AGREES = 0.3
+"""Cosine of a normal and an average from which on it is trusted."""
 
 RIDGE = 1e-7
 """Added to the diagonal of the Gram matrix, relative to it: two normals may be the same."""
@@ -117,15 +118,24 @@ class Bundle:
             average: how much of what is remembered is kept, 0 to 1.
         """
         for old in (cut.normal for cut in self.cuts if cut.lasting and cut.name == name):
-            mean = [average * o.to(n.dtype) + (1 - average) * n for o, n in zip(old, normal, strict=True)]
-            along, square = self._inner([(normal, mean), (mean, mean)])
-            if 0 < along < math.inf and 0 < square < math.inf:  # else they point apart: the newest is right
-                normal = [along / square * part for part in mean]
+            normal = self._averaged(old, normal, average)
         known = len(self.cuts)
         self.add(name, normal, root, weights)
         if len(self.cuts) > known:
             new = replace(self.cuts.pop(), lasting=True)
             self.cuts = [cut for cut in self.cuts if not (cut.lasting and cut.name == name)] + [new]
+
+    def _averaged(self, old: Sequence[Tensor], new: Sequence[Tensor], average: float) -> list[Tensor]:
+        """The average of two normals, as long as the newer one is along it.
+
+        Where they point apart, with less of the old one, or nothing: it is of another place then.
+        """
+        for part in (average, average / 2, average / 4):
+            mean = [part * o.to(n.dtype) + (1 - part) * n for o, n in zip(old, new, strict=True)]
+            along, square, length = self._inner([(new, mean), (mean, mean), (new, new)])
+            if along > AGREES * math.sqrt(square * length) and 0 < square < math.inf:
+                return [along / square * m for m in mean]
+        return list(new)
 
     def learn(self, roots: Mapping[str, float], weights: Sequence[Tensor]) -> None:
         """Lower the models that are above what was measured at some weights: a convex function is above all of them."""

@@ -120,10 +120,10 @@ def test_what_is_remembered_is_the_average_as_long_as_the_newest_is_along_it() -
 def test_directions_that_point_apart_are_not_averaged() -> None:
     bundle, there = Bundle([], inner), [torch.zeros(2)]
     bundle.follow("drift", [torch.tensor([1.0, 0.0])], 0.3, there, 0.85)
-    bundle.follow("drift", [torch.tensor([-1.0, 0.1])], 0.3, there, 0.85)
-    torch.testing.assert_close(bundle.lasting[0].normal[0], torch.tensor([-1.0, 0.1]))
+    bundle.follow("drift", [torch.tensor([-0.1, 0.01])], 0.3, there, 0.85)
+    torch.testing.assert_close(bundle.lasting[0].normal[0], torch.tensor([-0.1, 0.01]))
     bundle.follow("drift", [torch.tensor([math.nan, 0.1])], 0.3, there, 0.85)  # tells nothing
-    torch.testing.assert_close(bundle.lasting[0].normal[0], torch.tensor([-1.0, 0.1]))
+    torch.testing.assert_close(bundle.lasting[0].normal[0], torch.tensor([-0.1, 0.01]))
 
 
 @given(st.integers(0, 999))
@@ -134,8 +134,19 @@ def test_an_average_of_noisy_draws_is_nearer_to_the_truth(seed) -> None:
     truth[0] = 1.0
     bundle = Bundle([], inner)
     for _ in range(40):
-        draw = truth + 0.3 * torch.randn(400, generator=generator)  # six times as long as the truth
+        draw = truth + 0.07 * torch.randn(400, generator=generator)  # noise that is longer than the truth
         bundle.follow("drift", [draw], 1.0, [torch.zeros(400)], 0.85)
     normal = bundle.lasting[0].normal[0]
     assert float(normal @ truth / normal.norm()) > float(draw @ truth / draw.norm())
-    assert float(normal.norm()) < 0.7 * float(draw.norm())
+    assert float(normal.norm()) < 0.9 * float(draw.norm())
+
+
+def test_an_average_that_the_newest_contradicts_gives_way() -> None:
+    """Less of the past is kept, or nothing: a normal across the newest would be tiny, and a step along it huge."""
+    bundle, there = Bundle([], inner), [torch.zeros(2)]
+    bundle.follow("drift", [torch.tensor([10.0, 0.0])], 0.3, there, 0.85)
+    newest = torch.tensor([0.1, 1.0])
+    bundle.follow("drift", [newest], 0.3, there, 0.85)
+    normal = bundle.lasting[0].normal[0]
+    assert float(normal @ newest) / float(normal.norm() * newest.norm()) >= 0.3
+    assert float(normal.norm()) >= 0.3 * float(newest.norm())
