@@ -40,12 +40,12 @@ class Steer(Controller):
     constraint. (The projection of PCPO, Yang et al. 2020, after the optimizer's
     step, with an audit that decides.)
 
-    For every violated constraint a linear model of sqrt(KL) is
-    measured, by a backward pass over prompts drawn from the KL closure's pool;
-    those of caps are averages over the draws of many steps (see `bundle`). The point
-    nearest to the candidate at which no model is above the aim is audited. If
-    it is infeasible, the model there is added, and less of the step is tried
-    where that is not enough.
+    For every violated constraint a linear model of sqrt(KL) is measured, by a
+    backward pass over prompts drawn from the KL closure's pool; that of a cap
+    is an average over the draws of many steps (see `bundle`). The point nearest
+    to the candidate at which no model is above the aim is audited. If it is
+    infeasible, a model is measured there; where that is not enough, less of the
+    step is tried.
 
     A correction may move every parameter of the optimizer that the policy reads,
     also one that this step left alone.
@@ -54,7 +54,7 @@ class Steer(Controller):
     a budget is 0, the step is shrunk as `Interpolate` does it.
 
     Give the KL closure a pool: directions that are taken from the control set
-    itself fit the control set, and drift elsewhere was 20 to 40 times the cap
+    itself fit the control set, and drift elsewhere was 17 to 35 times the cap
     (examples/steering/counting.md).
 
     Raises:

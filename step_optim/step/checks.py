@@ -135,7 +135,7 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
     if pool is None and budget.caps_drift:
         warnings.warn(
             f"{type(kl).__name__} has no pool: {type(controller).__name__} takes its directions from the control set, "
-            "and fits it. Drift on other prompts was 20 to 40 times the cap (make steering). Give it pool=, further "
+            "and fits it. Drift on other prompts was 17 to 35 times the cap (make steering). Give it pool=, further "
             "prompts that no audit reads",
             stacklevel=4,
         )
