@@ -188,6 +188,7 @@ class STEPOptimizer(OptimizerWrapper):
         closure.load_state_dict(self._run.kl_state)
         if self._run.kl is not None and closure is not self._run.kl:
             self.controller.forget_reference(self._run.memory)
+            self._run.warned.of_another_origin(self.budget, closure, self._run.drift)
         self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
         self._run.controller = controller
         self._run.warned.fixed.forget(closure)

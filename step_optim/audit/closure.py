@@ -172,6 +172,11 @@ class KLClosure(ABC):
         """Let go of what only serves a step in progress: the step has ended."""
 
     @property
+    def has_origin(self) -> bool:
+        """Whether it has a pi_ref already, from which `drift` is measured."""
+        return False
+
+    @property
     def measures_drift(self) -> bool:
         """Whether `drift` returns figures."""
         return False

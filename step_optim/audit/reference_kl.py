@@ -147,6 +147,11 @@ class ReferenceKL(KLClosure):
             (drifted,) = self._movements(self._reference if audit is None else audit.policy, self._origin)
             return drifted
 
+    @property
+    def has_origin(self) -> bool:
+        """Whether some policy was the reference before."""
+        return self._origin is not None
+
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
         self._origin = None

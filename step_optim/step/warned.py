@@ -6,6 +6,9 @@ import warnings
 
 from torch.optim import Optimizer
 
+from step_optim.audit.closure import KLClosure
+from step_optim.budget import Budget
+from step_optim.movement import Movement
 from step_optim.step.fixed_reference import FixedReference
 from step_optim.step.stall import Stall
 
@@ -45,6 +48,16 @@ class Warned:
             "trainer.create_optimizer(). If they are the right ones, call loss.backward() before step()",
             stacklevel=2,
         )
+
+    def of_another_origin(self, budget: Budget, kl: KLClosure, drift: Movement | None) -> None:
+        """Another KL closure was bound, which does not know where training began."""
+        if budget.caps_drift and drift is not None and not kl.has_origin:
+            warnings.warn(
+                f"bind(): {type(kl).__name__} has no pi_ref yet, and takes the policy at the next step. The cap on the "
+                f"drift begins anew there, though the policy has drifted {drift.mean:.3g} nats per token already; "
+                "lower the cap by as much, if it is meant from where training began",
+                stacklevel=3,
+            )
 
     def of_stall(self, stall: Stall) -> None:
         """Several steps in a row were rejected."""

@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 
-from step_optim import Budget, Gate, Interpolate, Steer, STEPOptimizer
-from tests.controllers.test_steer import World
+from step_optim import Budget, Gate, Interpolate, PolicyKL, Steer, STEPOptimizer
+from tests.controllers.test_steer import INPUTS, World
 
 
 def wrapped(world: World, budget: Budget, **options: object) -> STEPOptimizer:
@@ -75,3 +75,21 @@ def test_a_default_is_resumed_to_the_bit_also_when_the_closure_comes_last() -> N
         other.step(resumed)
     assert optimizer.summary()["steers"] == resumed.summary()["steers"] > 0
     assert all(torch.equal(a, b) for a, b in zip(world.layer.parameters(), other.layer.parameters(), strict=True))
+
+
+def test_a_new_control_set_under_a_cap_says_that_the_drift_begins_anew() -> None:
+    """Not without a cap, and not of a closure that has its pi_ref already."""
+    world = World(4)
+    optimizer = wrapped(world, Budget(drift=0.01), kl=world.kl)
+    for _ in range(3):
+        world.step(optimizer)
+    with pytest.warns(UserWarning, match=r"bind\(\): PolicyKL has no pi_ref yet.*drifted 0\.0"):
+        optimizer.bind(PolicyKL(lambda: world.layer(INPUTS), noise_floor=False))
+    known = PolicyKL(lambda: world.layer(INPUTS), noise_floor=False)
+    known.anchor()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        world.step(optimizer)
+        optimizer.bind(known)
+        optimizer.set_budget(Budget(mean=0.1))
+        optimizer.bind(PolicyKL(lambda: world.layer(INPUTS), noise_floor=False))

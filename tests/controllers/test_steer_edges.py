@@ -47,6 +47,7 @@ class World:
         return self
 
 
+@pytest.mark.filterwarnings("ignore:bind")
 def test_slices_of_another_closure_do_not_break_the_adaptive_rate() -> None:
     """What the last closure measured is not held against the budgets of this one; the step ends in any case."""
     world = World(Budget(mean=0.01, drift_slices=0.05), Interpolate(), {"s": [0, 1, 2]}, adaptive_rate=True)
@@ -78,6 +79,7 @@ def test_a_normal_that_is_not_finite_is_left_out() -> None:
     assert bundle.cuts == []
 
 
+@pytest.mark.filterwarnings("ignore:bind")
 def test_models_end_with_what_they_are_of() -> None:
     """Another pi_ref, another closure, one more parameter; wrong shapes in a checkpoint are dropped."""
     cap = Budget(drift=0.005)
