@@ -107,7 +107,9 @@ def trial_over(curve: Curve, limits: Limits, asked: list[float], memory: dict[st
     def refuse(*_: Any) -> Any:
         raise NotImplementedError("a search along the line only")
 
-    given: dict[str, Any] = dict.fromkeys(("at_weights", "distill", "draw", "normals", "inner"), refuse)
+    given: dict[str, Any] = dict.fromkeys(
+        ("at_weights", "distill", "draw", "normals", "inner", "names", "bend"), refuse
+    )
     given |= {"kl": None, "weights": None, "rejected_in_a_row": 0}
     return Trial(
         candidate=point(1.0), previous=point(0.0).verdict, limits=limits, budget=limits, at=at, memory=memory, **given
