@@ -56,9 +56,8 @@ class Interpolate(Controller):
     by_layer: ByLayer | None = field(default=None, hash=False)
     """Shorten some layers more than others: ``"linear"`` makes a layer's part grow with its depth; a mapping gives
     weights by name pattern (``{"*.layers.0.*": 0.5}``; others have 1, and so has what no module of the policy names), a
-    function by name. A layer of twice the weight
-    makes twice the part of its step, and the whole of it at most; alpha is the share of the whole step (see `Path`),
-    the record's ``layers`` has each layer's part."""
+    function by name. A layer of twice the weight makes twice the part of its step, and the whole of it at most; alpha
+    is the share of the whole step (see `Path`), the record's ``layers`` has each layer's part."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -94,9 +93,11 @@ class Interpolate(Controller):
         """Shrink to the budget, or reject."""
         parts_of = None if self.by_layer is None else _bent(self.by_layer, trial)
         found = self.line.find(trial)
-        if found is None or found.alpha is None:
+        if found is None:
             return trial.reject()
-        return trial.accept(found, layers={} if parts_of is None else parts_of(found.alpha))
+        if parts_of is None or found.alpha is None:  # a search of one's own may leave the way
+            return trial.accept(found)
+        return trial.accept(found, layers=parts_of(found.alpha))
 
     def check_names(self, names: Sequence[str]) -> None:
         """Refuse a rule that says nothing about a model with these names."""

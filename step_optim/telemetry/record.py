@@ -36,7 +36,7 @@ class StepRecord:
     step: int
     """Step index t, counted from 0; rejected steps count."""
     action: Action
-    """What became of the step: commit, reject, shrink, project or unchanged."""
+    """What became of the step: commit, reject, shrink, project, steer or unchanged."""
     candidate: Movement
     """Movement of what the inner optimizer proposed; NaN if the update itself was not finite."""
     accepted: Movement

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from step_optim import Budget, Controller, Interpolate, PolicyKL, STEPOptimizer, TokenKL
+from step_optim.controllers import Search
 from step_optim.controllers.layers import depths, layer_weights
 from step_optim.snapshot.path import Path
 from tests.models import ragged_control, tiny_llama
@@ -236,6 +237,30 @@ def test_a_policy_without_names_is_refused_and_rolled_back() -> None:
     with pytest.raises(ValueError, match="no tensor of the optimizer is a named parameter"):
         optimizer.step()
     assert torch.equal(weight, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("rule", [None, "linear"])
+def test_a_search_may_leave_the_way(rule) -> None:
+    """A feasible point off it is committed, without parts by layer."""
+
+    class Aside(Search):
+        name = "aside"
+
+        def find(self, trial):
+            ends = zip(trial.weights.previous, trial.weights.candidate, strict=True)
+            return trial.at_weights([torch.lerp(a, b, 1e-3) for a, b in ends])
+
+    net = Net(0)
+    optimizer = STEPOptimizer(
+        torch.optim.SGD(net.model.parameters(), lr=1.0),
+        kl=net.kl,
+        budget=1e-4,
+        controller=Interpolate(search=Aside(), by_layer=rule),
+    )
+    net.push()
+    optimizer.step()
+    assert str(optimizer.last.action) == "project"
+    assert optimizer.last.layers == {}
 
 
 def test_a_way_is_chosen_before_others_are_measured() -> None:
