@@ -157,9 +157,7 @@ class DirectedKL(ReferenceKL):
                 kls, (begin,) = self._row_gradients(Rows(x.detach(), head), [policy[rows]])
                 total += float((kls[0] * counts[rows]).sum())
                 torch.autograd.backward(x, (begin * counts[rows, None].to(begin.dtype)).to(x.dtype))
-            found = shards(parameters)
-        none = [torch.zeros_like(getattr(p, "_local_tensor", p)) for p in parameters]
-        return Normal(total, [zero if g is None else g for zero, g in zip(none, found, strict=True)])
+            return Normal(total, shards(parameters))
 
     def _graded(self, draw: Draw | None) -> Iterator[tuple[Tensor, Tensor, Head | None]]:
         """Evaluate prompts batch by batch, with a graph: features and their head if that is frozen, else logits."""

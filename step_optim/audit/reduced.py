@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from step_optim.host.modules import sharded
 from step_optim.host.undo import undone
+from step_optim.snapshot.tensors import own_part
 
 
 @contextmanager
@@ -46,6 +48,6 @@ def _groups(module: Any) -> list[Any]:
     return list(several) if several is not None else [] if one is None else [one]
 
 
-def shards(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """This process's part of each parameter's gradient, as it was reduced; None of one that has none."""
-    return [None if p.grad is None else getattr(p.grad, "_local_tensor", p.grad).detach() for p in parameters]
+def shards(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """This process's part of each parameter's gradient, as it was reduced; 0 of one that has none."""
+    return [torch.zeros_like(own_part(p)) if p.grad is None else own_part(p.grad).detach() for p in parameters]

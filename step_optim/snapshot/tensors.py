@@ -233,6 +233,12 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         raise TypeError(f"cannot capture a tensor of layout {tensor.layout}; use a strided or COO tensor")
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor; all of any other tensor."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
 def shard_count(parameter: Tensor) -> int:
     """Into how many pieces a parameter is split over processes: 1 unless it is a sharded DTensor."""
     placements = getattr(parameter, "placements", None)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from step_optim.controllers.bundle import wide
 from step_optim.host.undo import undone
+from step_optim.snapshot.tensors import own_part
 from step_optim.step.proposal import loss_closure
 
 
@@ -70,27 +71,22 @@ class Pulled:
         found = [(p, p.grad, n) for p, n in self._direction if p.grad is not None]
         if any(g.layout is not torch.strided for _, g, _ in found):
             raise ValueError("a gradient is sparse, and pull=True would make it dense; use Steer(pull=False)")
-        length = self._length([torch.zeros_like(n) if p.grad is None else _part(p.grad) for p, n in self._direction])
+        length = self._length([torch.zeros_like(n) if p.grad is None else own_part(p.grad) for p, n in self._direction])
         if not 0 < length < math.inf:
             return
         for p, g, n in found:
-            total = _like(g, _part(g) + (length * n).to(g.dtype))  # with its graph, if second derivatives are wanted
-            self._given.append((p, g, total, _part(total)._version))
+            total = _like(g, own_part(g) + (length * n).to(g.dtype))  # with its graph, if second derivatives are wanted
+            self._given.append((p, g, total, own_part(total)._version))
             p.grad = total
 
     @torch.no_grad()
     def _take_back(self) -> None:
         for p, own, total, version in self._given:
             if p.grad is total:
-                if _part(total)._version != version:  # the inner optimizer has written into it
-                    _part(own).copy_(_part(total))
+                if own_part(total)._version != version:  # the inner optimizer has written into it
+                    own_part(own).copy_(own_part(total))
                 p.grad = own
         self._given = []
-
-
-def _part(gradient: Tensor) -> Tensor:
-    """This process's part of a DTensor, or all of any other."""
-    return getattr(gradient, "_local_tensor", gradient)
 
 
 def _like(gradient: Any, part: Tensor) -> Tensor:
