@@ -140,6 +140,7 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
             stacklevel=4,
         )
     if pool is not None:
+        _check_size(pool.prompts, getattr(kl, "prompts", 0), budget)
         limits = budget.at(0, kl.slices or ())
         missing = sorted({*limits.slices, *limits.drift_slices} - set(pool.members))
         if missing:
@@ -148,6 +149,17 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
                 f"{sorted(pool.members)}): {type(controller).__name__} would have no direction for it. Give the pool "
                 "some, under that name"
             )
+
+
+def _check_size(pool: int, control: int, budget: Budget) -> None:
+    """Warn of a pool that is smaller than the control set."""
+    if budget.caps_drift and pool < control:
+        warnings.warn(
+            f"the pool has {pool} prompts, fewer than the {control} of the control set: directions from so few fit "
+            "them. With half as many a task was hardly learned (examples/steering/counting_grid.md). Give it at least "
+            "as many as the control set has, better three times as many",
+            stacklevel=5,
+        )
 
 
 def _split(optimizer: Optimizer) -> bool:
