@@ -12,10 +12,10 @@ from torch import Tensor
 
 from step_optim.audit.closure import Audit
 from step_optim.audit.logit_kl import LogitKL
-from step_optim.budget import Limits
 from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject, checked_on_shrink
 from step_optim.controllers.search import largest_feasible
 from step_optim.controllers.searches import ModelSearch, check_profile
+from step_optim.limits import Limits
 
 TARGET_ROUNDS = 24
 """Corrections of lambda at most; where KL is nearly proportional to lambda², 2 or 3 are enough."""

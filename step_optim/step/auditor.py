@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from step_optim.audit.closure import Audit, Draw, KLClosure, Normal
-from step_optim.budget import Budget, Limits, Verdict
+from step_optim.budget import Budget
 from step_optim.controllers.base import Ends, Point, Trial
 from step_optim.controllers.bundle import wide
 from step_optim.controllers.pull import PROMPTS
 from step_optim.host.modules import named_parameters, outermost
 from step_optim.host.ranks import Ranks
 from step_optim.isolation.eval_mode import isolated
+from step_optim.limits import Limits, Verdict
 from step_optim.movement import Movement
 from step_optim.snapshot.path import Path
 from step_optim.snapshot.rounding import Rounding

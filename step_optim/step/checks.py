@@ -8,13 +8,14 @@ from typing import Any
 from torch.optim import Optimizer
 
 from step_optim.audit.closure import KLClosure
-from step_optim.budget import Budget, Limits
+from step_optim.budget import Budget
 from step_optim.controllers.base import Controller
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.controllers.steer import Steer
 from step_optim.host.modules import named_parameters, outermost
 from step_optim.host.ranks import Ranks
 from step_optim.host.wrapper import OptimizerWrapper
+from step_optim.limits import Limits
 from step_optim.snapshot.known import steps_in_backward, why_recomputed
 from step_optim.snapshot.tensors import shard_count
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from step_optim.budget import Limits
 from step_optim.controllers.base import Point
+from step_optim.limits import Limits
 from step_optim.movement import Movement
 from step_optim.telemetry.record import TrialRecord
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from step_optim.budget import Limits
 from step_optim.controllers.base import Action, Outcome, Point
+from step_optim.limits import Limits
 from step_optim.movement import Movement
 from step_optim.telemetry.record import StepRecord, TrialRecord
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from step_optim.budget import Limits
 from step_optim.controllers.base import Action
+from step_optim.limits import Limits
 from step_optim.movement import Movement
 
 
