@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from step_optim.limits import Limits as Limits
 from step_optim.limits import Verdict as Verdict
@@ -26,13 +26,18 @@ class Budget:
         drift: cap on the mean drift from pi_ref, the policy at the start
             of training.
         drift_slices: cap on the drift of slices, like ``slices``.
+        prompt: for the prompt of the control set that moves most, of one step.
+        token: for the response token that moves most [nats], of one step.
+        confidence: between 0.5 and 1. A mean, a slice or a drift is then held
+            against its budget by its upper confidence bound over all prompts
+            like these (see `precision.upper_bound`), instead of by itself.
         reference: another name of ``drift``.
 
     Each number may be a callable of the step index (a schedule), and
     ``math.inf`` turns a part off: ``Budget(mean=math.inf)`` only measures.
 
     Raises:
-        ValueError: NaN, negative, or nothing limited at all.
+        ValueError: NaN, negative, or nothing limited at all; a confidence that is none.
         TypeError: not a number and not callable; both ``drift`` and ``reference``.
 
     >>> Budget(mean=0.03, slices={"safety": 0.01}).at(0, ["math", "safety"]).slices
@@ -45,6 +50,9 @@ class Budget:
     slices: Bound | Mapping[str, Bound] | None
     drift: Bound | None
     drift_slices: Bound | Mapping[str, Bound] | None
+    prompt: Bound | None
+    token: Bound | None
+    confidence: float | None
 
     def __init__(
         self,
@@ -53,22 +61,27 @@ class Budget:
         drift: Bound | None = None,
         drift_slices: Bound | Mapping[str, Bound] | None = None,
         *,
+        prompt: Bound | None = None,
+        token: Bound | None = None,
+        confidence: float | None = None,
         reference: Bound | None = None,
     ) -> None:
         """Refuse bad numbers now, before any weight moves."""
         if reference is not None and drift is not None:
             raise TypeError(f"drift={drift!r} and reference={reference!r} are two names of one cap; give one of them")
         cap = drift if reference is None else reference
-        given = {"mean": mean, "slices": slices, "drift": cap, "drift_slices": drift_slices}
+        given: dict[str, Any] = {"mean": mean, "slices": slices, "drift": cap, "drift_slices": drift_slices}
+        given |= {"prompt": prompt, "token": token}
         if all(bound is None for bound in given.values()):
             raise ValueError(
-                "Budget() limits nothing; pass mean=, slices=, drift= or drift_slices= in nats per token "
-                "(mean=math.inf to only measure)"
+                "Budget() limits nothing; pass mean=, slices=, drift= or drift_slices= in nats per token, or prompt= "
+                "or token= for the worst one (mean=math.inf to only measure)"
             )
         for name, bound in given.items():
             called = "reference" if name == "drift" and reference is not None else name
             _check(bound, called, may_map="slices" in name)
             object.__setattr__(self, name, bound)
+        object.__setattr__(self, "confidence", _checked_confidence(confidence))
 
     @classmethod
     def of(cls, value: Budget | Bound) -> Budget:
@@ -83,7 +96,7 @@ class Budget:
     @property
     def _bounds(self) -> list[Bound | None]:
         by_slice = (bound for part in (self.slices, self.drift_slices) for bound in _members(part))
-        return [self.mean, self.drift, *by_slice]
+        return [self.mean, self.drift, self.prompt, self.token, *by_slice]
 
     @property
     def limits_anything(self) -> bool:
@@ -100,6 +113,15 @@ class Budget:
     def is_scheduled(self) -> bool:
         """Whether any part is a callable of the step index."""
         return any(callable(bound) for bound in self._bounds)
+
+    def limited_slices(self, slices: Iterable[str]) -> list[str]:
+        """Return those of some slices that are limited, at any step.
+
+        >>> Budget(mean=0.1, slices={"safety": 0.03}).limited_slices(["math", "safety"])
+        ['safety']
+        """
+        parts = (self.slices, self.drift_slices)
+        return [name for name in slices if any(_of_slice(part, name) not in (None, math.inf) for part in parts)]
 
     def check_slices(self, names: Iterable[str] | None) -> None:
         """Refuse a budget for slices that the KL closure does not have.
@@ -129,7 +151,27 @@ class Budget:
             _each_at(self.slices, step, "slices", names),
             _at(self.drift, step, "drift"),
             _each_at(self.drift_slices, step, "drift_slices", names),
+            _at(self.prompt, step, "prompt"),
+            _at(self.token, step, "token"),
+            self.confidence,
         )
+
+
+def _checked_confidence(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"budget.confidence={value!r} is no number; give 0.95, say")
+    if not 0.5 <= float(value) < 1:
+        raise ValueError(
+            f"budget.confidence={value!r} must be at least 0.5 and below 1: 0.95 asks that the budget holds over all "
+            "prompts like these in 95 of 100 cases"
+        )
+    return float(value)
+
+
+def _of_slice(bounds: Bound | Mapping[str, Bound] | None, name: str) -> Bound | None:
+    return bounds.get(name) if isinstance(bounds, Mapping) else bounds
 
 
 def _members(bounds: Bound | Mapping[str, Bound] | None) -> list[Bound | None]:

@@ -19,7 +19,6 @@ from step_optim.snapshot.known import ParamLike, known_copies
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.atomic import Atomic
 from step_optim.step.checks import (
-    check_budget,
     check_controller,
     check_inner,
     check_line,
@@ -27,8 +26,8 @@ from step_optim.step.checks import (
     check_rates,
     default_controller,
     plain_note,
-    warned_of_noise,
 )
+from step_optim.step.measurable import check_budget
 from step_optim.step.progress import Run
 from step_optim.step.proposal import loss_closure
 from step_optim.step.step import Step
@@ -192,7 +191,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
         self._run.controller = controller
         self._run.warned.fixed.forget(closure)
-        self._run.warned.of_noise = warned_of_noise(self.budget, closure)
+        self._run.warned.of_budget(self.budget, closure)
 
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
@@ -202,7 +201,7 @@ class STEPOptimizer(OptimizerWrapper):
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
             check_measures(self._run.kl, controller, self._inner, self._ranks, new)
-            self._run.warned.of_noise = warned_of_noise(new, self._run.kl)
+            self._run.warned.of_budget(new, self._run.kl)
         self._run.budget, self._run.controller = new, controller
 
     def refresh(self, *, restart_drift: bool = False) -> None:

@@ -104,6 +104,11 @@ class KLClosure(ABC):
         return None
 
     @property
+    def counts(self) -> Mapping[str, int] | None:
+        """How many prompts each figure is over: ``"mean"`` and the slices; None if that is not known."""
+        return None
+
+    @property
     def noise_remedy(self) -> str:
         """What would make `noise_floor` smaller, for a message; empty if nothing is known to."""
         return ""

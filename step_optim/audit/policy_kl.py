@@ -231,21 +231,46 @@ class PolicyKL(LogitKL):
         """A weighted sum of the observations' KLs from a reference, with a graph; the policy is no categorical one."""
         leaf = self._evaluate().leaf
         assert leaf is not None
-        kls = leaf.kl(reference).reshape(self.prompts, -1).sum(1) / self._averaged
-        return (kls * counts.reshape(self.prompts, -1).sum(1) / self._factors).sum()
+        tokens = leaf.kl(reference).reshape(self.prompts, self._averaged, -1).sum(-1)
+        return (tokens * counts.reshape(*tokens.shape, -1).sum(-1) / self._factors).sum()
+
+    def _worst(self, kind: str, previous: Any, chosen: Sequence[int], draw: Draw | None) -> Tensor:
+        if self.has_logits:
+            return super()._worst(kind, previous, chosen, draw)
+        with torch.no_grad():
+            kls = self._measured(self._policy).kl(previous).reshape(self.prompts, self._averaged, -1).sum(-1)
+        kls = kls if kind == "token" else kls.mean(1, keepdim=True)
+        place = list(chosen)
+        worst = divmod(int(kls[place].argmax()), kls.shape[1])
+        counts = torch.zeros(self.prompts, self._averaged, self._factors, dtype=torch.float64, device=kls.device)
+        if kind == "token":
+            counts[place[worst[0]], worst[1]] = 1.0
+        else:
+            counts[place[worst[0]]] = 1 / self._averaged
+        return counts.flatten()
 
     def _drift(self, draw: Draw) -> Tensor:
         if self.has_logits:
             return super()._drift(draw)
-        _, counts = self._sum("drift", draw.prompts)
+        counts = self._mean_of("", draw.prompts)
         with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
             return self._live_kl(self._origin, counts)
 
-    def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
+    @property
+    def has_tokens(self) -> bool:  # type: ignore[override]
+        """Whether the parts of an observation are tokens, whose mean is taken."""
+        return self._averaged > 1
+
+    def _movements(self, candidate: Any, *references: Any) -> list[Movement]:
         if isinstance(candidate, Rows):
-            return super()._prompt_kls(candidate, references)
-        kls = [candidate.kl(reference).reshape(self.prompts, -1) for reference in references]
-        return [(kl.sum(1) / self._averaged).tolist() for kl in kls]
+            return super()._movements(candidate, *references)
+        return [self._moved(candidate.kl(reference)) for reference in references]
+
+    def _moved(self, kls: Tensor) -> Movement:
+        """Of the KLs of all parts of all observations."""
+        tokens = kls.reshape(self.prompts, self._averaged, -1).sum(-1)
+        token = float(tokens.max()) if self.has_tokens else None
+        return Movement.over(tokens.mean(1).tolist(), self.members, token=token)
 
     def _measure_noise(self) -> NoiseFloor | None:
         """Read the policy at rest, and moved by less and less; every process calls fn equally often."""

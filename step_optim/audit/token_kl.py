@@ -18,6 +18,7 @@ from step_optim.audit.language_models import (
     check_audit_dtype,
     check_causal,
     check_device,
+    check_known,
     check_logits,
     check_model,
     vocab_size_of,
@@ -28,6 +29,7 @@ from step_optim.audit.readable import read_checked
 from step_optim.audit.reader import Reading
 from step_optim.audit.rows import Head, Rows, Scratch
 from step_optim.audit.shortcuts import Shortcuts, check_causality
+from step_optim.audit.spans import Span, checked_spans, find_spans
 from step_optim.control.control_set import ControlSet
 from step_optim.host.modules import has_fsdp, reshard
 from step_optim.movement import Movement
@@ -71,13 +73,17 @@ class TokenKL(LogitKL):
             the control set: True for all processes, or a ProcessGroup. Every
             process is given the whole set; the KLs are put together before
             anything is decided.
+        spans: response positions as further slices, (start, stop) by name as in
+            a Python slice: ``{"opening": (0, 5)}`` is the mean over the first
+            five tokens of every response. Prompts without a token there are
+            left out.
         pool: further prompts with their responses, which no audit reads:
             `Steer` draws directions from them. Directions that come from the
             control set fit the control set: held-out drift was 3.6 times its.
 
     Raises:
         TypeError: ``model`` is no module; ``control`` or ``pool`` is no ControlSet; ``audit_dtype`` is
-            no floating-point dtype.
+            no floating-point dtype; spans that are none.
         ValueError: a pool that shares a prompt with the control set; model
             and control set on different devices; token ids outside the
             vocabulary, or texts that are too long; fewer
@@ -94,6 +100,7 @@ class TokenKL(LogitKL):
     """
 
     takes_any_weights = True
+    has_tokens = True
 
     def __init__(
         self,
@@ -106,6 +113,7 @@ class TokenKL(LogitKL):
         noise_floor: bool = True,
         check_parameters: bool = True,
         shard: Any = False,
+        spans: Mapping[str, tuple[int | None, int | None]] | None = None,
         pool: ControlSet | None = None,
     ) -> None:
         super().__init__()
@@ -126,6 +134,8 @@ class TokenKL(LogitKL):
         self.sharded, self._idle_forwards = part.sharded, part.idle if has_fsdp(model) else 0
         self.prompts, self.members = len(self.control), part.members
         self._prompt_of_row = self.control.prompt_of_row
+        self._positions = checked_spans(spans, list(control.slices), control.response_lengths)
+        self.spans = self._spans_of(self.control)
         self.fallbacks: tuple[str, ...] = ()
         """Which of the short ways this model does not allow, and why."""
         self._micro_batch, self._shared = micro_batch, self._wanted_prefix(control, prefix)
@@ -143,12 +153,15 @@ class TokenKL(LogitKL):
         """Read the same model in the same way on other prompts."""
         other = copy.copy(self)
         other.control, other.prompts, other.members = prompts, len(prompts), dict(prompts.slices)
-        other._prompt_of_row = prompts.prompt_of_row
+        other._prompt_of_row, other.spans = prompts.prompt_of_row, self._spans_of(prompts)
         other._reference = other._origin = other.pool = None
         other.sharded, other._idle_forwards, other._scratch = False, 0, Scratch()
         other._shared, other._layout = 0, Layout.of(prompts, self._at_once)
         other._measured(lambda: read_checked(self._reading, prompts, other._layout.batches[0]))  # the longest
         return other
+
+    def _spans_of(self, control: ControlSet) -> dict[str, Span]:
+        return find_spans(self._positions, control.response_lengths, control.device)
 
     def _drawn(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
         """Evaluate what was drawn, in micro-batches that few slices share: each costs one backward pass a slice."""
@@ -302,14 +315,8 @@ class TokenKL(LogitKL):
         """Refuse parameters that the model does not have: their movement could not be seen."""
         for module in self.model.modules():
             reshard(module)  # FSDP2 has other parameter objects while a module is unsharded
-        known = {id(p) for p in self.model.parameters()}
-        unknown = [tuple(p.shape) for p in parameters if id(p) not in known]
-        if unknown and self._check_parameters:
-            raise ValueError(
-                f"{len(unknown)} of the optimizer's {len(parameters)} parameters are not parameters of the model in "
-                f"TokenKL (shapes {unknown[:3]}{'...' if len(unknown) > 3 else ''}); pass the model that they "
-                "belong to, or TokenKL(..., check_parameters=False) if the policy does not read them (a value head)"
-            )
+        if self._check_parameters:
+            check_known(self.model, parameters)
 
     def _policy(self, replaced: Mapping[int, Tensor] | None = None) -> Rows:
         if self.readout == "hidden" and any(id(part) in (replaced or {}) for part in self._reading.head()):
@@ -379,7 +386,7 @@ class TokenKL(LogitKL):
     def __repr__(self) -> str:
         return (
             f"TokenKL({type(self.model).__name__}, {len(self.control)} prompts, {self.control.response_tokens} "
-            f"response tokens, slices={list(self.members)}, readout={self.readout!r}, "
+            f"response tokens, slices={list(self.slices)}, readout={self.readout!r}, "
             f"prefix_tokens={self.prefix_tokens})"
         )
 

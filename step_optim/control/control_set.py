@@ -164,12 +164,17 @@ class ControlSet:
     @property
     def response_tokens(self) -> int:
         """R, response tokens over all prompts."""
-        return sum(len(response) for response in self.responses)
+        return sum(self.response_lengths)
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """T_x, response tokens of each prompt."""
+        return [len(response) for response in self.responses]
 
     @property
     def prompt_of_row(self) -> Tensor:
         """[R] the prompt of each response token."""
-        lengths = torch.tensor([len(response) for response in self.responses], device="cpu")
+        lengths = torch.tensor(self.response_lengths, device="cpu")
         return torch.repeat_interleave(torch.arange(len(self), device="cpu"), lengths).to(self.device)
 
     @property

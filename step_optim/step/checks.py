@@ -15,7 +15,6 @@ from step_optim.controllers.steer import Steer
 from step_optim.host.modules import named_parameters, outermost
 from step_optim.host.ranks import Ranks
 from step_optim.host.wrapper import OptimizerWrapper
-from step_optim.limits import Limits
 from step_optim.snapshot.known import steps_in_backward, why_recomputed
 from step_optim.snapshot.tensors import shard_count
 
@@ -143,11 +142,11 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
     if pool is not None:
         _check_size(pool.prompts, getattr(kl, "prompts", 0), budget)
         limits = budget.at(0, kl.slices or ())
-        missing = sorted({*limits.slices, *limits.drift_slices} - set(pool.members))
+        missing = sorted({*limits.slices, *limits.drift_slices} - set(pool.slices))
         if missing:
             raise ValueError(
                 f"the budget limits slice {missing[0]!r}, of which the pool has no prompts (its slices: "
-                f"{sorted(pool.members)}): {type(controller).__name__} would have no direction for it. Give the pool "
+                f"{sorted(pool.slices)}): {type(controller).__name__} would have no direction for it. Give the pool "
                 "some, under that name"
             )
 
@@ -189,29 +188,3 @@ def plain_note(name: str, value: Any) -> Any:
     if not isinstance(value, (bool, int, float, str)):
         raise TypeError(f"note({name}={value!r:.60}) is no number, text or flag; reduce it first")
     return value
-
-
-def check_budget(budget: Budget, kl: KLClosure) -> None:
-    """Refuse a budget for what a KL closure does not measure."""
-    budget.check_slices(kl.slices)
-    if budget.caps_drift and not kl.measures_drift:
-        raise ValueError(f"budget.drift needs a KL closure that measures drift (TokenKL, PolicyKL), not {kl!r}")
-
-
-def below_noise(limits: Limits, kl: KLClosure) -> bool:
-    """Warn of budgets that rounding alone would exceed; whether there are any."""
-    floor = kl.noise_floor
-    found = [] if floor is None else floor.above({"mean": limits.mean, **limits.slices})
-    if found and floor is not None:
-        wider = f", or {kl.noise_remedy}" if kl.noise_remedy else ""
-        warnings.warn(
-            f"the audit's rounding in {floor.name} reads more than the budget allows ({'; '.join(found)} nats per "
-            f"token): steps would be shrunk or rejected for noise. Raise the budget{wider}",
-            stacklevel=2,
-        )
-    return bool(found)
-
-
-def warned_of_noise(budget: Budget, kl: KLClosure) -> bool:
-    """Warn of a budget below the audit's noise; a schedule is looked at in every step."""
-    return not budget.is_scheduled and below_noise(budget.at(0, kl.slices or ()), kl)

@@ -19,8 +19,8 @@ from step_optim.movement import Movement
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.snapshot.weights import Update
 from step_optim.step.auditor import Auditor
-from step_optim.step.checks import below_noise
 from step_optim.step.kept import kept
+from step_optim.step.measurable import below_noise
 from step_optim.step.progress import Run
 from step_optim.step.proposal import has_gradient, learning_rates, loss_closure, scaled_rates
 from step_optim.step.pulled import Pulled

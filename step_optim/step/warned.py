@@ -10,6 +10,7 @@ from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
 from step_optim.movement import Movement
 from step_optim.step.fixed_reference import FixedReference
+from step_optim.step.measurable import below_noise, few_prompts
 from step_optim.step.stall import Stall
 
 
@@ -20,8 +21,23 @@ class Warned:
         self.fixed = FixedReference()
         self.of_noise = False
         """Whether a budget is below the audit's noise, and that was said."""
+        self._few: set[str] = set()
         self._methods: set[str] = set()
         self._no_gradient = False
+
+    def of_budget(self, budget: Budget, kl: KLClosure) -> None:
+        """Look at a budget that was set: it may be below the audit's noise, or limit slices of few prompts."""
+        # A schedule is held against the noise in every step.
+        self.of_noise = not budget.is_scheduled and below_noise(budget.at(0, kl.slices or ()), kl)
+        new = [each for each in few_prompts(budget, kl) if each not in self._few]
+        self._few.update(new)
+        if new:
+            warnings.warn(
+                f"the budget limits slices of few prompts ({', '.join(new)}), whose figures say little about other "
+                "prompts. Give each at least five (ControlSet.standard has sixteen); optimizer.last.accepted.precision "
+                "tells the standard errors",
+                stacklevel=4,
+            )
 
     def outside(self, optimizer: Optimizer, method: str) -> None:
         """A method of the inner optimizer moved weights, and no step was in progress."""

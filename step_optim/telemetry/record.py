@@ -11,6 +11,9 @@ from step_optim.controllers.base import Action
 from step_optim.limits import Limits
 from step_optim.movement import Movement
 
+MAPPINGS = ("candidate_bounds", "accepted_bounds", "layers", "projection", "steering", "pull", "seconds")
+"""Fields of a record that are numbers by name."""
+
 
 @dataclass(frozen=True)
 class TrialRecord:
@@ -46,7 +49,12 @@ class StepRecord:
     triggered: bool = False
     """Whether the candidate was infeasible, so that the controller acted."""
     bound: str | None = None
-    """The constraint with the largest KL / budget at the candidate: mean, slice:<name>, drift or drift:<name>."""
+    """The constraint with the largest KL / budget at the candidate: mean, slice:<name>, prompt, token, drift or
+    drift:<name>."""
+    candidate_bounds: Mapping[str, float] = field(default_factory=dict)
+    """With `Budget(confidence=)`, the upper confidence bounds of the candidate that were judged, by constraint."""
+    accepted_bounds: Mapping[str, float] = field(default_factory=dict)
+    """The same of what was committed."""
     exceeded_before: tuple[str, ...] = ()
     """Caps on the drift that the policy before the step exceeded already: of these, less drift than before was asked,
     and no more (a cap was lowered, or the run resumed with a lower one)."""
@@ -127,7 +135,15 @@ class StepRecord:
         limits = values["budget"]
         cap = limits.get("drift", limits.get("reference", math.inf))  # its name in older logs
         caps = _floats(limits.get("drift_slices", {}))
-        values["budget"] = Limits(float(limits["mean"]), _floats(limits["slices"]), float(cap), caps)
+        values["budget"] = Limits(
+            float(limits["mean"]),
+            _floats(limits["slices"]),
+            float(cap),
+            caps,
+            prompt=float(limits.get("prompt", math.inf)),
+            token=float(limits.get("token", math.inf)),
+            confidence=_float(limits.get("confidence")),
+        )
         values["exceeded_before"] = tuple(values.get("exceeded_before", ()))
         values["trials"] = tuple(
             TrialRecord(_float(trial["alpha"]), _movement(trial["movement"]), trial["feasible"])
@@ -139,7 +155,7 @@ class StepRecord:
             values[name] = _float(values.get(name))
         values["lr"] = tuple(float(lr) for lr in values.get("lr", ()))
         values["scale"] = float(values.get("scale", 1.0))
-        for name in ("layers", "projection", "steering", "pull", "seconds"):
+        for name in MAPPINGS:
             values[name] = _floats(values.get(name, {}))
         return cls(**values)
 
@@ -174,7 +190,8 @@ def _floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _movement(plain: Mapping[str, Any]) -> Movement:
-    return Movement(float(plain["mean"]), _floats(plain["slices"]))
+    prompt, token = _float(plain.get("prompt")), _float(plain.get("token"))
+    return Movement(float(plain["mean"]), _floats(plain["slices"]), prompt, token)
 
 
 def _flatten(value: Any, name: str) -> Iterator[tuple[str, float | str]]:
