@@ -171,6 +171,8 @@ class DirectedKL(ReferenceKL):
         with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
             for rows, x, head in self._graded(draw):
                 held = [j for j, (_, counts) in enumerate(wanted) if bool((counts[rows] != 0).any())]
+                if not held:
+                    continue
                 kinds = list(dict.fromkeys(wanted[j][0] for j in held))
                 kls, begins = self._row_gradients(Rows(x.detach(), head), [policies[kind][rows] for kind in kinds])
                 trains = x.requires_grad  # not where all that the policy reads is frozen for now
