@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,6 +18,7 @@ from step_optim.movement import Movement
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.snapshot.weights import Update
 from step_optim.step.auditor import Auditor
+from step_optim.step.clock import Clock
 from step_optim.step.kept import kept
 from step_optim.step.measurable import below_noise
 from step_optim.step.progress import Run
@@ -63,7 +63,7 @@ class Step:
         self.run, self.optimizer, self.snapshot, self.ranks, self.kl = run, optimizer, snapshot, ranks, kl
         self._raises = raises
         self._may_wait = may_wait and kl.takes_any_weights and ranks.size == 1
-        self.seconds = {"inner": 0.0, "snapshot": 0.0, "audit": 0.0, "search": 0.0}
+        self.clock = Clock()
         self.auditor = Auditor(kl, run.budget, run.progress.step, snapshot, ranks)
         self.lr: tuple[float, ...] = ()
         self.scale = run.progress.scale if run.adaptive_rate else 1.0
@@ -387,12 +387,3 @@ class Step:
             self.scale,
             self.renewed,
         )
-
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        """Add the time that the body takes to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - start
