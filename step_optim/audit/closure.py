@@ -95,6 +95,12 @@ class KLClosure(ABC):
     opaque = False
     """Whether it runs a function of the user's, which owns its reference and may write into weights."""
 
+    held_out: KLClosure | None = None
+    """Measures prompts that decide nothing, at every n-th step; None if there are none."""
+
+    every: int = 1
+    """How often, in steps, held-out prompts are measured."""
+
     used: Sequence[nn.Module] = ()
     """Modules that the latest measurement called. Their buffers are part of the policy, and roll back with it."""
 

@@ -32,6 +32,9 @@ class DirectedKL(ReferenceKL):
     pool: DirectedKL | None = None
     """Measures the prompts of the pool."""
 
+    held_out: DirectedKL | None = None
+    """Measures prompts that decide nothing."""
+
     _prompt_of_row: Tensor
     """[R] prompt index of each row."""
     _factors = 1
@@ -47,14 +50,20 @@ class DirectedKL(ReferenceKL):
         """Take an audited policy, or the current weights, as reference; the first is pi_ref, too, also on the pool."""
         first = self._origin is None
         super().anchor(audit)
-        if self.pool is not None and first:
-            self.pool.anchor()
+        for other in self._others.values() if first else ():
+            other.anchor()
 
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
         super().forget_origin()
-        if self.pool is not None:
-            self.pool.forget_origin()
+        for other in self._others.values():
+            other.forget_origin()
+
+    @property
+    def _others(self) -> dict[str, DirectedKL]:
+        """What measures the same policy on other prompts, by its name in a checkpoint."""
+        both = {"pool": self.pool, "held_out": self.held_out}
+        return {name: other for name, other in both.items() if other is not None}
 
     @abstractmethod
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -77,16 +86,17 @@ class DirectedKL(ReferenceKL):
     def _more_state(self) -> dict[str, Any]:
         """What a checkpoint needs besides pi_ref: that of the pool, and how far its draws are."""
         more: dict[str, Any] = {"penalties": self._penalties} if self._penalties else {}
-        return more if self.pool is None else more | {"pool": self.pool.state_dict()}
+        return more | {name: other.state_dict() for name, other in self._others.items()}
 
     @staticmethod
-    def _of_pool(state: Mapping[str, Any]) -> Any:
-        if "pool" not in state:
+    def _of(name: str, state: Mapping[str, Any]) -> Any:
+        """The part of a checkpoint that is the pool's, or the held-out prompts'."""
+        if name not in state:
             raise ValueError(
-                "the checkpoint was saved without a pool, so that what pi_ref says on it is not known any more: resume "
-                "without pool="
+                f"the checkpoint was saved without {name}=, so that what pi_ref says on these prompts is not known any "
+                f"more: resume without {name}="
             )
-        return state["pool"]
+        return state[name]
 
     def gradients(self, names: Sequence[str], parameters: Sequence[Tensor], draw: Draw | None = None) -> list[Normal]:
         """Measure constraints at the current weights, and their gradients; see `KLClosure.gradients`.

@@ -1,36 +1,73 @@
-"""Draws from a pool: which prompts, by whose turn it is."""
+"""Further prompts beside the control set, and draws from a pool of them: which prompts, by whose turn it is."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from itertools import chain, zip_longest
+from typing import Any
 
 from step_optim.control.control_set import ControlSet
 
+CALLED = {"pool": "the pool", "held_out": "the held-out set"}
+"""In words."""
 
-def checked_pool(pool: ControlSet, control: ControlSet, vocabulary: int) -> ControlSet:
-    """Refuse a pool that cannot be told from the control set.
+WHY = {
+    "pool": "who is steered by a prompt cannot be judged by it",
+    "held_out": "it could not tell how far figures carry to other prompts",
+}
+"""Why they must be apart."""
+
+
+def checked_apart(
+    name: str, given: Any, control: ControlSet, vocabulary: int, *others: ControlSet | None
+) -> ControlSet:
+    """Refuse a pool, or held-out prompts, that cannot be told from the control set.
+
+    Args:
+        name: of the argument.
+        given: its value.
+        control: the prompts that judge.
+        vocabulary: V of the model.
+        *others: further sets that it must not share a prompt with.
 
     Raises:
         TypeError: it is no ControlSet.
         ValueError: it shares a prompt with the control set, is on another device, or has ids outside the vocabulary.
     """
-    if not isinstance(pool, ControlSet):
-        raise TypeError(f"pool={pool!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
-    if pool.device != control.device:
-        raise ValueError(f"the pool is on {pool.device}, the control set on {control.device}; use pool.to(...)")
-    pool.check_vocabulary(vocabulary)
-    pool.check_responses(vocabulary)
-    judged = {tuple(prompt.tolist()): i for i, prompt in enumerate(control.prompts)}
-    for i, prompt in enumerate(pool.prompts):
-        j = judged.get(tuple(prompt.tolist()))
+    if not isinstance(given, ControlSet):
+        raise TypeError(f"{name}={given!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
+    if given.device != control.device:
+        raise ValueError(f"{name} is on {given.device}, the control set on {control.device}; use {name}.to(...)")
+    given.check_vocabulary(vocabulary)
+    given.check_responses(vocabulary)
+    _check_disjoint(name, given, "the control set", control)
+    for other in others:
+        if other is not None:
+            _check_disjoint(name, given, "the pool", other)
+    return given
+
+
+def _check_disjoint(name: str, given: ControlSet, other: str, known: ControlSet) -> None:
+    places = {tuple(prompt.tolist()): j for j, prompt in enumerate(known.prompts)}
+    for i, prompt in enumerate(given.prompts):
+        j = places.get(tuple(prompt.tolist()))
         if j is not None:
             raise ValueError(
-                f"prompt {i} of the pool is prompt {j} of the control set: who is steered by a prompt cannot be judged "
-                "by it. Take it out of one of them; ControlSet.split makes disjoint sets"
+                f"prompt {i} of {CALLED[name]} is prompt {j} of {other}: {WHY[name]}. Take it out of one of them; "
+                "ControlSet.split makes disjoint sets, and so do the parts of ControlSet.standard"
             )
-    return pool
+
+
+def checked_every(every: Any) -> int:
+    """Refuse a number of steps that is none.
+
+    Raises:
+        ValueError: it is no whole number above 0.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r} must be a whole number of steps, at least 1")
+    return every
 
 
 def drawn(prompts: Sequence[int], slices: Sequence[Sequence[int]], count: int, turn: int) -> list[int]:

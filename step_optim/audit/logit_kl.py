@@ -48,16 +48,16 @@ class LogitKL(DirectedKL):
         """Refuse a pi_ref of another control set or another policy, or one that is damaged."""
         if state:
             self._loaded(state)
-            if self.pool is not None:
-                self.pool.check_state_dict(self._of_pool(state))
+            for name, other in self._others.items():
+                other.check_state_dict(self._of(name, state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over pi_ref."""
         self.check_state_dict(state)
         if state:
             self._origin, self._penalties = self._loaded(state), int(state.get("penalties", 0))
-            if self.pool is not None:
-                self.pool.load_state_dict(self._of_pool(state))
+            for name, other in self._others.items():
+                other.load_state_dict(self._of(name, state))
 
     def _per_prompt(self, rows: Tensor) -> Tensor:
         return statistic.prompt_means(rows, self._prompt_of_row, self.prompts)

@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 from step_optim.audit.closed_forms import log_probabilities
 from step_optim.audit.closure import Draw, Normal
 from step_optim.audit.distributions import Kept, same_constants
+from step_optim.audit.draws import checked_every
 from step_optim.audit.logit_kl import LogitKL
 from step_optim.audit.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
 from step_optim.audit.parameters import tensors_of
@@ -64,6 +65,9 @@ class PolicyKL(LogitKL):
         pool: a function like ``fn`` on other observations, which no audit
             reads: `Steer` draws directions from them. A `PolicyKL` of it, if
             they are in slices.
+        held_out: a function like ``fn``, or a `PolicyKL` of one, on further
+            observations, which are measured and decide nothing; see `TokenKL`.
+        every: steps from one held-out measurement to the next.
 
     Raises:
         TypeError: ``fn`` is not callable, or returns neither logits nor a
@@ -90,6 +94,8 @@ class PolicyKL(LogitKL):
         reduction: str | None = None,
         noise_floor: bool = True,
         pool: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
+        held_out: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
+        every: int = 10,
     ) -> None:
         super().__init__()
         if not callable(fn):
@@ -115,8 +121,11 @@ class PolicyKL(LogitKL):
         if noise_floor:
             self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
             self.noise_floor = self._measured(self._measure_noise)
+        self.every = checked_every(every)
         if pool is not None:
-            self.pool = self._checked_pool(pool)
+            self.pool = self._elsewhere("pool", pool)
+        if held_out is not None:
+            self.held_out = self._elsewhere("held_out", held_out)
 
     @property
     def has_gradients(self) -> bool:  # type: ignore[override]
@@ -127,15 +136,16 @@ class PolicyKL(LogitKL):
                 self._differentiable = any(tensor.requires_grad for tensor in tensors_of(out).values())
         return self._differentiable
 
-    def _checked_pool(self, pool: Callable[[], Any] | PolicyKL) -> PolicyKL:
-        if not isinstance(pool, PolicyKL):
-            if not callable(pool):
-                raise TypeError(f"pool={pool!r:.60} is neither a function like fn nor a PolicyKL of one")
-            pool = PolicyKL(pool, model=self._model, reduction=self._reduction, noise_floor=False)
-        pool.forget_origin()  # of another run
-        if pool._kind[0] != self._kind[0]:
-            raise ValueError(f"pool returns {pool._kind[0]}, fn {self._kind[0]}: give both the same kind of policy")
-        return pool
+    def _elsewhere(self, name: str, other: Callable[[], Any] | PolicyKL) -> PolicyKL:
+        """Read the argument ``pool=`` or ``held_out=``."""
+        if not isinstance(other, PolicyKL):
+            if not callable(other):
+                raise TypeError(f"{name}={other!r:.60} is neither a function like fn nor a PolicyKL of one")
+            other = PolicyKL(other, model=self._model, reduction=self._reduction, noise_floor=False)
+        other.forget_origin()  # of another run
+        if other._kind[0] != self._kind[0]:
+            raise ValueError(f"{name} returns {other._kind[0]}, fn {self._kind[0]}: give both the same kind of policy")
+        return other
 
     def _first(self) -> tuple[Output, Rows | Kept]:
         output = self._evaluate()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from step_optim.audit.batches import Layout, Shard, micro_batch_of, shared_prefix, worth_sharing
 from step_optim.audit.closure import Audit, Draw
-from step_optim.audit.draws import checked_pool
+from step_optim.audit.draws import checked_apart, checked_every
 from step_optim.audit.language_models import (
     check_audit_dtype,
     check_causal,
@@ -81,10 +81,17 @@ class TokenKL(LogitKL):
             `Steer` draws directions from them. Directions that come from the
             control set fit the control set: held-out drift was 3.6 times its.
 
+        held_out: prompts that are measured, and decide nothing: the ratio of
+            their movement and drift to the control set's tells how far the
+            budgets carry to other prompts (`StepRecord.generalisation`).
+        every: steps from one held-out measurement to the next; each costs two
+            forwards over these prompts.
+
     Raises:
-        TypeError: ``model`` is no module; ``control`` or ``pool`` is no ControlSet; ``audit_dtype`` is
+        TypeError: ``model`` is no module; ``control``, ``pool`` or ``held_out`` is no ControlSet; ``audit_dtype`` is
             no floating-point dtype; spans that are none.
-        ValueError: a pool that shares a prompt with the control set; model
+        ValueError: a pool or held-out set that shares a prompt with the
+            control set, or with the other; model
             and control set on different devices; token ids outside the
             vocabulary, or texts that are too long; fewer
             micro-batches than processes; a model that is no causal language
@@ -115,6 +122,8 @@ class TokenKL(LogitKL):
         shard: Any = False,
         spans: Mapping[str, tuple[int | None, int | None]] | None = None,
         pool: ControlSet | None = None,
+        held_out: ControlSet | None = None,
+        every: int = 10,
     ) -> None:
         super().__init__()
         if not isinstance(control, ControlSet):
@@ -147,14 +156,18 @@ class TokenKL(LogitKL):
         self._find_ways()
         if noise_floor:
             self.noise_floor = self._measured(self._measure_noise)
-        self.pool = None if pool is None else self._on(checked_pool(pool, control, self._vocabulary))
+        self.every = checked_every(every)
+        if pool is not None:
+            self.pool = self._on(checked_apart("pool", pool, control, self._vocabulary))
+        if held_out is not None:
+            self.held_out = self._on(checked_apart("held_out", held_out, control, self._vocabulary, pool))
 
     def _on(self, prompts: ControlSet) -> TokenKL:
         """Read the same model in the same way on other prompts."""
         other = copy.copy(self)
         other.control, other.prompts, other.members = prompts, len(prompts), dict(prompts.slices)
         other._prompt_of_row, other.spans = prompts.prompt_of_row, self._spans_of(prompts)
-        other._reference = other._origin = other.pool = None
+        other._reference = other._origin = other.pool = other.held_out = None
         other.sharded, other._idle_forwards, other._scratch = False, 0, Scratch()
         other._shared, other._layout = 0, Layout.of(prompts, self._at_once)
         other._measured(lambda: read_checked(self._reading, prompts, other._layout.batches[0]))  # the longest
@@ -249,8 +262,8 @@ class TokenKL(LogitKL):
         """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
         if audit is None and self._structure() != self._modules:  # adapters were added, say, or the head is trained now
             self._find_ways()
-            if isinstance(self.pool, TokenKL):
-                self.pool._head(live=False)  # a head that is trained from now on is copied for the pool's pi_ref
+            for other in self._others.values():
+                other._head(live=False)  # a head that is trained from now on is copied for their pi_ref
         super().anchor(audit)
 
     def _fall_back(self, why: str | None) -> None:

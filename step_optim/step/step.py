@@ -19,6 +19,7 @@ from step_optim.snapshot.snapshot import Snapshot
 from step_optim.snapshot.weights import Update
 from step_optim.step.auditor import Auditor
 from step_optim.step.clock import Clock
+from step_optim.step.held_out import HeldOut
 from step_optim.step.kept import kept
 from step_optim.step.measurable import below_noise
 from step_optim.step.progress import Run
@@ -65,6 +66,7 @@ class Step:
         self._may_wait = may_wait and kl.takes_any_weights and ranks.size == 1
         self.clock = Clock()
         self.auditor = Auditor(kl, run.budget, run.progress.step, snapshot, ranks)
+        self._held_out = HeldOut(kl, run.progress.step, snapshot, ranks)
         self.lr: tuple[float, ...] = ()
         self.scale = run.progress.scale if run.adaptive_rate else 1.0
         self.pull: Mapping[str, float] = {}
@@ -114,6 +116,8 @@ class Step:
             with self.clock("audit"), self.ranks.together():
                 kl.anchor()
             run.drift = None
+        with self.clock("audit"):
+            self._held_out.begin()
         run.modules = kl.used or run.modules
         with self.clock("snapshot"):
             self.snapshot.capture_rest(run.modules)
@@ -226,6 +230,9 @@ class Step:
             self.run.drift = outcome.point.drift
         realised, progress = kept(outcome, candidate, self.snapshot, self.ranks, one_gradient=self._one_gradient)
         record = decided(self._measurements(), outcome, candidate, realised, progress, self._drift())
+        with self.clock("audit"):
+            record = self._held_out.noted(record)
+        self.run.warned.of_generalisation(record, self.kl)
         self.ranks.exchange(None)  # it stands on every rank, or on none
         self.record = record
 

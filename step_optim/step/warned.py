@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from torch.optim import Optimizer
@@ -12,6 +13,11 @@ from step_optim.movement import Movement
 from step_optim.step.fixed_reference import FixedReference
 from step_optim.step.measurable import below_noise, few_prompts
 from step_optim.step.stall import Stall
+from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.summary import NORMAL_95
+
+CARRIES = 1.5
+"""Held-out over control movement above which the figures are said not to carry."""
 
 
 class Warned:
@@ -22,6 +28,7 @@ class Warned:
         self.of_noise = False
         """Whether a budget is below the audit's noise, and that was said."""
         self._few: set[str] = set()
+        self._generalisation: set[str] = set()
         self._methods: set[str] = set()
         self._no_gradient = False
 
@@ -73,6 +80,22 @@ class Warned:
                 f"drift begins anew there, though the policy has drifted {drift.mean:.3g} nats per token already; "
                 "lower the cap by as much, if it is meant from where training began",
                 stacklevel=3,
+            )
+
+    def of_generalisation(self, record: StepRecord, kl: KLClosure) -> None:
+        """Held-out prompts moved more than those that judge."""
+        for name, what in (("step", "moved"), ("drift", "drifted")):
+            ratio, error = record.generalisation.get(name, 0.0), record.generalisation.get(f"{name}_error", 0.0)
+            if ratio <= CARRIES or name in self._generalisation:
+                continue
+            self._generalisation.add(name)
+            low, high = (ratio * math.exp(sign * NORMAL_95 * error) for sign in (-1, 1))
+            pool = "" if getattr(kl, "pool", None) is not None else ", and under Steer a pool of other prompts (pool=)"
+            warnings.warn(
+                f"held-out prompts {what} {ratio:.2g} times as far as the control set (95 % interval {low:.2g} to "
+                f"{high:.2g}): budgets on the control set do not carry to prompts like these. Give the control set "
+                f"more prompts of their kinds (optimizer.last.accepted.precision tells how many){pool}",
+                stacklevel=2,
             )
 
     def of_stall(self, stall: Stall) -> None:

@@ -11,7 +11,16 @@ from step_optim.controllers.base import Action
 from step_optim.limits import Limits
 from step_optim.movement import Movement
 
-MAPPINGS = ("candidate_bounds", "accepted_bounds", "layers", "projection", "steering", "pull", "seconds")
+MAPPINGS = (
+    "candidate_bounds",
+    "accepted_bounds",
+    "layers",
+    "projection",
+    "steering",
+    "pull",
+    "generalisation",
+    "seconds",
+)
 """Fields of a record that are numbers by name."""
 
 
@@ -86,6 +95,13 @@ class StepRecord:
     """Movement of the candidate from pi_ref; None if no cap is finite."""
     reference_drift: Movement | None = None
     """Movement of the committed policy from pi_ref; None if the KL closure does not measure it."""
+    held_out: Movement | None = None
+    """Movement on the held-out prompts, which decide nothing; None in steps that do not measure it."""
+    held_out_drift: Movement | None = None
+    """Drift from pi_ref there."""
+    generalisation: Mapping[str, float] = field(default_factory=dict)
+    """Held-out over control: ``step`` the ratio of the movements, ``drift`` that of the drifts; ``step_error`` and
+    ``drift_error`` the standard errors of their logarithms, from the spread over prompts. 1 if the figures carry."""
     update_norm: float = 0.0
     """L2 norm of candidate - previous weights."""
     lr: tuple[float, ...] = ()
@@ -149,7 +165,7 @@ class StepRecord:
             TrialRecord(_float(trial["alpha"]), _movement(trial["movement"]), trial["feasible"])
             for trial in values.get("trials", ())
         )
-        for name in ("previous_drift", "candidate_drift", "reference_drift"):
+        for name in ("previous_drift", "candidate_drift", "reference_drift", "held_out", "held_out_drift"):
             values[name] = None if values.get(name) is None else _movement(values[name])
         for name in ("alpha", "alpha_realised", "progress", "update_norm", "reward"):
             values[name] = _float(values.get(name))
