@@ -174,24 +174,24 @@ class STEPOptimizer(OptimizerWrapper):
         """The record of the latest step; None before the first."""
         return self._run.progress.last
 
-    def bind(self, kl: KLClosure | Callable[[], Any]) -> None:
-        """Set the KL closure: later than the optimizer under PEFT, DDP and FSDP, or again after a refresh.
+    def bind(self, kl: KLClosure | Callable[[], Any], *, origin: str | None = None) -> None:
+        """Set the KL closure: later than the optimizer under PEFT, DDP and FSDP; or another one, for other prompts.
+
+        Args:
+            kl: the KL closure.
+            origin: what becomes of pi_ref, from which drift is measured. ``"keep"``: it stays the policy at the start
+                of the run, if that is known on these prompts. ``"adapter_off"``: PEFT's base model. ``"now"``: the
+                policy at the next step. By default what the closure brings along, else the policy at the next step,
+                with a warning where a cap on the drift begins anew.
 
         Raises:
-            ValueError: it does not fit the budget, the controller or the parameters.
+            ValueError: it does not fit the budget, the controller or the parameters; a pi_ref that is not known.
         """
         self._refuse_inside_window("bind()")
         closure = as_kl(kl)
         controller = self._for(self.budget, closure)
         self._check(closure, controller)
-        closure.load_state_dict(self._run.kl_state)
-        if self._run.kl is not None and closure is not self._run.kl:
-            self.controller.forget_reference(self._run.memory)
-            self._run.warned.of_another_origin(self.budget, closure, self._run.drift)
-        self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
-        self._run.controller = controller
-        self._run.warned.fixed.forget(closure)
-        self._run.warned.of_budget(self.budget, closure)
+        self._run.take(closure, controller, origin)
 
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""

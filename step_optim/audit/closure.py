@@ -168,6 +168,18 @@ class KLClosure(ABC):
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
 
+    def take_origin(self) -> None:
+        """Take the policy of the current weights as pi_ref; the reference stays what it is.
+
+        Raises:
+            NotImplementedError: this closure has no pi_ref.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no pi_ref")
+
+    def take_origin_from(self, other: KLClosure) -> bool:
+        """Take what another closure's pi_ref says on the prompts of this one; whether it is known there."""
+        return False
+
     def forget_attributes(self) -> None:
         """Read modules with the attributes that they have at the next measurement, and from then on."""
 

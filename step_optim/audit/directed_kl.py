@@ -59,6 +59,12 @@ class DirectedKL(ReferenceKL):
         for other in self._others.values():
             other.forget_origin()
 
+    def take_origin(self) -> None:
+        """Take the policy of the current weights as pi_ref, also on the pool and the held-out prompts."""
+        super().take_origin()
+        for other in self._others.values():
+            other.take_origin()
+
     @property
     def _others(self) -> dict[str, DirectedKL]:
         """What measures the same policy on other prompts, by its name in a checkpoint."""

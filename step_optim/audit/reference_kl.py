@@ -170,6 +170,10 @@ class ReferenceKL(KLClosure):
         """Let the next reference be pi_ref."""
         self._origin = None
 
+    def take_origin(self) -> None:
+        """Take the policy of the current weights as pi_ref; the reference stays what it is."""
+        self._origin = self._measured(self._policy)
+
     def forget_attributes(self) -> None:
         """Take the modules' attributes as they are at the next measurement for settings of the user's."""
         self._state.forget()

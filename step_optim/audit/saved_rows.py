@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from step_optim.audit.rows import Head, Rows
+from step_optim.control.control_set import ControlSet
 
 
 def state_of_rows(policy: Rows, live: Head | None) -> dict[str, Any]:
@@ -43,6 +45,29 @@ def rows_from_state(state: Mapping[str, Any], live: Head | None, prompt_of_row: 
     if x.shape != shape:
         raise ValueError(f"the checkpoint's pi_ref has the shape {tuple(x.shape)}, not {shape}, [response token, D]")
     return Rows(x, head)
+
+
+def rows_of_texts(control: ControlSet, known: Iterable[tuple[ControlSet, Tensor]]) -> Tensor | None:
+    """Find a policy's rows on some prompts among those on others.
+
+    Args:
+        control: prompts with their responses, R' tokens.
+        known: further ones, with the rows [R, D] of their tokens.
+
+    Returns:
+        [R', D]; None if a prompt, with its response, is in none of them.
+    """
+    places: dict[Any, Tensor] = {}
+    for others, x in known:
+        rows: Sequence[Tensor] = x.split(others.response_lengths)  # type: ignore[no-untyped-call]
+        places |= {_text(others, i): part for i, part in enumerate(rows)}
+    found = [places.get(_text(control, i)) for i in range(len(control))]
+    kept = [part for part in found if part is not None]
+    return torch.cat(kept) if len(kept) == len(found) else None
+
+
+def _text(control: ControlSet, i: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(control.prompts[i].tolist()), tuple(control.responses[i].tolist())
 
 
 def _shapes(head: Head) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from step_optim.audit.batches import Layout, Shard, micro_batch_of, prefix_of
-from step_optim.audit.closure import Audit, Draw
+from step_optim.audit.closure import Audit, Draw, KLClosure
 from step_optim.audit.draws import checked_apart, checked_every
 from step_optim.audit.language_models import (
     check_audit_dtype,
@@ -28,7 +28,7 @@ from step_optim.audit.noise import NoiseFloor, is_narrow, moved_away, narrowest,
 from step_optim.audit.readable import read_checked
 from step_optim.audit.reader import Reading
 from step_optim.audit.rows import Head, Rows, Scratch
-from step_optim.audit.saved_rows import rows_from_state, state_of_rows
+from step_optim.audit.saved_rows import rows_from_state, rows_of_texts, state_of_rows
 from step_optim.audit.shortcuts import Ways, find_ways
 from step_optim.audit.spans import Span, checked_spans, find_spans
 from step_optim.control.control_set import ControlSet
@@ -360,6 +360,27 @@ class TokenKL(LogitKL):
                 + (", and every process with the checkpoint that it saved itself" if self.sharded else "")
             )
         return rows_from_state(state, self._head(live=True), self._prompt_of_row, self._vocabulary)
+
+    def take_origin_from(self, other: KLClosure) -> bool:
+        """Take over pi_ref of another `TokenKL` of this model, whose sets have all prompts of this one's."""
+        if not isinstance(other, TokenKL) or other.model is not self.model or other.readout != self.readout:
+            return False
+        if not other.has_origin:
+            return False
+        known = [(part.control, part._origin.x) for part in other._parts if part.has_origin]
+        found = [rows_of_texts(part.control, known) for part in self._parts]
+        if any(x is None for x in found):
+            return False
+        head = other._origin.head
+        for part, x in zip(self._parts, found, strict=True):
+            assert x is not None
+            part._origin = Rows(x, self._head(live=True) if head is other._live_head else head)
+        return True
+
+    @property
+    def _parts(self) -> list[TokenKL]:
+        """This closure and those on other prompts that belong to it."""
+        return [self, *(other for other in self._others.values() if isinstance(other, TokenKL))]
 
     def __repr__(self) -> str:
         return (

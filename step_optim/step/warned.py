@@ -77,9 +77,9 @@ class Warned:
         if budget.caps_drift and drift is not None and not kl.has_origin:
             warnings.warn(
                 f"bind(): {type(kl).__name__} has no pi_ref yet, and takes the policy at the next step. The cap on the "
-                f"drift begins anew there, though the policy has drifted {drift.mean:.3g} nats per token already; "
-                "lower the cap by as much, if it is meant from where training began",
-                stacklevel=3,
+                f"drift begins anew there, though the policy has drifted {drift.mean:.3g} nats per token already. Say "
+                "what is meant, bind(kl, origin='keep'), 'adapter_off' or 'now'; or lower the cap by as much",
+                stacklevel=4,
             )
 
     def of_generalisation(self, record: StepRecord, kl: KLClosure) -> None:
