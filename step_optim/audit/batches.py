@@ -85,6 +85,12 @@ def worth_sharing(control: ControlSet, prefix: int) -> bool:
     return prefix * (len(control) - 1) >= WORTH_A_FORWARD.get(control.device.type, WORTH_A_FORWARD["cuda"])
 
 
+def prefix_of(control: ControlSet, wanted: bool | None) -> int:
+    """Read the argument ``prefix=``: how many tokens are run once for all; None shares them if it is worth it."""
+    shared = shared_prefix(control)
+    return shared if wanted or (wanted is None and worth_sharing(control, shared)) else 0
+
+
 def _batches(control: ControlSet, micro_batch: int, prefix: int) -> Iterator[Batch]:
     first_row = [0]
     for response in control.responses:

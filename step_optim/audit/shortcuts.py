@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,51 @@ PREFIX_TOLERANCE = 1e-4
 
 CAUSAL = 1e-6
 """The same with another last token: a causal model computes the very same, whatever it computes in."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How the rows of a control set are read; `Reading.readout` says what is read of them."""
+
+    layout: Layout
+
+    at_once: int
+    """Prompts of a micro-batch."""
+
+    fallbacks: tuple[str, ...]
+    """Which of the short ways the model does not allow, and why."""
+
+
+def find_ways(reading: Reading, control: ControlSet, micro_batch: int, prefix: int, *, alone: bool) -> Ways:
+    """Find the shortest way to read a control set that agrees with the model's own logits of each prompt alone.
+
+    Args:
+        reading: how the model is read; its readout is set.
+        control: the prompts.
+        micro_batch: how many are read at once, if that makes no difference.
+        prefix: the tokens that are run once for all, likewise.
+        alone: whether prompts may be read alone, for comparison.
+
+    Raises:
+        ValueError: the model is not causal.
+    """
+    layout = Layout.of(control, micro_batch)
+    shortest = layout.batches[-1]
+    truth = reading.rows(shortest, readout="full")
+    check_causality(reading, control, shortest, truth)
+    shortcuts = Shortcuts(reading, control)
+    found = [reading.find_readout(shortest, truth)]
+    apart = shortcuts.beside_others(layout) if alone else None
+    if apart is not None:
+        found.append(f"{apart}: each is read alone")
+        micro_batch = 1
+        layout = Layout.of(control, micro_batch)
+    if prefix:
+        cut = Layout.of(control, micro_batch, prefix)
+        why = shortcuts.behind(cut)
+        found.append(why and f"the {prefix} shared tokens run in every prompt: {why}")
+        layout = cut if why is None else layout
+    return Ways(layout, micro_batch, tuple(why for why in found if why is not None))
 
 
 class Shortcuts:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from step_optim.audit.batches import Layout, Shard, micro_batch_of, shared_prefix, worth_sharing
+from step_optim.audit.batches import Layout, Shard, micro_batch_of, prefix_of
 from step_optim.audit.closure import Audit, Draw
 from step_optim.audit.draws import checked_pool
 from step_optim.audit.language_models import (
@@ -27,7 +27,8 @@ from step_optim.audit.noise import NoiseFloor, is_narrow, moved_away, narrowest,
 from step_optim.audit.readable import read_checked
 from step_optim.audit.reader import Reading
 from step_optim.audit.rows import Head, Rows, Scratch
-from step_optim.audit.shortcuts import Shortcuts, check_causality
+from step_optim.audit.saved_rows import rows_from_state, state_of_rows
+from step_optim.audit.shortcuts import Ways, find_ways
 from step_optim.control.control_set import ControlSet
 from step_optim.host.modules import has_fsdp, reshard
 from step_optim.movement import Movement
@@ -128,7 +129,7 @@ class TokenKL(LogitKL):
         self._prompt_of_row = self.control.prompt_of_row
         self.fallbacks: tuple[str, ...] = ()
         """Which of the short ways this model does not allow, and why."""
-        self._micro_batch, self._shared = micro_batch, self._wanted_prefix(control, prefix)
+        self._micro_batch, self._shared = micro_batch, prefix_of(control, prefix)
         self._reading = Reading(model, audit_dtype, self._state)
         self._layout = Layout.of(self.control, micro_batch)
         self._measured(self._first_forward)
@@ -163,11 +164,6 @@ class TokenKL(LogitKL):
             for rows, x in self._batches(layout=layout):
                 yield own[rows], x
 
-    @staticmethod
-    def _wanted_prefix(control: ControlSet, prefix: bool | None) -> int:
-        shared = shared_prefix(control)
-        return shared if prefix or (prefix is None and worth_sharing(control, shared)) else 0
-
     @property
     def reduces_gradients(self) -> bool:  # type: ignore[override]
         """Whether FSDP2 shards the model, and every process measures the same prompts."""
@@ -196,34 +192,23 @@ class TokenKL(LogitKL):
 
     def _find_ways(self) -> None:
         """Find the shortest way to read the model that agrees with its own logits, wherever training may lead it."""
-        self.fallbacks, self._modules = (), self._structure()
+        self._modules = self._structure()
         moved = {} if self._reading.sharded else moved_away(self._moving)
         self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
-        self._measured(lambda: self._compare_ways(moved))
+        ways = self._measured(lambda: self._ways(moved))
+        self._layout, self._at_once, self.fallbacks = ways.layout, ways.at_once, ways.fallbacks
+        for why in ways.fallbacks:
+            LOGGER.info("TokenKL(%s): %s", type(self.model).__name__, why)
+
+    def _ways(self, moved: Mapping[int, Tensor]) -> Ways:
+        with self._reading.cast(moved):
+            alone = not (self.sharded and self._reading.sharded)  # all processes make as many forwards
+            return find_ways(self._reading, self.control, self._micro_batch, self._shared, alone=alone)
 
     @property
     def _moving(self) -> list[Tensor]:
         """What training will move, but for weights that forwards write: a stand-in would be written over and over."""
         return trained_weights(p for p in self.model.parameters() if not self._state.writes(p))
-
-    def _compare_ways(self, moved: Mapping[int, Tensor]) -> None:
-        reading, control = self._reading, self.control
-        layout = Layout.of(control, self._micro_batch)
-        with reading.cast(moved):
-            shortest = layout.batches[-1]
-            truth = reading.rows(shortest, readout="full")
-            check_causality(reading, control, shortest, truth)
-            self._fall_back(reading.find_readout(shortest, truth))
-            shortcuts = Shortcuts(reading, control)
-            why = None if self.sharded and reading.sharded else shortcuts.beside_others(layout)
-            self._fall_back(why and f"{why}: each is read alone")
-            size = self._at_once = self._micro_batch if why is None else 1
-            self._layout = layout if why is None else Layout.of(control, size)
-            if self._shared:
-                cut = Layout.of(control, size, self._shared)
-                why = shortcuts.behind(cut)
-                self._fall_back(why and f"the {self._shared} shared tokens run in every prompt: {why}")
-                self._layout = self._layout if why is not None else cut
 
     def _structure(self) -> list[int]:
         """What the comparison of ways holds for: modules, and what is trained."""
@@ -239,11 +224,6 @@ class TokenKL(LogitKL):
             if isinstance(self.pool, TokenKL):
                 self.pool._head(live=False)  # a head that is trained from now on is copied for the pool's pi_ref
         super().anchor(audit)
-
-    def _fall_back(self, why: str | None) -> None:
-        if why is not None:
-            self.fallbacks += (why,)
-            LOGGER.info("TokenKL(%s): %s", type(self.model).__name__, why)
 
     def _measure_noise(self) -> NoiseFloor | None:
         here = self._policy()
@@ -349,11 +329,8 @@ class TokenKL(LogitKL):
         """
         if self._origin is None:
             return {}
-        state = {"control": self.control.digest, "x": self._origin.x} | self._more_state()
-        head = self._origin.head
-        if head is None or head is self._live_head:
-            return state
-        return state | {"weight": head.weight, "bias": head.bias}
+        origin = state_of_rows(self._origin, self._live_head)
+        return {"control": self.control.digest} | origin | self._more_state()
 
     def _read_origin(self, state: Mapping[str, Any]) -> Rows:
         if state["control"] != self.control.digest:
@@ -362,19 +339,7 @@ class TokenKL(LogitKL):
                 "saved it (control.save, ControlSet.load)"
                 + (", and every process with the checkpoint that it saved itself" if self.sharded else "")
             )
-        head = self._head(live=True)
-        x = state["x"].to(self.control.device)
-        shape = self.control.response_tokens, self._vocabulary if head is None else head.weight.shape[1]
-        if head is not None and not state.keys().isdisjoint(("weight", "bias")):
-            saved = Head(state["weight"].to(x.device), None if state["bias"] is None else state["bias"].to(x.device))
-            if _shapes(saved) != _shapes(head):
-                raise ValueError(f"the checkpoint's pi_ref has a head of shapes {_shapes(saved)}, not {_shapes(head)}")
-            head = saved
-        if x.shape != shape:
-            raise ValueError(
-                f"the checkpoint's pi_ref has the shape {tuple(x.shape)}, not {shape}, [response token, D]"
-            )
-        return Rows(x, head)
+        return rows_from_state(state, self._head(live=True), self._prompt_of_row, self._vocabulary)
 
     def __repr__(self) -> str:
         return (
@@ -382,7 +347,3 @@ class TokenKL(LogitKL):
             f"response tokens, slices={list(self.members)}, readout={self.readout!r}, "
             f"prefix_tokens={self.prefix_tokens})"
         )
-
-
-def _shapes(head: Head) -> list[tuple[int, ...]]:
-    return [tuple(part.shape) for part in (head.weight, head.bias) if part is not None]
