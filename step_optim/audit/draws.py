@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain, zip_longest
 
-from step_optim.control.control_set import ControlSet
+from step_optim.control.control_set import ControlBatches, ControlSet
 
 
 def checked_pool(pool: ControlSet, control: ControlSet, vocabulary: int) -> ControlSet:
@@ -18,19 +18,29 @@ def checked_pool(pool: ControlSet, control: ControlSet, vocabulary: int) -> Cont
     """
     if not isinstance(pool, ControlSet):
         raise TypeError(f"pool={pool!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
+    if isinstance(pool, ControlBatches) != isinstance(control, ControlBatches):
+        raise TypeError(f"pool={pool!r} and control={control!r}: give both as batches, or both as prompts")
     if pool.device != control.device:
         raise ValueError(f"the pool is on {pool.device}, the control set on {control.device}; use pool.to(...)")
-    pool.check_vocabulary(vocabulary)
+    if not isinstance(pool, ControlBatches):  # their ids are perhaps no tokens that the model has logits of
+        pool.check_vocabulary(vocabulary)
     pool.check_responses(vocabulary)
-    judged = {tuple(prompt.tolist()): i for i, prompt in enumerate(control.prompts)}
-    for i, prompt in enumerate(pool.prompts):
-        j = judged.get(tuple(prompt.tolist()))
+    judged = {key: i for i, key in enumerate(_keys(control, control))}
+    for i, key in enumerate(_keys(pool, control)):
+        j = judged.get(key)
         if j is not None:
             raise ValueError(
                 f"prompt {i} of the pool is prompt {j} of the control set: who is steered by a prompt cannot be judged "
                 "by it. Take it out of one of them; ControlSet.split makes disjoint sets"
             )
     return pool
+
+
+def _keys(prompts: ControlSet, control: ControlSet) -> list[Hashable]:
+    """What each prompt is told by, to be compared with those of a control set."""
+    if isinstance(prompts, ControlBatches) and isinstance(control, ControlBatches):
+        return [*prompts.keys(shift=control.shift)]
+    return [tuple(prompt.tolist()) for prompt in prompts.prompts]
 
 
 def drawn(prompts: Sequence[int], slices: Sequence[Sequence[int]], count: int, turn: int) -> list[int]:
