@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
-from step_optim.control.control_set import ControlSet
+from step_optim.control.control_set import ControlBatches, ControlSet
 
 CALLED = {"pool": "the pool", "held_out": "the held-out set"}
 """In words."""
@@ -37,9 +37,12 @@ def checked_apart(
     """
     if not isinstance(given, ControlSet):
         raise TypeError(f"{name}={given!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
+    if isinstance(given, ControlBatches) != isinstance(control, ControlBatches):
+        raise TypeError(f"{name}={given!r} and control={control!r}: give both as batches, or both as prompts")
     if given.device != control.device:
         raise ValueError(f"{name} is on {given.device}, the control set on {control.device}; use {name}.to(...)")
-    given.check_vocabulary(vocabulary)
+    if not isinstance(given, ControlBatches):  # their ids are perhaps no tokens that the model has logits of
+        given.check_vocabulary(vocabulary)
     given.check_responses(vocabulary)
     _check_disjoint(name, given, "the control set", control)
     for other in others:
@@ -49,9 +52,9 @@ def checked_apart(
 
 
 def _check_disjoint(name: str, given: ControlSet, other: str, known: ControlSet) -> None:
-    places = {tuple(prompt.tolist()): j for j, prompt in enumerate(known.prompts)}
-    for i, prompt in enumerate(given.prompts):
-        j = places.get(tuple(prompt.tolist()))
+    places = {key: j for j, key in enumerate(_keys(known, known))}
+    for i, key in enumerate(_keys(given, known)):
+        j = places.get(key)
         if j is not None:
             raise ValueError(
                 f"prompt {i} of {CALLED[name]} is prompt {j} of {other}: {WHY[name]}. Take it out of one of them; "
@@ -68,6 +71,13 @@ def checked_every(every: Any) -> int:
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every!r} must be a whole number of steps, at least 1")
     return every
+
+
+def _keys(prompts: ControlSet, control: ControlSet) -> list[Hashable]:
+    """What each prompt is told by, to be compared with those of a control set."""
+    if isinstance(prompts, ControlBatches) and isinstance(control, ControlBatches):
+        return [*prompts.keys(shift=control.shift)]
+    return [tuple(prompt.tolist()) for prompt in prompts.prompts]
 
 
 def drawn(prompts: Sequence[int], slices: Sequence[Sequence[int]], count: int, turn: int) -> list[int]:

@@ -71,13 +71,21 @@ def check_causal(model: nn.Module) -> None:
     """Refuse a model that says itself that it is no causal language model.
 
     Raises:
-        ValueError: an encoder-decoder; weights that do not exist before the first forward.
+        ValueError: an encoder-decoder.
     """
     if getattr(getattr(unwrapped(plain(model)), "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder; TokenKL reads causal language models, in which one "
-            "sequence holds prompt and response. Use PolicyKL over its logits [N, A] at fixed decoder inputs"
+            f"{type(model).__name__} is an encoder-decoder, and a control set of prompts and responses is one sequence "
+            "each, for causal language models. Give it the batches that it takes: ControlSet.from_batches"
         )
+
+
+def check_shapes_known(model: nn.Module) -> None:
+    """Refuse weights that do not exist before the first forward.
+
+    Raises:
+        ValueError: there are some.
+    """
     lazy = next((name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
     if lazy is not None:
         raise ValueError(f"the parameter {lazy!r} gets its shape in the first forward; run one before TokenKL is made")
@@ -92,12 +100,7 @@ def logits_of(out: Any, ids: Tensor) -> Tensor:
     Raises:
         ValueError: there are none; fewer positions than tokens; one token to choose from.
     """
-    logits = getattr(out, "logits", out)
-    if isinstance(out, Mapping) and "logits" in out:
-        logits = out["logits"]
-    if isinstance(logits, (tuple, list)):
-        fitting = (part for part in logits if isinstance(part, Tensor) and part.dim() == 3)
-        logits = next((part for part in fitting if part.shape[0] == len(ids)), logits)
+    logits = found_logits(out, len(ids))
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"the model returned {type(out).__name__} without logits; TokenKL needs a causal language model (with its "
@@ -119,6 +122,17 @@ def logits_of(out: Any, ids: Tensor) -> Tensor:
             "the model returned one logit a token, as reward models do: with one token to choose from there is one "
             "policy, and every movement would read 0. Pass the model that generates"
         )
+    return logits
+
+
+def found_logits(out: Any, rows: int) -> Any:
+    """What may be the logits in what a model returned for ``rows`` sequences."""
+    logits = getattr(out, "logits", out)
+    if isinstance(out, Mapping) and "logits" in out:
+        logits = out["logits"]
+    if isinstance(logits, (tuple, list)):
+        fitting = (part for part in logits if isinstance(part, Tensor) and part.dim() == 3)
+        logits = next((part for part in fitting if part.shape[0] == rows), logits)
     return logits
 
 

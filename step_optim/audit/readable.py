@@ -7,7 +7,11 @@ from torch import Tensor, nn
 
 from step_optim.audit.batches import Batch
 from step_optim.audit.reader import Reading
-from step_optim.control.control_set import ControlSet
+from step_optim.control.control_set import ControlBatches, ControlSet
+from step_optim.control.given import GivenBatch
+
+READING_FAILS = (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, LookupError)
+"""What a forward raises that cannot read a batch."""
 
 
 def read_checked(reading: Reading, control: ControlSet, batch: Batch) -> Tensor:
@@ -16,19 +20,34 @@ def read_checked(reading: Reading, control: ControlSet, batch: Batch) -> Tensor:
     Raises:
         ValueError: it cannot read the batch; with the reason and the remedy.
     """
-    model = reading.model
     try:
         return reading.rows(batch, readout="full")
-    except IndexError as error:
-        raise ValueError(_why_unreadable(model, control, error)) from error
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"TokenKL cannot read {type(model).__name__} ({type(error).__name__}: {error}). It needs a causal "
-            "language model: model(input_ids) -> logits [batch, tokens, vocabulary]. Wrap the model in a module "
-            "whose forward takes token ids alone, or use PolicyKL"
-        ) from error
+    except READING_FAILS as error:
+        raise ValueError(_why(reading.model, control, batch, error)) from error
+
+
+def _why(model: nn.Module, control: ControlSet, batch: Batch, error: Exception) -> str:
+    if batch.given is not None and isinstance(control, ControlBatches):
+        return (
+            f"TokenKL cannot read {type(model).__name__} on batch {_number(control, batch.given)} "
+            f"({type(error).__name__}: {error}). It calls model(**batch) without the labels; the batch has "
+            f"{sorted(batch.given.arguments)}. Give batches that the model takes: no other arguments, no ids outside "
+            "its vocabulary, no more tokens than it reads"
+        )
+    if isinstance(error, IndexError):
+        return _why_unreadable(model, control, error)
+    return (
+        f"TokenKL cannot read {type(model).__name__} ({type(error).__name__}: {error}). It needs a causal "
+        "language model: model(input_ids) -> logits [batch, tokens, vocabulary]. Wrap the model in a module "
+        "whose forward takes token ids alone, give it the batches that it takes (ControlSet.from_batches), or use "
+        "PolicyKL"
+    )
+
+
+def _number(control: ControlBatches, batch: GivenBatch) -> int:
+    return next(number for number, each in enumerate(control.batches) if each is batch)
 
 
 def _why_unreadable(model: nn.Module, control: ControlSet, error: IndexError) -> str:

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from step_optim.audit.batches import Batch
+from step_optim.audit.given_models import logits_beside
 from step_optim.audit.language_models import accepted_arguments, logits_of, output_head
 from step_optim.audit.rows import Head
 from step_optim.host.modules import has_fsdp, plain, reshard
@@ -103,31 +104,44 @@ class Reading:
             probe: hidden states to put in the place of the model's own.
         """
         readout = readout or self.readout
-        options: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": False}
-        if past is not None:
-            options |= {"past_key_values": _fork(past, len(batch.ids)), "use_cache": True}
         width = batch.ids.shape[1]
         with self._mode():
             if readout == "full":
-                logits = logits_of(self._forward(batch.ids, **options), batch.ids)[:, -width:]
+                out = self._call(batch, past)
+                logits = logits_of(out, batch.ids)[:, -width:] if batch.given is None else logits_beside(out, batch.ids)
                 return rearrange(logits, "b t v -> (b t) v")[batch.positions]
             one = readout == "hidden"
             with _head_on_rows(output_head(self.model), batch.positions, width, one=one, probe=probe) as tap:
-                out = self._forward(batch.ids, **options)
+                out = self._call(batch, past)
             return tap.hidden if one else logits_of(out, batch.positions[None, :0])[0]
+
+    def _call(self, batch: Batch, past: Any) -> Any:
+        if batch.given is not None:
+            return self._forward(given=self._as_cast(batch.given.arguments), use_cache=False)
+        options: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": False}
+        if past is not None:
+            options |= {"past_key_values": _fork(past, len(batch.ids)), "use_cache": True}
+        return self._forward(batch.ids, **options)
 
     def _mode(self) -> AbstractContextManager[Any]:
         # Not inference_mode(False), which switches autograd on.
         return torch.inference_mode() if self._inference and not torch.is_grad_enabled() else nullcontext()
 
-    def _forward(self, ids: Tensor, **options: Any) -> Any:
+    def _as_cast(self, arguments: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Pictures and sound in the dtype that weights are cast to."""
+        dtype = self.dtype
+        if dtype is None:
+            return arguments
+        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in arguments.items()}
+
+    def _forward(self, *ids: Tensor, given: Mapping[str, Tensor] | None = None, **options: Any) -> Any:
         self._state.reset()
         while True:
-            given = {name: value for name, value in options.items() if name in self._arguments}
+            taken = {name: value for name, value in options.items() if name in self._arguments}
             try:
-                return plain(self.model)(ids, **given)
+                return plain(self.model)(*ids, **(given or {}), **taken)
             except TypeError as error:  # a signature with **kwargs promises what the model inside may not take
-                refused = [name for name in given if f"unexpected keyword argument '{name}'" in str(error)]
+                refused = [name for name in taken if f"unexpected keyword argument '{name}'" in str(error)]
                 if not refused:
                     raise
                 self._arguments.remove(refused[0])

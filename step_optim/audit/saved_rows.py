@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from step_optim.audit.rows import Head, Rows
-from step_optim.control.control_set import ControlSet
+from step_optim.control.control_set import ControlBatches, ControlSet
 
 
 def state_of_rows(policy: Rows, live: Head | None) -> dict[str, Any]:
@@ -60,14 +60,18 @@ def rows_of_texts(control: ControlSet, known: Iterable[tuple[ControlSet, Tensor]
     places: dict[Any, Tensor] = {}
     for others, x in known:
         rows: Sequence[Tensor] = x.split(others.response_lengths)  # type: ignore[no-untyped-call]
-        places |= {_text(others, i): part for i, part in enumerate(rows)}
-    found = [places.get(_text(control, i)) for i in range(len(control))]
+        places |= dict(zip(_texts(others), rows, strict=True))
+    found = [places.get(text) for text in _texts(control)]
     kept = [part for part in found if part is not None]
     return torch.cat(kept) if len(kept) == len(found) else None
 
 
-def _text(control: ControlSet, i: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(control.prompts[i].tolist()), tuple(control.responses[i].tolist())
+def _texts(control: ControlSet) -> list[Hashable]:
+    """What each prompt with its response is known by."""
+    responses = [tuple(response.tolist()) for response in control.responses]
+    if isinstance(control, ControlBatches):  # pictures are no tokens
+        return list(zip(control.keys(shift=control.shift), responses, strict=True))
+    return [(tuple(p.tolist()), response) for p, response in zip(control.prompts, responses, strict=True)]
 
 
 def _shapes(head: Head) -> list[tuple[int, ...]]:

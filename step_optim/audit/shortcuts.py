@@ -146,10 +146,15 @@ def check_causality(reading: Reading, control: ControlSet, batch: Batch, truth: 
     a, b = known[0], known[-1] if len(known) > 1 else max(known[0] - 1, 0)
     ids, last = batch.ids.clone(), batch.mask.sum(1, keepdim=True) - 1
     ids.scatter_(1, last, torch.where(ids.gather(1, last) == a, b, a))
-    changed, again = (reading.rows(each, readout="full") for each in (replace(batch, ids=ids), batch))
-    if difference(again, truth) == 0 and difference(changed, truth) > CAUSAL:  # random numbers are another fault
+    if looks_ahead(reading, replace(batch, ids=ids), batch, truth):
         raise ValueError(
             f"{type(reading.model).__name__} is no causal language model: its logits at a token depend on later tokens "
-            "(a masked language model, an encoder?). TokenKL needs a causal one; for others use PolicyKL over their "
-            "logits [N, A]"
+            "(a masked language model, an encoder?). A control set of prompts and responses needs a causal one; for "
+            "others give the batches that they take, ControlSet.from_batches"
         )
+
+
+def looks_ahead(reading: Reading, changed: Batch, batch: Batch, truth: Tensor) -> bool:
+    """Whether a batch has other logits than ``truth`` where later tokens are others, and none where they are not."""
+    there, again = (reading.rows(each, readout="full") for each in (changed, batch))
+    return difference(again, truth) == 0 and difference(there, truth) > CAUSAL  # random numbers are another fault

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from step_optim.audit.batches import Layout, Shard, micro_batch_of, prefix_of
 from step_optim.audit.closure import Audit, Draw, KLClosure
 from step_optim.audit.draws import checked_apart, checked_every
+from step_optim.audit.given_models import as_read_by
+from step_optim.audit.given_ways import find_given_ways
 from step_optim.audit.language_models import (
     check_audit_dtype,
-    check_causal,
     check_device,
     check_known,
     check_logits,
@@ -31,7 +32,7 @@ from step_optim.audit.rows import Head, Rows, Scratch
 from step_optim.audit.saved_rows import rows_from_state, rows_of_texts, state_of_rows
 from step_optim.audit.shortcuts import Ways, find_ways
 from step_optim.audit.spans import Span, checked_spans, find_spans
-from step_optim.control.control_set import ControlSet
+from step_optim.control.control_set import ControlBatches, ControlSet
 from step_optim.host.modules import has_fsdp, reshard
 from step_optim.movement import Movement
 
@@ -39,7 +40,7 @@ LOGGER = logging.getLogger("step_optim")
 
 
 class TokenKL(LogitKL):
-    """KL per response token of a causal language model, over the full vocabulary (the paper's section 3.2).
+    """KL per response token of a language model, over the full vocabulary (the paper's section 3.2).
 
     It owns its reference: the audit that licensed a commit becomes the
     reference of the next step, so that a committed step costs one forward over
@@ -56,11 +57,13 @@ class TokenKL(LogitKL):
     Args:
         model: a causal language model: ``model(input_ids)`` returns logits
             [B, T, V] or an object with ``.logits``. PEFT, DDP and compiled
-            models are fine.
+            models are fine. Any model with a row of logits for each label, if
+            the control set is of batches (`ControlSet.from_batches`).
         control: the control set, on the model's device.
         micro_batch: prompts evaluated at once; by default 4 on a CPU, 16384
             tokens' worth elsewhere. The layout is frozen at construction: the
             same batches in the same order make zero movement read exactly 0.
+            Batches that were given are evaluated as they are.
         prefix: whether to share the common prefix; by default if it is worth a
             forward of its own.
         audit_dtype: what the weights are cast to in audits; by default they
@@ -133,10 +136,7 @@ class TokenKL(LogitKL):
         micro_batch = micro_batch_of(control, micro_batch)
         check_device(model, control)
         check_audit_dtype(model, audit_dtype)
-        check_causal(model)
-        vocab_size = vocab_size_of(model)
-        if vocab_size is not None:
-            control.check_vocabulary(vocab_size)
+        control = as_read_by(model, control)
         self._check_parameters = check_parameters
         self._live_head: Head | None = None
         part = Shard.of(control, micro_batch, shard)
@@ -165,13 +165,14 @@ class TokenKL(LogitKL):
 
     def _on(self, prompts: ControlSet) -> TokenKL:
         """Read the same model in the same way on other prompts."""
-        other = copy.copy(self)
+        other, prompts = copy.copy(self), as_read_by(self.model, prompts)
         other.control, other.prompts, other.members = prompts, len(prompts), dict(prompts.slices)
         other._prompt_of_row, other.spans = prompts.prompt_of_row, self._spans_of(prompts)
         other._reference = other._origin = other.pool = other.held_out = None
         other.sharded, other._idle_forwards, other._scratch = False, 0, Scratch()
         other._shared, other._layout = 0, Layout.of(prompts, self._at_once)
-        other._measured(lambda: read_checked(self._reading, prompts, other._layout.batches[0]))  # the longest
+        longest = other._layout.batches[: None if isinstance(prompts, ControlBatches) else 1]
+        other._measured(lambda: [read_checked(self._reading, prompts, batch) for batch in longest])
         return other
 
     def _spans_of(self, control: ControlSet) -> dict[str, Span]:
@@ -212,7 +213,7 @@ class TokenKL(LogitKL):
             truth = read_checked(self._reading, self.control, batch)
         check_logits(truth)
         self._vocabulary = truth.shape[-1]
-        if vocab_size_of(self.model) is None:
+        if vocab_size_of(self.model) is None and not isinstance(self.control, ControlBatches):
             self.control.check_vocabulary(self._vocabulary)
         self.control.check_responses(self._vocabulary)
 
@@ -229,6 +230,8 @@ class TokenKL(LogitKL):
     def _ways(self, moved: Mapping[int, Tensor]) -> Ways:
         with self._reading.cast(moved):
             alone = not (self.sharded and self._reading.sharded)  # all processes make as many forwards
+            if isinstance(self.control, ControlBatches):
+                return find_given_ways(self._reading, self.control, alone=alone)
             return find_ways(self._reading, self.control, self._micro_batch, self._shared, alone=alone)
 
     @property
@@ -272,7 +275,7 @@ class TokenKL(LogitKL):
             warnings.warn(
                 f"no movement of the {len(weights)} weights that are trained changes what {type(self.model).__name__} "
                 "says on the control set: K would read 0 whatever training does. Train weights that the policy reads, "
-                "or measure on prompts that reach them (images, for a vision tower)",
+                "or measure on prompts that reach them (images, for a vision tower: ControlSet.from_batches)",
                 stacklevel=4,
             )
         return ladder.floor(self._computed_in(here))

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step_optim.control.given_batches import GivenBatches, batches_and_rows
 from step_optim.control.ids import checked_ids, rows_of_ids
 from step_optim.control.listing import is_list, listed, plain, shown
 from step_optim.control.resampling import draw_responses
+from step_optim.control.saved_batches import is_batches, read_batches
 from step_optim.control.slices import Slices as Slices
 from step_optim.control.slices import by_text, checked_indices
 from step_optim.control.slices import checked_slices as checked_slices
@@ -26,8 +28,9 @@ from step_optim.host.paths import user_path
 class ControlSet:
     """Prompts with teacher-forced or sampled responses, in named slices.
 
-    Build it with `from_texts` or `from_ids`. It is immutable; `resample`,
-    `split` and `to` return new ones.
+    Build it with `from_texts`, `from_ids`, or `from_batches` for models that
+    are no causal language models of texts. It is immutable; `resample`, `split`
+    and `to` return new ones.
 
     >>> control = ControlSet.from_ids([[1, 2], [3]], [[4], [5, 6]], slices={"a": [0], "b": [1]})
     >>> len(control), control.response_tokens
@@ -131,6 +134,41 @@ class ControlSet:
             device=device,
         )
 
+    @classmethod
+    def from_batches(
+        cls, batches: Iterable[Mapping[str, Any]], slices: Slices | None = None, *, shift: bool | None = None
+    ) -> ControlBatches:
+        """Build a control set from batches as a processor or a collator makes them, for whatever the model takes.
+
+        Each row of a batch is an example, a "prompt" of the control set; its
+        measured tokens are the positions whose label is not -100. Batches stay
+        whole: `select`, `split` and draws from a pool evaluate every batch that
+        holds one of their examples. One example a batch makes them cheap.
+
+        Args:
+            batches: mappings of tensors, which are copied: ``input_ids``,
+                ``pixel_values``, ... as in ``model(**batch)``, and ``labels``
+                [B, T]. Decoder inputs are made of these, if there are none.
+            slices: as for `from_ids`; rows are numbered in the batches' order.
+            shift: whether the logits at position t predict the label at t + 1,
+                as in decoder-only models. False if they belong to the label at
+                t (encoder-decoders, masked language models, token
+                classifiers). None lets `TokenKL` find out from the model.
+
+        Raises:
+            TypeError: no list of mappings of tensors.
+            ValueError: no batch; labels that are missing, of another shape, that
+                measure nothing in a row, or that nothing predicts; tensors of
+                other numbers of rows. The message names the batch and the row.
+
+        >>> ids = torch.tensor([[5, 6, 7], [5, 8, 9]])
+        >>> labels = torch.tensor([[-100, -100, 7], [-100, 8, 9]])
+        >>> ControlSet.from_batches([{"input_ids": ids, "labels": labels}], slices={"a": [0], "b": [1]})
+        ControlBatches(1 batches, 2 examples, 3 measured positions, slices={'a': 1, 'b': 1}, device='cpu')
+        """
+        given, rows = batches_and_rows(batches, shift)
+        return ControlBatches.of(given, rows, checked_slices(slices, len(rows)), shift)
+
     def __len__(self) -> int:
         """C, the number of prompts."""
         return len(self.prompts)
@@ -216,11 +254,10 @@ class ControlSet:
         slices = {name: tuple(place[i] for i in members if i in place) for name, members in self.slices.items()}
         if not kept:
             raise ValueError("no prompt is left in the control set; select at least one")
-        return ControlSet(
-            tuple(self.prompts[i] for i in kept),
-            tuple(self.responses[i] for i in kept),
-            {name: members for name, members in slices.items() if members},
-        )
+        return self._picked(kept, {name: members for name, members in slices.items() if members})
+
+    def _picked(self, kept: Sequence[int], slices: Mapping[str, tuple[int, ...]]) -> ControlSet:
+        return ControlSet(tuple(self.prompts[i] for i in kept), tuple(self.responses[i] for i in kept), slices)
 
     def split(self, held_out: float | Sequence[int] | Sequence[str], *, seed: int = 0) -> tuple[ControlSet, ControlSet]:
         """Split into (control, held out).
@@ -282,6 +319,8 @@ class ControlSet:
             FileNotFoundError: there is no such file.
             ValueError: the file is no control set; the message says what it lacks.
         """
+        if is_batches(path):
+            return ControlBatches.of(**read_batches(path, device))
         record = _read(user_path(path))
         try:
             return cls.from_ids(record["prompts"], record["responses"], record["slices"], device=device)
@@ -323,6 +362,11 @@ class ControlSet:
             model, self.prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, options=generate
         )
         return ControlSet.from_ids(self.prompts, responses, self.slices, device=self.device)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ControlBatches(GivenBatches, ControlSet):
+    """A control set of batches as a processor or a collator makes them; see `ControlSet.from_batches`."""
 
 
 FAIR_DRAWS = 100

@@ -20,8 +20,11 @@ SMALL = 2**16
 """Elements up to which a tensor that is no buffer is copied, so that writes into it are put back."""
 
 STRUCTURE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-INTERNAL = frozenset([*vars(nn.Module()), *STRUCTURE])
-"""Attributes that every module has: flags, hooks, and what it is made of."""
+HOOKED = "_output_capturing_hooks_installed"
+"""transformers' flag that a model has the hooks that collect its hidden states; its first forward hangs them in."""
+
+INTERNAL = frozenset([*vars(nn.Module()), *STRUCTURE, HOOKED])
+"""Attributes that every module has: flags, hooks, and what it is made of; and the flag that goes with hooks."""
 
 _OPAQUE = (str, bytes, int, float, complex, nn.Module, Tensor, type, types.FunctionType, types.MethodType)
 _ABSENT = object()
@@ -108,6 +111,8 @@ class Held:
         for part, saved in self._attributes:
             if not _same_members(part, saved):
                 refill(part, _with_internals(part, saved))
+                if part is vars(self.module):  # hooks that were hung in stay
+                    refill(saved, part)
         for _, own in self._own:
             own.put_back()
         return [

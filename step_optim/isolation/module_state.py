@@ -176,7 +176,7 @@ class ModuleState:
         if self._left_behind(module, first):
             first.put_back_attributes()
             self._put_back_replaced_buffers(module)
-        elif any(True for _ in first.changes()):
+        elif not first.same:
             self._first[module] = held
 
     def _enter_tensors(self, module: nn.Module) -> None:

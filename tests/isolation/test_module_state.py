@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from step_optim import ControlSet, Interpolate, PolicyKL, STEPOptimizer, TokenKL
 from step_optim.isolation.held import Held, Membership
 from tests import reference
-from tests.models import VOCAB, ragged_control
+from tests.models import VOCAB, ragged_control, tiny_llama
 from tests.strategies import bits
 
 
@@ -588,6 +588,26 @@ def test_a_controller_that_acts_sees_the_same() -> None:
         policies = [_fresh(kind, state, control) for state in states]
         for old, new in zip(policies[::2], policies[1::2], strict=True):
             assert reference.movement(new, old, {}).mean <= 1e-3 * (1 + 1e-4)
+
+
+def test_hooks_that_the_first_forward_hangs_in_are_hung_in_once() -> None:
+    """Transformers collects hidden states with hooks and a flag that says they are there; both stay, or neither."""
+    model = tiny_llama()
+    model.config.output_hidden_states = True
+    kl = TokenKL(model, ragged_control(), noise_floor=False)
+    first = _hooks(model)
+    kl.anchor()
+    for _ in range(2):
+        assert kl().mean == 0.0
+        assert _hooks(model) == first
+    with torch.no_grad():
+        out = model(torch.tensor([[1, 2]]))
+    assert _hooks(model) == first
+    assert len(out.hidden_states) == 1 + model.config.num_hidden_layers
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
 
 
 class RunningMeanInBuffer(Model):
