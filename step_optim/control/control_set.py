@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step_optim.control.files import read_record, write_record
 from step_optim.control.ids import checked_ids, rows_of_ids
-from step_optim.control.listing import is_list, listed, plain, shown
 from step_optim.control.resampling import draw_responses
 from step_optim.control.slices import Slices as Slices
 from step_optim.control.slices import by_text, checked_indices
 from step_optim.control.slices import checked_slices as checked_slices
+from step_optim.control.splitting import held_out_prompts
 from step_optim.control.texts import Texts
-from step_optim.host.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -232,38 +232,8 @@ class ControlSet:
                 or names of slices to hold out whole.
             seed: of the draw.
         """
-        out = self._held_out(held_out, seed)
-        if not out or len(out) == len(self):
-            raise ValueError(f"held_out={held_out!r} leaves one part of {len(self)} prompts empty")
+        out = held_out_prompts(held_out, self.slices, len(self), seed)
         return self.select(i for i in range(len(self)) if i not in out), self.select(sorted(out))
-
-    def _held_out(self, held_out: float | Sequence[int] | Sequence[str], seed: int) -> set[int]:
-        fraction = plain(held_out)
-        if not isinstance(fraction, (int, float)):
-            return self._named([held_out] if isinstance(held_out, str) else held_out)
-        if not 0 < fraction < 1:
-            raise ValueError(f"held_out={held_out} must lie between 0 and 1, or list prompts or slices")
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        covered = {i for members in self.slices.values() for i in members}
-        rest = [i for i in range(len(self)) if i not in covered]
-        parts = [list(members) for members in self.slices.values()] + ([rest] if rest else [])
-        for _ in range(FAIR_DRAWS):
-            drawn = _draw(parts, fraction, generator)
-            if all(0 < len(drawn.intersection(part)) < len(part) for part in parts if len(part) > 1):
-                break
-        return drawn
-
-    def _named(self, held_out: Any) -> set[int]:
-        """Prompts that are listed, or whose slices are."""
-        if not is_list(held_out, ordered=False):
-            raise TypeError(f"held_out={shown(held_out)} is no fraction; or give prompt indices, or names of slices")
-        items = [plain(item) for item in listed(held_out)]
-        names = [item for item in items if isinstance(item, str)]
-        unknown = [name for name in names if name not in self.slices]
-        if unknown:
-            raise ValueError(f"held_out names unknown slices {unknown}; known slices: {sorted(self.slices)}")
-        others = checked_indices([item for item in items if not isinstance(item, str)], len(self), "held_out")
-        return {i for name in names for i in self.slices[name]}.union(others)
 
     def save(self, path: str | Path) -> None:
         """Write it as one JSON file."""
@@ -272,7 +242,7 @@ class ControlSet:
             "responses": [ids.tolist() for ids in self.responses],
             "slices": {name: list(members) for name, members in self.slices.items()},
         }
-        user_path(path).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_record(path, record)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> ControlSet:
@@ -282,7 +252,7 @@ class ControlSet:
             FileNotFoundError: there is no such file.
             ValueError: the file is no control set; the message says what it lacks.
         """
-        record = _read(user_path(path))
+        record = read_record(path)
         try:
             return cls.from_ids(record["prompts"], record["responses"], record["slices"], device=device)
         except (TypeError, ValueError) as error:
@@ -323,37 +293,3 @@ class ControlSet:
             model, self.prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, options=generate
         )
         return ControlSet.from_ids(self.prompts, responses, self.slices, device=self.device)
-
-
-FAIR_DRAWS = 100
-"""Attempts to split overlapping slices so that both parts keep all of them; a partition needs one."""
-
-
-def _draw(parts: list[list[int]], fraction: float, generator: torch.Generator) -> set[int]:
-    """Draw a fraction of every part, never the last of any."""
-    drawn: set[int] = set()
-    for part in parts:
-        wanted = min(max(1, round(fraction * len(part))), len(part) - 1)
-        for place in torch.randperm(len(part), generator=generator, device="cpu").tolist():
-            i = part[place]
-            if len(drawn.intersection(part)) < wanted and all(
-                set(other) - drawn - {i} for other in parts if i in other
-            ):
-                drawn.add(i)
-    return drawn
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The record in a file that `ControlSet.save` wrote."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; give the file that ControlSet.save wrote")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}; give the one that ControlSet.save wrote")
-    try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); give the file that ControlSet.save wrote") from error
-    missing = [key for key in ("prompts", "responses", "slices") if not isinstance(record, dict) or key not in record]
-    if missing:
-        raise ValueError(f"{path} is no control set: it has no {missing}; give the file that ControlSet.save wrote")
-    return dict(record)
