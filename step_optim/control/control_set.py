@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from step_optim.control.files import read_record, write_record
-from step_optim.control.ids import checked_ids, rows_of_ids
+from step_optim.control.ids import check_responses, check_vocabulary, checked_ids, rows_of_ids
+from step_optim.control.progress import Progress
 from step_optim.control.resampling import draw_responses
 from step_optim.control.slices import Slices as Slices
 from step_optim.control.slices import by_text, checked_indices
@@ -192,22 +193,11 @@ class ControlSet:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse ids that a model with ``vocab_size`` tokens does not have."""
-        for i, (prompt, response) in enumerate(zip(self.prompts, self.responses, strict=True)):
-            largest = int(torch.cat([prompt, response]).max())
-            if largest >= vocab_size:
-                raise ValueError(
-                    f"prompt {i} of the control set has token id {largest}, outside the vocabulary of {vocab_size}; "
-                    "was it made with another tokenizer?"
-                )
+        check_vocabulary((torch.cat(pair) for pair in zip(self.prompts, self.responses, strict=True)), vocab_size)
 
     def check_responses(self, vocab_size: int) -> None:
         """Refuse responses that a model with ``vocab_size`` logits a token cannot say."""
-        for i, response in enumerate(self.responses):
-            if int(response.max()) >= vocab_size:
-                raise ValueError(
-                    f"the response of prompt {i} has token id {int(response.max())}, and the model has {vocab_size} "
-                    "logits a token: it is no causal language model over these tokens (a token classifier?)"
-                )
+        check_responses(self.responses, vocab_size)
 
     def select(self, indices: Iterable[int]) -> ControlSet:
         """Return some of the prompts, by index or boolean mask [C]; slices that lose all of theirs are dropped."""
@@ -265,6 +255,7 @@ class ControlSet:
         max_new_tokens: int = 32,
         temperature: float = 1.0,
         seed: int = 0,
+        progress: Progress = None,
         **generate: Any,
     ) -> ControlSet:
         """Draw fresh responses from the current policy.
@@ -279,6 +270,8 @@ class ControlSet:
                 earlier and is kept.
             temperature: of the sampling.
             seed: of the draw.
+            progress: None shows a bar on a terminal, True everywhere, False
+                nowhere; or a function of (done, total), called after each prompt.
             **generate: further arguments of ``model.generate``. What they do
                 not say is plain sampling from the policy: the options in the
                 model's own ``generation_config`` have no effect, but for the
@@ -290,6 +283,12 @@ class ControlSet:
                 sequences, or another prompt.
         """
         responses = draw_responses(
-            model, self.prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, options=generate
+            model,
+            self.prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            progress=progress,
+            **generate,
         )
         return ControlSet.from_ids(self.prompts, responses, self.slices, device=self.device)
