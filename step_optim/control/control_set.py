@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step_optim.control.chats import Chats, check_arguments
+from step_optim.control.conversations import labels_of, read_conversations, with_answers
 from step_optim.control.files import read_record, write_record
 from step_optim.control.ids import checked_ids, rows_of_ids, shortened
 from step_optim.control.pairs import Pairs
 from step_optim.control.progress import Progress
-from step_optim.control.resampling import draw_responses
+from step_optim.control.resampling import device_of, draw_responses
 from step_optim.control.slices import Slices as Slices
 from step_optim.control.slices import by_text
 from step_optim.control.slices import checked_slices as checked_slices
@@ -23,13 +25,82 @@ from step_optim.control.texts import Texts
 class ControlSet(Pairs):
     """Prompts with teacher-forced or sampled responses, in named slices.
 
-    Build it with `from_texts` or `from_ids`. It is immutable;
+    Build it with `from_messages`, `from_texts` or `from_ids`. It is immutable;
     `resample`, `split`, `select`, `to` and ``+`` return new ones.
 
     >>> control = ControlSet.from_ids([[1, 2], [3]], [[4], [5, 6]], slices={"a": [0], "b": [1]})
     >>> len(control), control.response_tokens
     (2, 3)
     """
+
+    @classmethod
+    def from_messages(
+        cls,
+        tokenizer: Any,
+        conversations: Any,
+        responses: Iterable[str] | None = None,
+        *,
+        model: Any = None,
+        slices: Slices | None = None,
+        tools: Sequence[Any] | None = None,
+        end_of_turn: bool = True,
+        max_response_tokens: int | None = None,
+        max_new_tokens: int = 32,
+        seed: int = 0,
+        progress: Progress = None,
+        device: torch.device | str | None = None,
+        **generate: Any,
+    ) -> ControlSet:
+        """Build a control set from conversations, written by the tokenizer's chat template.
+
+        The response is the assistant's message at the end of a conversation;
+        or one of ``responses``; or drawn from ``model``. It begins where the
+        template tells the assistant to begin, and is read as the template
+        writes it. Where the template writes an answer elsewhere than it tells
+        the assistant to (some put a "thinking" mark there), or does not write
+        where it ends, it is read as plain text.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer or processor with a chat template.
+            conversations: lists of messages, dicts of "role" and "content" (a
+                text, or parts of type text) as transformers has them, system
+                prompts and tool calls too. Or records: mappings with
+                "messages" (or "conversation", "conversations"; or "prompt",
+                a list of messages), perhaps the answer as "completion" or
+                "response", "slice" and "tools". Or a data set of records. Or
+                the path of a JSON or JSON Lines file of any of these.
+            responses: texts, one for each conversation.
+            model: to draw the responses from, as in `resample`.
+            slices: as for `from_ids`. If None, what the records name as "slice".
+            tools: that the assistant may call, for ``apply_chat_template``.
+            end_of_turn: whether a given response ends with the token that the
+                template writes after an answer (the end of the sequence, if it
+                writes none). A drawn one keeps what ended it.
+            max_response_tokens: cut longer given responses here, their end too.
+            max_new_tokens: longest drawn response.
+            seed: of the draw.
+            progress: of the draw, as for `resample`.
+            device: where the tensors live. If None, the model's device, or the CPU.
+            **generate: of the draw, as for `resample`, ``temperature`` too.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError: conversations, messages or responses in another form;
+                arguments of a draw without a model.
+            ValueError: as for `from_ids`; a conversation with no response or
+                two, with other content than text, or that the template
+                refuses; the message names it. Or arguments that a draw does not have.
+        """
+        check_arguments(model, end_of_turn, max_response_tokens, generate)
+        read = read_conversations(conversations, tools=tools)
+        read = with_answers(read, responses, drawn=model is not None)
+        labels = labels_of(read) if slices is None else slices
+        chats = Chats(tokenizer, read)
+        if model is None:
+            answers = shortened(chats.response_ids(end=end_of_turn), max_response_tokens)
+            return cls.from_ids(chats.prompt_ids(), answers, labels, device=device)
+        draw = {"max_new_tokens": max_new_tokens, "seed": seed, "progress": progress, **generate}
+        return cls._drawn(model, chats.prompt_ids(), labels, device=device, **draw)
 
     @classmethod
     def from_texts(
@@ -122,6 +193,15 @@ class ControlSet(Pairs):
         if vocab_size is not None:
             control.check_vocabulary(vocab_size)
         return control
+
+    @classmethod
+    def _drawn(
+        cls, model: Any, prompts: list[list[int]], slices: Slices | None, *, device: Any = None, **draw: Any
+    ) -> ControlSet:
+        """Prompts with responses of the model, on its device; everything else is checked before the long draw."""
+        checked_slices(slices, len(prompts))
+        ids = [checked_ids(row, f"prompt {i}", device_of(model)) for i, row in enumerate(prompts)]
+        return cls.from_ids(ids, draw_responses(model, ids, **draw), slices, device=device)
 
     def save(self, path: str | Path) -> None:
         """Write it as one JSON file."""

@@ -43,7 +43,7 @@ def draw_responses(
             of a prompt than one sequence that goes on from it; or a token id
             that the model does not have.
     """
-    check_generates(model)
+    _check_model(model)
     _check_prompts(model, prompts)
     options = _options(max_new_tokens, temperature, options)
     remaining, responses = reported(prompts, progress), []
@@ -58,12 +58,8 @@ def draw_responses(
     return responses
 
 
-def check_generates(model: Any) -> None:
-    """Refuse what cannot go on from a prompt.
-
-    Raises:
-        TypeError: no model that generates, or one that has an encoder.
-    """
+def _check_model(model: Any) -> None:
+    """Refuse what cannot go on from a prompt."""
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise TypeError(f"responses are drawn from a model with generate(), not {type(model).__name__}")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -71,6 +67,16 @@ def check_generates(model: Any) -> None:
             f"a response is what follows its prompt, but {type(model).__name__} has an encoder, which reads it; "
             "use a decoder-only model"
         )
+
+
+def device_of(model: Any) -> torch.device:
+    """Return where a model reads its prompts.
+
+    Raises:
+        TypeError: no model that responses can be drawn from.
+    """
+    _check_model(model)
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _check_prompts(model: Any, prompts: Sequence[Tensor]) -> None:
