@@ -19,19 +19,75 @@ from step_optim.control.resampling import device_of, draw_responses
 from step_optim.control.slices import Slices as Slices
 from step_optim.control.slices import by_text
 from step_optim.control.slices import checked_slices as checked_slices
+from step_optim.control.standard import as_prompts, standard_prompts
 from step_optim.control.texts import Texts
 
 
 class ControlSet(Pairs):
     """Prompts with teacher-forced or sampled responses, in named slices.
 
-    Build it with `from_messages`, `from_texts` or `from_ids`. It is immutable;
-    `resample`, `split`, `select`, `to` and ``+`` return new ones.
+    Build it with `standard`, `from_messages`, `from_texts` or `from_ids`. It
+    is immutable; `resample`, `split`, `select`, `to` and ``+`` return new ones.
 
     >>> control = ControlSet.from_ids([[1, 2], [3]], [[4], [5, 6]], slices={"a": [0], "b": [1]})
     >>> len(control), control.response_tokens
     (2, 3)
     """
+
+    @classmethod
+    def standard(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        size: int | None = None,
+        slices: Sequence[str] | None = None,
+        *,
+        part: str = "control",
+        max_new_tokens: int = 32,
+        seed: int = 0,
+        progress: Progress = None,
+        **generate: Any,
+    ) -> ControlSet:
+        """Build a control set from the prompts of this package, with the model's own responses.
+
+        There are 50 prompts in each of eight slices: story, fact, math, code,
+        format, advice, translation and refusals (what a well-behaved assistant
+        declines). They are cut into three parts that share no prompt: 16 of a
+        slice to audit ("control"), 24 to steer by ("pool"), 10 to see how far
+        the budgets hold elsewhere ("held_out").
+
+        Responses are drawn as in `resample`, one by one, so they take as long
+        as the model needs for them. A later call draws from the model as it is
+        then: `save` what a run is to be continued with.
+
+        Args:
+            model: a Hugging Face causal language model with ``generate``; the
+                tensors are put where its first parameter lives.
+            tokenizer: the model's. If it has a chat template, each prompt is
+                the one message of a user; otherwise it is plain text.
+            size: how many prompts in all, spread evenly over the slices. If
+                None, 5 of each slice, and 12 of each for the pool.
+            slices: names of some of the eight; if None, all of them.
+            part: "control", "pool" or "held_out".
+            max_new_tokens: longest response; an end-of-sequence token ends it
+                earlier and is kept, also where it is all of the response.
+            seed: of the draw.
+            progress: as for `resample`.
+            **generate: as for `resample`, ``temperature`` too.
+
+        Raises:
+            TypeError: a tokenizer that is not callable, a model without
+                ``generate``, or an argument in another form.
+            ValueError: an unknown slice or part; a size below one prompt a
+                slice, or beyond what there is; what `resample` refuses.
+        """
+        chosen = standard_prompts(size, slices, part)
+        texts = [text for prompts in chosen.values() for text in prompts]
+        labels = [name for name, prompts in chosen.items() for _ in prompts]
+        prompts = Texts(tokenizer, as_prompts(tokenizer, texts)).prompt_ids()
+        return cls._drawn(
+            model, prompts, labels, max_new_tokens=max_new_tokens, seed=seed, progress=progress, **generate
+        )
 
     @classmethod
     def from_messages(
