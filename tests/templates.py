@@ -121,6 +121,15 @@ STYLES = {
         "<|end|>",
         eos="<|endoftext|>",
     ),
+    "an end of the last answer": Style(
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+        "{{ '<|return|>' if loop.last and m.role == 'assistant' and not add_generation_prompt else '<|end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}",
+        ("<|start|>", "<|message|>", "<|end|>", "<|return|>"),
+        "<|start|>user<|message|>Hi<|end|><|start|>assistant<|message|>",
+        "Yo<|return|>",
+        "<|return|>",
+    ),
     "headings": Style(
         "{% for m in messages %}### {{ m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}",
@@ -141,8 +150,8 @@ IN_PARTS = (
 
 WITH_TOOLS = (
     "{% if tools %}<|im_start|>tools{{ '\n' + tools | tojson }}<|im_end|>{{ '\n' }}{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{{ m.content or '' }}"
-    "{% if m.tool_calls is defined %}{{ '<call>' + (m.tool_calls[0].function | tojson) + '</call>' }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.tool_calls is defined %}"
+    "{{ '<call>' + (m.tool_calls[0].function | tojson) + '</call>' }}{% else %}{{ m.content }}{% endif %}"
     "<|im_end|>{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
 )
-"""Writes the tools before the conversation, and an answer that calls one."""
+"""Writes the tools before the conversation; an answer that calls one says nothing else."""

@@ -1,8 +1,10 @@
 """Conversations to ids: where an answer begins and which token ends it, whatever the chat template's style."""
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from step_optim import ControlSet
 from tests.models import tiny_llama
@@ -88,6 +90,15 @@ def test_an_end_of_turn_that_is_no_special_token() -> None:
     assert ControlSet.from_messages(several, [CHAT]).decode(several) == [("Hi##\n", "Yo</s>")]
 
 
+def test_an_unknown_word_is_no_end() -> None:
+    """What the tokenizer cannot read behind an answer ends nothing."""
+    core = Tokenizer(models.WordLevel({"?": 0, "Hi": 1, "Yo": 2, "</s>": 3}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} so what {% endfor %}"
+    assert ControlSet.from_messages(tokenizer, [CHAT]).responses[0].tolist() == [2, 3]
+
+
 def test_without_any_end() -> None:
     """Where neither the template nor the tokenizer has one, the message says so; without an end it is no matter."""
     tokenizer = byte_tokenizer(STYLES["headings"].template)
@@ -116,6 +127,8 @@ def test_system_prompts_and_tools() -> None:
     assert prompt == written(tokenizer, messages[:-1], tools=TOOLS, add_generation_prompt=True)
     assert prompt.startswith('<|im_start|>tools\n[{"type": "function"')
     assert response == '<call>{"name": "look", "arguments": {}}</call><|im_end|>'
+    spoken = [*messages[:-1], {**call, "content": "Looking"}]
+    assert ControlSet.from_messages(tokenizer, [spoken], tools=TOOLS).decode(tokenizer) == [(prompt, response)]
 
 
 def test_a_call_that_cannot_be_found_is_refused() -> None:

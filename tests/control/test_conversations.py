@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_optim import ControlSet
+from step_optim.control.conversations import read_conversations
 from tests.templates import STYLES, WITH_TOOLS, byte_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -61,7 +62,8 @@ def test_a_data_set() -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]}
     records = [{"messages": CHAT, "slice": "talk"}, {"messages": [USER, call], "slice": "tools"}]
     kept = datasets.Dataset.from_list(records)
-    assert "tool_calls" in kept[0]["messages"][0]
+    assert kept[0]["messages"][0] == {**USER, "tool_calls": None}
+    assert read_conversations(kept) == read_conversations(records)
     control = ControlSet.from_messages(tokenizer, kept)
     assert control == ControlSet.from_messages(tokenizer, records)
     assert dict(control.slices) == {"talk": (0,), "tools": (1,)}
