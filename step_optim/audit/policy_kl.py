@@ -49,7 +49,8 @@ class PolicyKL(LogitKL):
     Args:
         fn: takes nothing; returns logits [N, A], or a
             `torch.distributions.Distribution` with batch shape [N, ...], at the
-            current weights on N fixed observations.
+            current weights on N fixed observations. With a ``reduction``,
+            logits may be of several parts, [N, T, A].
         slices: observation indices, or a boolean mask [N], by slice name; or
             one label per observation.
         model: the module behind ``fn``. Needed only if ``fn`` calls its
@@ -64,10 +65,12 @@ class PolicyKL(LogitKL):
             ``fn`` calls; None if it calls none, or FSDP2 has split them.
         pool: a function like ``fn`` on other observations, which no audit
             reads: `Steer` draws directions from them. A `PolicyKL` of it, if
-            they are in slices.
+            they are in slices, or have a mask.
         held_out: a function like ``fn``, or a `PolicyKL` of one, on further
             observations, which are measured and decide nothing; see `TokenKL`.
         every: steps from one held-out measurement to the next.
+        mask: which tokens count, bool [N, T]; the mean is over these. Padding
+            does not count.
 
     Raises:
         TypeError: ``fn`` is not callable, or returns neither logits nor a
@@ -96,13 +99,14 @@ class PolicyKL(LogitKL):
         pool: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
         held_out: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
         every: int = 10,
+        mask: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not callable(fn):
             raise TypeError(f"fn={fn!r:.60} is not callable; pass a function that returns logits or a Distribution")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is unknown; use 'sum', 'mean' or None")
-        self.fn, self._model, self._reduction = fn, model, reduction
+        self.fn, self._model, self._reduction, self._mask = fn, model, reduction, None
         self._differentiable: bool | None = None
         output, policy = self._measured(self._first)
         output.check_choices()
@@ -115,7 +119,9 @@ class PolicyKL(LogitKL):
         self._parts, self._averaged = output.parts, output.beside if reduction == "mean" else 1
         self._factors = self._parts // self._averaged
         rows = torch.arange(self.prompts, device=policy.x.device if isinstance(policy, Rows) else policy.device)
-        self._prompt_of_row = rows.repeat_interleave(self._parts)
+        self._mask = output.checked_mask(mask, reduction)
+        every = rows.repeat_interleave(self._parts)
+        self._prompt_of_row = every if self._mask is None else every[self._mask]
         self._constants = () if isinstance(policy, Rows) else policy.constants
         self._check_transforms()
         if noise_floor:
@@ -193,12 +199,14 @@ class PolicyKL(LogitKL):
         if self._averaged == 1:
             return f"sum of {self._factors} KLs" if several else "KL"
         return (
-            f"mean over {self._averaged} sums of {self._factors} KLs" if several else f"mean over {self._averaged} KLs"
+            f"mean over {self._averaged} sums of {self._factors} KLs"
+            if several
+            else f"mean over {'' if self._mask is None else 'up to '}{self._averaged} KLs"
         )
 
     def _evaluate(self) -> Output:
         self._state.reset()
-        return Output.of(self.fn())
+        return Output.of(self.fn(), several=self._reduction is not None)
 
     def _policy(self) -> Any:
         return self._kept(self._evaluate())
@@ -211,15 +219,13 @@ class PolicyKL(LogitKL):
         if output.kind != self._kind:
             shapes = f"{output.kind[0]} {output.kind[1:]}, {self._kind[0]} {self._kind[1:]} at first"
             raise ValueError(f"fn returned {shapes} (batch shape, parts, actions); keep class and shape fixed")
-        policy = output.keep()
+        policy = output.keep(self._mask)
         if isinstance(policy, Kept) and not same_constants(policy.constants, self._constants):
             raise self._moving_transforms()
         return policy
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        logits = self._evaluate().logits
-        assert logits is not None
-        rows = logits.reshape(-1, logits.shape[-1])
+        rows = self._evaluate().rows(self._mask)
         yield torch.arange(len(rows), device=rows.device), rows
 
     def _read(self, draw: Draw) -> Any:

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from step_optim.audit.distributions import Kept, Leaf, find_leaf
 from step_optim.audit.rows import Rows
+from step_optim.control.listing import shown
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,19 @@ class Output:
     """[N, ..., A] of a categorical policy; None of any other."""
 
     @classmethod
-    def of(cls, out: Any) -> Output:
+    def of(cls, out: Any, *, several: bool = False) -> Output:
         """Read what the function returned.
+
+        Args:
+            out: logits or a distribution.
+            several: whether logits may be of several parts of each observation, [N, ..., A].
 
         Raises:
             TypeError: it is neither logits nor a distribution whose KL has a closed form.
             ValueError: its shape does not tell the observations.
         """
         if isinstance(out, Tensor):
-            return cls("logits", (_checked_logits(out).shape[0],), None, out)
+            return cls("logits", tuple(_checked_logits(out, several=several).shape[:-1]), None, out)
         if not isinstance(out, Distribution):
             raise TypeError(
                 f"fn returned {type(out).__name__}; give logits [N, A] or a torch.distributions.Distribution"
@@ -74,12 +80,44 @@ class Output:
         """Elements of the batch shape of one observation."""
         return math.prod(self.batch_shape[1:])
 
-    def keep(self) -> Rows | Kept:
+    def rows(self, mask: Tensor | None) -> Tensor:
+        """The logits of a categorical policy, [N ..., A], with their graph; those of the parts in a mask [N ...]."""
+        assert self.logits is not None
+        rows = self.logits.reshape(-1, self.logits.shape[-1])
+        return rows if mask is None else rows[mask]
+
+    def keep(self, mask: Tensor | None = None) -> Rows | Kept:
         """Copy it: training reaches none of the copies. A categorical policy becomes rows [N ..., A]."""
         if self.logits is not None:
-            return Rows(self.logits.detach().clone().reshape(-1, self.logits.shape[-1]))
+            return Rows(self.rows(mask).detach().clone())
         assert self.leaf is not None
         return self.leaf.keep()
+
+    def checked_mask(self, mask: Any, reduction: str | None) -> Tensor | None:
+        """Read the argument ``mask=``: which tokens [N, T] count; flat, where the policy is.
+
+        Raises:
+            TypeError: no tensor of flags.
+            ValueError: no mean over tokens of a categorical policy is taken; another shape; an observation of which no
+                token counts.
+        """
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask={shown(mask)} is no tensor of flags; give one for each token [N, T], mask.bool()")
+        if reduction != "mean" or self.logits is None or self.parts != self.beside:
+            raise ValueError(
+                f"mask= says which tokens [N, T] a mean is over; it needs reduction='mean' (here {reduction!r}) and "
+                f"logits [N, T, A] or a Categorical of them (here {self.name})"
+            )
+        if mask.shape != self.batch_shape:
+            raise ValueError(
+                f"mask has the shape {tuple(mask.shape)}, the policy {self.batch_shape}; give one flag a token"
+            )
+        empty = (~mask.reshape(len(mask), -1).any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"mask leaves observation {empty[0]} without a token that counts; leave it out")
+        return mask.flatten().to(self.logits.device)
 
     def check_choices(self) -> None:
         """Refuse a policy that has one action only: whatever is trained, its KL is 0."""
@@ -98,13 +136,14 @@ class Output:
         return self.logits is not None and self.beside > 1
 
 
-def _checked_logits(out: Tensor) -> Tensor:
-    if out.dim() == 2 and 0 not in out.shape and out.is_floating_point():
+def _checked_logits(out: Tensor, *, several: bool) -> Tensor:
+    fits = 0 not in out.shape and (out.dim() == 2 or (several and out.dim() > 2))
+    if fits and out.is_floating_point():
         return out
-    if out.dim() == 2 and 0 not in out.shape:
+    if fits:
         raise TypeError(f"fn returned a tensor of {out.dtype}; give logits, which are floating-point numbers")
     raise ValueError(
         f"fn returned logits of shape {tuple(out.shape)}; give [observations, actions]. For several factors of one "
-        "action, whose KLs add up, return Independent(Categorical(logits=z), 1); for texts of several tokens "
-        "Categorical(logits=z) with PolicyKL(..., reduction='mean')"
+        "action, whose KLs add up, return Independent(Categorical(logits=z), 1), or give PolicyKL(..., "
+        "reduction='sum'); for texts of several tokens, [observations, tokens, actions], reduction='mean'"
     )

@@ -111,8 +111,6 @@ class Held:
         for part, saved in self._attributes:
             if not _same_members(part, saved):
                 refill(part, _with_internals(part, saved))
-                if part is vars(self.module):  # hooks that were hung in stay
-                    refill(saved, part)
         for _, own in self._own:
             own.put_back()
         return [

@@ -10,7 +10,21 @@ from torch import Tensor, nn
 
 from step_optim import ControlSet, TokenKL
 from tests import reference
-from tests.batches import KINDS, bart, bert, masked, policy_of, short, spoken, t5, tagger, translated, whisper
+from tests.batches import (
+    KINDS,
+    bart,
+    bert,
+    masked,
+    others,
+    policy_of,
+    short,
+    spoken,
+    t5,
+    tagged,
+    tagger,
+    translated,
+    whisper,
+)
 from tests.models import VOCAB, Bigram, nudge, ragged_control, tiny_llama
 
 
@@ -99,6 +113,37 @@ def test_shift_is_the_users_where_the_model_does_not_tell() -> None:
     assert TokenKL(model, ControlSet.from_batches(masked(), shift=False)).control.shift is False
     one_early = TokenKL(bert(), ControlSet.from_batches(tagged_early(), shift=False))
     assert one_early.control.shift is False
+
+
+def test_ids_are_not_compared_with_classes() -> None:
+    """A tagger that does not tell its vocabulary has fewer classes than there are tokens."""
+    pool = ControlSet.from_batches(others(tagged()), shift=False)
+    kl = TokenKL(Nameless(tagger()), ControlSet.from_batches(tagged(), shift=False), pool=pool)
+    assert kl.readout == "full"
+
+
+class Placeholders(Bigram):
+    """Looks at a picture where there is an id that is no token."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        hidden = self.embedding(input_ids.clamp_min(0))
+        if pixel_values is not None:
+            hidden = torch.where(input_ids[..., None] < 0, pixel_values, hidden)
+        return self.head(hidden)
+
+
+def test_placeholders_of_pictures_may_be_any_ids() -> None:
+    """They are outside the vocabulary in some models; without a picture, ids are tokens."""
+    (batch,) = short([[-100, 1, 2, 3]])
+    batch["input_ids"][0, 0] = -200
+    with pytest.raises(ValueError, match="batch 0, row 0: input_ids has token id -200, outside the vocabulary of 61"):
+        TokenKL(Placeholders(), ControlSet.from_batches([batch], shift=True))
+    batch["pixel_values"] = torch.ones(8)
+    kl = TokenKL(Placeholders(), ControlSet.from_batches([batch], shift=True))
+    assert kl.noise_floor is not None
 
 
 def tagged_early() -> list[dict[str, Tensor]]:

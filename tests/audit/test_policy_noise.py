@@ -110,8 +110,12 @@ def test_a_single_action_is_refused(make) -> None:
 
 def test_logits_with_more_dimensions_are_refused_with_the_choices() -> None:
     """Factors of one action, or tokens of one text."""
-    with pytest.raises(ValueError, match=r"\(6, 2, 3\).*Independent\(Categorical.*reduction='mean'"):
+    with pytest.raises(ValueError, match=r"\(6, 2, 3\).*Independent\(Categorical.*reduction='sum'.*reduction='mean'"):
         PolicyKL(lambda: MODEL(X).reshape(6, 2, 3))
+    with pytest.raises(ValueError, match=r"logits of shape \(6,\)"):
+        PolicyKL(lambda: MODEL(X)[:, 0], reduction="mean")
+    with pytest.raises(TypeError, match=r"fn returned a tensor of torch.int64"):
+        PolicyKL(lambda: MODEL(X).reshape(6, 2, 3).long(), reduction="mean")
 
 
 def test_an_unknown_reduction() -> None:
@@ -141,6 +145,9 @@ SUM = pytest.warns(UserWarning, match=r"batch shape \(6, 2\).*added up.*reductio
         (lambda z: Independent(Categorical(logits=z), 1), None, 1, False),
         (lambda z: Independent(Categorical(logits=z), 1), "mean", 1, False),
         (lambda z: Categorical(logits=z.reshape(12, 3)), None, 2, False),
+        (lambda z: z, "sum", 1, False),
+        (lambda z: z, "mean", 2, False),
+        (lambda z: z.reshape(6, 2, 1, 3), "mean", 2, False),
     ],
 )
 def test_factors_are_added_and_tokens_averaged(make, reduction, over, warns) -> None:
