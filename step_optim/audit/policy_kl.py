@@ -120,8 +120,8 @@ class PolicyKL(LogitKL):
         self._factors = self._parts // self._averaged
         rows = torch.arange(self.prompts, device=policy.x.device if isinstance(policy, Rows) else policy.device)
         self._mask = output.checked_mask(mask, reduction)
-        every = rows.repeat_interleave(self._parts)
-        self._prompt_of_row = every if self._mask is None else every[self._mask]
+        prompt_of_row = rows.repeat_interleave(self._parts)
+        self._prompt_of_row = prompt_of_row if self._mask is None else prompt_of_row[self._mask]
         self._constants = () if isinstance(policy, Rows) else policy.constants
         self._check_transforms()
         if noise_floor:
