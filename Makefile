@@ -24,7 +24,7 @@ help:  ## list the verbs
 demo: .venv/.installed  ## LoRA-PPO on a real language model, with STEP and without (ARGS="--model ...")
 	$(BIN)/python examples/demo $(ARGS)
 
-quickstart: .venv/.installed  ## the smallest complete example, seconds
+quickstart: .venv/.installed  ## the smallest complete example: a real model, two minutes
 	$(BIN)/python examples/quickstart.py
 
 test: check  ## lint, types, doctests and every test that is not slow

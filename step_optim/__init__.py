@@ -6,7 +6,7 @@ set, and the proposal, a smaller version of it, or nothing is committed::
 
     from step_optim import STEPOptimizer, Budget, ControlSet, TokenKL, Interpolate
 
-    control = ControlSet.from_texts(tokenizer, prompts, responses, slices={"math": [0, 1], "safety": [2, 3]})
+    control = ControlSet.standard(model, tokenizer)  # or from_messages, from_texts, from_ids, from_batches
     optimizer = STEPOptimizer(
         torch.optim.AdamW(model.parameters(), lr=2e-4),
         kl=TokenKL(model, control),

@@ -4,6 +4,7 @@
     python examples/steering --model real              # the 135M model of the demo: hours on a CPU; resumable
     python examples/steering --model real --tasks person --seeds 1 --lrs 5e-3 --arms bare steer
     python examples/steering --grid --seeds 1          # options of Steer around their defaults: half an hour
+    python examples/steering --model real --report     # the table of what is finished
     python examples/steering --smoke                   # tiny random weights, in a minute: does it run?
 
 Every finished run is a file in runs/steering; tables and pictures go to examples/steering.
@@ -25,7 +26,7 @@ from smollm import DEFAULT_MODEL, ModelNotFound, find, load
 from steering.arms import ARMS, GRID
 from steering.counting import Counting
 from steering.report import draw, table
-from steering.run import Setting, run
+from steering.run import Result, Setting, read, run
 from steering.tasks import TASKS
 from steering.world import Chat, World
 
@@ -45,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="learning rates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of a run (default: 120 counting, 20 of the real model)")
+    parser.add_argument("--report", action="store_true", help="of the runs that are finished; nothing is run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs") / "steering", help="where finished runs are")
     parser.add_argument(
@@ -62,6 +64,23 @@ def world_of(name: str) -> World:
     return Chat(model, tokenizer)
 
 
+def finished(settings: list[Setting], folder: Path) -> dict[Setting, Result]:
+    """What the runs ended with that were done before."""
+    found = {setting: read(setting, folder) for setting in settings}
+    return {setting: result for setting, result in found.items() if result is not None}
+
+
+def run_all(settings: list[Setting], name: str, folder: Path) -> dict[Setting, Result]:
+    """Do the runs that were not done yet."""
+    world, results, start = world_of(name), {}, time.monotonic()
+    for i, setting in enumerate(settings):
+        result = results[setting] = run(setting, world, folder)
+        done = f"[{time.monotonic() - start:6.0f} s] {i + 1}/{len(settings)} {setting.name}"
+        told = f"NLL {result.nll:.3f}, held-out drift {result.held_out:.3f}, {result.rejected} rejected"
+        print(f"{done}: {told}", flush=True)
+    return results
+
+
 def main() -> int:
     """Do what is missing, then report; return the exit code."""
     args = arguments()
@@ -72,26 +91,22 @@ def main() -> int:
     if args.grid:
         args.arms = list(GRID)
     name = "smoke" if args.smoke else args.model
-    try:
-        world = world_of(name)
-    except ModelNotFound as error:
-        print(error, file=sys.stderr)
-        return 2
+    steps = args.steps or (Counting if name == "counting" else Chat).steps
     settings = [
-        Setting(task, arm, lr, seed, args.steps or world.steps)
+        Setting(task, arm, lr, seed, steps)
         for seed in range(args.seeds)
         for task in (["counting"] if name == "counting" else args.tasks)
         for lr in args.lrs
         for arm in args.arms
     ]
-    results = {}
-    start = time.monotonic()
-    for i, setting in enumerate(settings):
-        result = run(setting, world, args.runs / name)
-        results[setting] = result
-        done = f"[{time.monotonic() - start:6.0f} s] {i + 1}/{len(settings)} {setting.name}"
-        told = f"NLL {result.nll:.3f}, held-out drift {result.held_out:.3f}, {result.rejected} rejected"
-        print(f"{done}: {told}", flush=True)
+    try:
+        results = finished(settings, args.runs / name) if args.report else run_all(settings, name, args.runs / name)
+    except ModelNotFound as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not results:
+        print(f"no finished run in {args.runs / name}", file=sys.stderr)
+        return 2
     out = args.out or (args.runs / name if args.smoke else HERE)
     written = [out / (f"{name}_grid.md" if args.grid else f"{name}.md")]
     written[0].write_text(table(results) + "\n", encoding="utf-8")

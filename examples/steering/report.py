@@ -25,9 +25,9 @@ Results = Mapping[Setting, Result]
 
 
 def table(results: Results) -> str:
-    """One line for each task, arm and learning rate: means over the seeds."""
+    """One line for each task, arm and learning rate: means over the seeds that were run."""
     columns = (
-        *("task", "arm", "lr", "NLL", "exact", "drift (largest)", "held out", "worst slice"),
+        *("task", "arm", "lr", "seeds", "NLL", "exact", "drift (largest)", "held out", "worst slice"),
         *("rejected at the cap", "corrections, audits a step", "progress"),
     )
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
@@ -35,7 +35,7 @@ def table(results: Results) -> str:
         found = [result for s, result in results.items() if (s.task, s.arm, s.lr) == (task, arm, lr)]
         rejected, at_cap = sum(r.rejected for r in found), sum(r.at_cap for r in found)
         lines.append(
-            f"| {task} | {arm_of(arm).label} | {lr:g} | {fmean(r.nll for r in found):.3f} "
+            f"| {task} | {arm_of(arm).label} | {lr:g} | {len(found)} | {fmean(r.nll for r in found):.3f} "
             f"| {fmean(r.exact for r in found):.2f} | {fmean(r.drift for r in found):.3f} "
             f"({max(r.largest for r in found):.4f}) | {fmean(r.held_out for r in found):.3f} "
             f"| {max(r.worst for r in found):.3f} | {rejected} of {at_cap} "

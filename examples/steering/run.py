@@ -63,11 +63,17 @@ class Result:
     seconds: float
 
 
+def read(setting: Setting, folder: Path) -> Result | None:
+    """What a run ended with; None if it was not done yet."""
+    file = folder / f"{setting.name}.json"
+    return Result(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
 def run(setting: Setting, world: World, folder: Path) -> Result:
     """Do one run, or read what it ended with if it was done before."""
+    if (done := read(setting, folder)) is not None:
+        return done
     file = folder / f"{setting.name}.json"
-    if file.exists():
-        return Result(**json.loads(file.read_text(encoding="utf-8")))
     with world.lesson(setting.task, setting.seed) as lesson, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a missing pool, and of stalls: arms show them
         result = _learn(setting, lesson, world.sets)
