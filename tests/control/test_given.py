@@ -281,6 +281,15 @@ def test_slices_name_rows() -> None:
         ControlSet.from_batches(spoken(), {"a": [3]})
 
 
+def test_what_has_another_name_tells_examples_apart_too() -> None:
+    """Whole, for nobody knows which part of it is whose."""
+    labels = torch.tensor([[1, 2]])
+    batches = [{"codes": torch.tensor([[3, 4]]) + i, "labels": labels} for i in range(2)]
+    keys = ControlSet.from_batches(batches).keys(shift=False)
+    assert keys[0] != keys[1]
+    assert ControlSet.from_batches(batches[1:]).keys(shift=False) == keys[1:]
+
+
 def test_keys_tell_examples_apart() -> None:
     """By the text without its padding, the sound, the pictures; not by labels, nor by what a decoder is given."""
     control = ControlSet.from_batches([*translated(), *spoken(), *seen(), *tagged()])
