@@ -1,139 +1,18 @@
-"""Budgets: how far one step may move the policy, and whether a movement is within them."""
+"""Budgets: how far one step may move the policy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from step_optim.movement import Movement
+from step_optim.limits import Limits as Limits
+from step_optim.limits import Verdict as Verdict
 
 Bound: TypeAlias = "float | Callable[[int], float]"
 """A number of nats per token, or a schedule: step index -> number."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a movement is within its limits, and which limit is nearest or most exceeded."""
-
-    ratios: Mapping[str, float]
-    """KL / budget by constraint: ``"mean"``, ``"slice:<name>"``, ``"drift"``, ``"drift:<name>"``; no infinite ones."""
-
-    finite: bool = True
-    """False if a measured figure, or the update itself, is NaN or infinite: never feasible."""
-
-    @property
-    def feasible(self) -> bool:
-        """K_global <= eps_g, K_s <= eps_s for every slice, the same for drift and its caps, all of them finite."""
-        return self.finite and all(ratio <= 1 for ratio in self.ratios.values())
-
-    @property
-    def binding(self) -> str | None:
-        """The constraint with the largest KL / budget; None if no budget is finite."""
-        if not self.ratios:
-            return None
-        return max(self.ratios, key=lambda name: math.inf if math.isnan(self.ratios[name]) else self.ratios[name])
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The budgets in force at one step: plain numbers in nats per token, inf where unlimited."""
-
-    mean: float = math.inf
-    """eps_g, for K_global."""
-
-    slices: Mapping[str, float] = field(default_factory=dict)
-    """eps_s for each slice."""
-
-    drift: float = math.inf
-    """Cap on the global drift from pi_ref."""
-
-    drift_slices: Mapping[str, float] = field(default_factory=dict)
-    """Cap on the drift of each slice."""
-
-    @property
-    def reference(self) -> float:
-        """Another name of `drift`."""
-        return self.drift
-
-    @property
-    def caps_drift(self) -> bool:
-        """Whether any cap is finite, so that a point has to be compared with pi_ref too."""
-        return min(self.drift, *self.drift_slices.values(), math.inf) < math.inf
-
-    @property
-    def limits_anything(self) -> bool:
-        """Whether any part is finite."""
-        return self.caps_drift or min(self.mean, *self.slices.values(), math.inf) < math.inf
-
-    def of(self, name: str) -> float:
-        """Return the limit of a constraint, by its name in `Verdict.ratios`.
-
-        >>> Limits(mean=0.03, drift_slices={"safety": 0.01}).of("drift:safety")
-        0.01
-        """
-        kind, _, part = name.partition(":")
-        if part:
-            return (self.drift_slices if kind == "drift" else self.slices)[part]
-        return self.drift if kind == "drift" else self.mean
-
-    def without_caps(self) -> Limits:
-        """Return the budgets on the step alone."""
-        return Limits(self.mean, self.slices)
-
-    def exceeded_by(self, drift: Movement | None) -> tuple[str, ...]:
-        """Return the caps that a drift is beyond: ``"drift"``, ``"drift:<slice>"``."""
-        if drift is None or not self.caps_drift:
-            return ()
-        caps = self.without_budgets().judge(drift.still(), drift).ratios
-        return tuple(name for name, ratio in caps.items() if ratio > 1)
-
-    def without_budgets(self) -> Limits:
-        """Return the caps on the drift alone."""
-        return Limits(drift=self.drift, drift_slices=self.drift_slices)
-
-    def on_the_way_back(self, drift: Movement | None) -> Limits:
-        """Return the limits of a step from a policy with this drift: a cap that it exceeds becomes "less than now".
-
-        A run that was resumed with a lower cap could otherwise never come back.
-
-        >>> Limits(drift=0.05).on_the_way_back(Movement(0.09)).judge(Movement(0.01), Movement(0.08)).feasible
-        True
-        """
-        if not self.exceeded_by(drift):
-            return self
-        assert drift is not None
-
-        def less(cap: float, now: float) -> float:
-            return math.nextafter(now, 0.0) if now > cap else cap
-
-        slices = {name: less(cap, drift.slices[name]) for name, cap in self.drift_slices.items()}
-        return replace(self, drift=less(self.drift, drift.mean), drift_slices=slices)
-
-    def judge(self, movement: Movement, drift: Movement | None = None) -> Verdict:
-        """Compare a movement (and the drift from pi_ref) with these limits.
-
-        The paper's trust region (section 3.2): K_global <= eps_g and max_s K_s <= eps_s.
-
-        >>> Limits(mean=0.03).judge(Movement(0.06)).ratios
-        {'mean': 2.0}
-
-        Raises:
-            ValueError: a limited slice, or the drift, was not measured.
-        """
-        measured = [("mean", movement.mean, self.mean)]
-        measured += [(f"slice:{name}", kl, cap) for name, kl, cap in _slices(movement, self.slices, "slices")]
-        if self.caps_drift:
-            if drift is None:
-                raise ValueError("budget.drift needs a KL closure that measures drift (TokenKL, PolicyKL)")
-            measured.append(("drift", drift.mean, self.drift))
-            measured += [
-                (f"drift:{name}", kl, cap) for name, kl, cap in _slices(drift, self.drift_slices, "drift_slices")
-            ]
-        ratios = {name: _ratio(kl, limit) for name, kl, limit in measured if limit < math.inf}
-        return Verdict(ratios, finite=movement.is_finite and (drift is None or drift.is_finite))
 
 
 @dataclass(frozen=True, init=False)
@@ -147,13 +26,18 @@ class Budget:
         drift: cap on the mean drift from pi_ref, the policy at the start
             of training.
         drift_slices: cap on the drift of slices, like ``slices``.
+        prompt: for the prompt of the control set that moves most, of one step.
+        token: for the response token that moves most [nats], of one step.
+        confidence: between 0.5 and 1. A mean, a slice or a drift is then held
+            against its budget by its upper confidence bound over all prompts
+            like these (see `precision.upper_bound`), instead of by itself.
         reference: another name of ``drift``.
 
     Each number may be a callable of the step index (a schedule), and
     ``math.inf`` turns a part off: ``Budget(mean=math.inf)`` only measures.
 
     Raises:
-        ValueError: NaN, negative, or nothing limited at all.
+        ValueError: NaN, negative, or nothing limited at all; a confidence that is none.
         TypeError: not a number and not callable; both ``drift`` and ``reference``.
 
     >>> Budget(mean=0.03, slices={"safety": 0.01}).at(0, ["math", "safety"]).slices
@@ -166,6 +50,9 @@ class Budget:
     slices: Bound | Mapping[str, Bound] | None
     drift: Bound | None
     drift_slices: Bound | Mapping[str, Bound] | None
+    prompt: Bound | None
+    token: Bound | None
+    confidence: float | None
 
     def __init__(
         self,
@@ -174,22 +61,27 @@ class Budget:
         drift: Bound | None = None,
         drift_slices: Bound | Mapping[str, Bound] | None = None,
         *,
+        prompt: Bound | None = None,
+        token: Bound | None = None,
+        confidence: float | None = None,
         reference: Bound | None = None,
     ) -> None:
         """Refuse bad numbers now, before any weight moves."""
         if reference is not None and drift is not None:
             raise TypeError(f"drift={drift!r} and reference={reference!r} are two names of one cap; give one of them")
         cap = drift if reference is None else reference
-        given = {"mean": mean, "slices": slices, "drift": cap, "drift_slices": drift_slices}
+        given: dict[str, Any] = {"mean": mean, "slices": slices, "drift": cap, "drift_slices": drift_slices}
+        given |= {"prompt": prompt, "token": token}
         if all(bound is None for bound in given.values()):
             raise ValueError(
-                "Budget() limits nothing; pass mean=, slices=, drift= or drift_slices= in nats per token "
-                "(mean=math.inf to only measure)"
+                "Budget() limits nothing; pass mean=, slices=, drift= or drift_slices= in nats per token, or prompt= "
+                "or token= for the worst one (mean=math.inf to only measure)"
             )
         for name, bound in given.items():
             called = "reference" if name == "drift" and reference is not None else name
             _check(bound, called, may_map="slices" in name)
             object.__setattr__(self, name, bound)
+        object.__setattr__(self, "confidence", _checked_confidence(confidence))
 
     @classmethod
     def of(cls, value: Budget | Bound) -> Budget:
@@ -204,7 +96,7 @@ class Budget:
     @property
     def _bounds(self) -> list[Bound | None]:
         by_slice = (bound for part in (self.slices, self.drift_slices) for bound in _members(part))
-        return [self.mean, self.drift, *by_slice]
+        return [self.mean, self.drift, self.prompt, self.token, *by_slice]
 
     @property
     def limits_anything(self) -> bool:
@@ -221,6 +113,15 @@ class Budget:
     def is_scheduled(self) -> bool:
         """Whether any part is a callable of the step index."""
         return any(callable(bound) for bound in self._bounds)
+
+    def limited_slices(self, slices: Iterable[str]) -> list[str]:
+        """Return those of some slices that are limited, at any step.
+
+        >>> Budget(mean=0.1, slices={"safety": 0.03}).limited_slices(["math", "safety"])
+        ['safety']
+        """
+        parts = (self.slices, self.drift_slices)
+        return [name for name in slices if any(_of_slice(part, name) not in (None, math.inf) for part in parts)]
 
     def check_slices(self, names: Iterable[str] | None) -> None:
         """Refuse a budget for slices that the KL closure does not have.
@@ -250,7 +151,27 @@ class Budget:
             _each_at(self.slices, step, "slices", names),
             _at(self.drift, step, "drift"),
             _each_at(self.drift_slices, step, "drift_slices", names),
+            _at(self.prompt, step, "prompt"),
+            _at(self.token, step, "token"),
+            self.confidence,
         )
+
+
+def _checked_confidence(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"budget.confidence={value!r} is no number; give 0.95, say")
+    if not 0.5 <= float(value) < 1:
+        raise ValueError(
+            f"budget.confidence={value!r} must be at least 0.5 and below 1: 0.95 asks that the budget holds over all "
+            "prompts like these in 95 of 100 cases"
+        )
+    return float(value)
+
+
+def _of_slice(bounds: Bound | Mapping[str, Bound] | None, name: str) -> Bound | None:
+    return bounds.get(name) if isinstance(bounds, Mapping) else bounds
 
 
 def _members(bounds: Bound | Mapping[str, Bound] | None) -> list[Bound | None]:
@@ -266,14 +187,6 @@ def _check(bound: Bound | Mapping[str, Bound] | None, name: str, *, may_map: boo
             _check(each, f"{name}[{key!r}]", may_map=False)
     elif bound is not None and not callable(bound):
         _checked(bound, name)
-
-
-def _slices(movement: Movement, limits: Mapping[str, float], part: str) -> Iterator[tuple[str, float, float]]:
-    """Yield (slice, what it reads, its limit)."""
-    for name, limit in limits.items():
-        if name not in movement.slices:
-            raise ValueError(f"budget.{part} limits {name!r}, but the KL closure measured {sorted(movement.slices)}")
-        yield name, movement.slices[name], limit
 
 
 def _each_at(
@@ -301,9 +214,3 @@ def _checked(value: object, name: str) -> float:
             f"budget.{name}={value!r} must be a KL >= 0 in nats per token (0.03, say; math.inf turns it off)"
         )
     return number
-
-
-def _ratio(kl: float, limit: float) -> float:
-    if limit > 0:
-        return kl / limit
-    return 0.0 if kl == 0 else math.inf

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from step_optim.precision import Precision, relative_error, upper_bound
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,20 @@ class Movement:
     slices: Mapping[str, float] = field(default_factory=dict)
     """K_s by slice name [nats per token]; empty if there are no slices."""
 
+    prompt: float | None = field(default=None, repr=False, compare=False)
+    """The largest KL of a prompt [nats per token]; None if the closure gave means only."""
+
+    token: float | None = field(default=None, repr=False, compare=False)
+    """The largest KL of a single response token [nats]; None if the closure measures none."""
+
     prompts: Sequence[float] | None = field(default=None, repr=False, compare=False)
     """KL of each control prompt that this process measured [nats per token]; None if the closure gave means only."""
 
     members: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False, compare=False)
     """Which of these prompts are in each slice."""
+
+    spans: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False, compare=False)
+    """KL of the tokens of a span of response positions, by name: one figure for each prompt that has any."""
 
     @staticmethod
     def everywhere(kl: float, slices: Iterable[str]) -> Movement:
@@ -43,17 +54,32 @@ class Movement:
         return Movement(kl, dict.fromkeys(slices, kl))
 
     @staticmethod
-    def over(prompts: Sequence[float], members: Mapping[str, Sequence[int]]) -> Movement:
+    def over(
+        prompts: Sequence[float],
+        members: Mapping[str, Sequence[int]],
+        *,
+        token: float | None = None,
+        spans: Mapping[str, Sequence[float]] | None = None,
+    ) -> Movement:
         """Return K_global and K_s from the KL of each prompt.
 
         The sums are exact before they are rounded: their bits do not depend on
         the order of the prompts, nor on how they are spread over processes.
 
+        Args:
+            prompts: KL of each prompt [nats per token].
+            members: indices of the prompts in each slice.
+            token: the largest KL of a token, if it is known.
+            spans: KL of the tokens of a span, of each prompt that has any; a
+                span is one more slice.
+
         >>> Movement.over([0.1, 0.3], {"a": [0]})
         Movement(mean=0.2, slices={'a': 0.1})
         """
+        spans = spans or {}
         slices = {name: _mean([prompts[i] for i in indices]) for name, indices in members.items()}
-        return Movement(_mean(prompts), slices, prompts, members)
+        slices |= {name: _mean(kls) for name, kls in spans.items()}
+        return Movement(_mean(prompts), slices, _largest(prompts), token, prompts, members, spans)
 
     @staticmethod
     def pooled(parts: Sequence[Movement]) -> Movement:
@@ -64,17 +90,57 @@ class Movement:
         """
         if len(parts) == 1:
             return parts[0]
+        token = _largest([part.token for part in parts if part.token is not None])
         if any(part.prompts is None for part in parts):
             names = {name: None for part in parts for name in part.slices}
             slices = {name: _mean([part.slices[name] for part in parts if name in part.slices]) for name in names}
-            return Movement(_mean([part.mean for part in parts]), slices)
+            return Movement(_mean([part.mean for part in parts]), slices, token=token)
         prompts: list[float] = []
         members: dict[str, list[int]] = {}
+        spans: dict[str, list[float]] = {}
         for part in parts:
             for name, indices in part.members.items():
                 members.setdefault(name, []).extend(len(prompts) + i for i in indices)
+            for name, kls in part.spans.items():
+                spans.setdefault(name, []).extend(kls)
             prompts += part.prompts or ()
-        return Movement.over(prompts, members)
+        return Movement.over(prompts, members, token=token, spans=spans)
+
+    def upper(self, confidence: float, slice_: str | None = None) -> float:
+        """Return the upper confidence bound of the mean, or of a slice, over all prompts like these.
+
+        >>> Movement.over([0.01, 0.02, 0.03], {}).upper(0.95) > 0.02
+        True
+
+        Raises:
+            ValueError: the KL of each prompt is not known.
+        """
+        return upper_bound(self._each(slice_), confidence)
+
+    @property
+    def precision(self) -> Precision:
+        """Relative standard errors of the mean and of each slice over prompts.
+
+        >>> str(Movement.over([0.01, 0.03], {"a": [0]}).precision)
+        'mean ±50% (2 prompts), a ±inf% (1 prompts)'
+
+        Raises:
+            ValueError: the KL of each prompt is not known.
+        """
+        mean, each = self._each(None), {name: self._each(name) for name in self.slices}
+        errors = {name: relative_error(kls) for name, kls in each.items()}
+        return Precision(relative_error(mean), errors, len(mean), {name: len(kls) for name, kls in each.items()})
+
+    def _each(self, slice_: str | None) -> Sequence[float]:
+        """KLs of the prompts, or of those in a slice."""
+        if self.prompts is None:
+            raise ValueError(
+                "the KL closure gave means only, and confidence takes the KL of each prompt: use TokenKL or PolicyKL, "
+                "or return Movement.over([kl of each prompt], {slice: [prompts]})"
+            )
+        if slice_ is None:
+            return self.prompts
+        return self.spans[slice_] if slice_ in self.spans else [self.prompts[i] for i in self.members[slice_]]
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -97,11 +163,14 @@ class Movement:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures alone."""
-        return {"mean": self.mean, "slices": dict(self.slices)}
+        tails = {"prompt": self.prompt, "token": self.token}
+        known = {name: value for name, value in tails.items() if value is not None}
+        return {"mean": self.mean, "slices": dict(self.slices), **known}
 
     def still(self) -> Movement:
-        """Return the movement of a policy that stayed where it was: zero everywhere."""
-        return Movement(0.0, dict.fromkeys(self.slices, 0.0))
+        """Return the movement of a policy that stayed where it was: zero wherever this one was measured."""
+        prompt, token = (None if value is None else 0.0 for value in (self.prompt, self.token))
+        return Movement(0.0, dict.fromkeys(self.slices, 0.0), prompt, token)
 
     @staticmethod
     def of(value: Any) -> Movement:
@@ -122,8 +191,9 @@ class Movement:
         0.5
         """
         if isinstance(value, Movement):
-            mean, slices = value.mean, value.slices
-        elif isinstance(value, Mapping):
+            read = {str(name): _number(kl, f"slice {name!r}") for name, kl in value.slices.items()}
+            return replace(value, mean=_number(value.mean, "mean"), slices=read)
+        if isinstance(value, Mapping):
             if not value:
                 raise ValueError("KL closure returned an empty mapping; return at least {'mean': kl}")
             slices = {name: _number(kl, f"slice {name!r}") for name, kl in value.items() if name != "mean"}
@@ -157,6 +227,11 @@ def _number(value: Any, what: str) -> float:
             "max(kl, 0); a sampled log-ratio is not a KL: use the full distributions, or the k3 estimator"
         )
     return kl
+
+
+def _largest(values: Sequence[float]) -> float | None:
+    """The largest of some; NaN if one of them is; None of none."""
+    return math.nan if any(map(math.isnan, values)) else max(values, default=None)
 
 
 def _mean(values: Sequence[float]) -> float:

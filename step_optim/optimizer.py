@@ -19,7 +19,6 @@ from step_optim.snapshot.known import ParamLike, known_copies
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.atomic import Atomic
 from step_optim.step.checks import (
-    check_budget,
     check_controller,
     check_inner,
     check_line,
@@ -27,8 +26,8 @@ from step_optim.step.checks import (
     check_rates,
     default_controller,
     plain_note,
-    warned_of_noise,
 )
+from step_optim.step.measurable import check_budget
 from step_optim.step.progress import Run
 from step_optim.step.proposal import loss_closure
 from step_optim.step.step import Step
@@ -175,24 +174,24 @@ class STEPOptimizer(OptimizerWrapper):
         """The record of the latest step; None before the first."""
         return self._run.progress.last
 
-    def bind(self, kl: KLClosure | Callable[[], Any]) -> None:
-        """Set the KL closure: later than the optimizer under PEFT, DDP and FSDP, or again after a refresh.
+    def bind(self, kl: KLClosure | Callable[[], Any], *, origin: str | None = None) -> None:
+        """Set the KL closure: later than the optimizer under PEFT, DDP and FSDP; or another one, for other prompts.
+
+        Args:
+            kl: the KL closure.
+            origin: what becomes of pi_ref, from which drift is measured. ``"keep"``: it stays the policy at the start
+                of the run, if that is known on these prompts. ``"adapter_off"``: PEFT's base model. ``"now"``: the
+                policy at the next step. By default what the closure brings along, else the policy at the next step,
+                with a warning where a cap on the drift begins anew.
 
         Raises:
-            ValueError: it does not fit the budget, the controller or the parameters.
+            ValueError: it does not fit the budget, the controller or the parameters; a pi_ref that is not known.
         """
         self._refuse_inside_window("bind()")
         closure = as_kl(kl)
         controller = self._for(self.budget, closure)
         self._check(closure, controller)
-        closure.load_state_dict(self._run.kl_state)
-        if self._run.kl is not None and closure is not self._run.kl:
-            self.controller.forget_reference(self._run.memory)
-            self._run.warned.of_another_origin(self.budget, closure, self._run.drift)
-        self._run.kl, self._run.kl_state, self._run.anchored = closure, {}, None
-        self._run.controller = controller
-        self._run.warned.fixed.forget(closure)
-        self._run.warned.of_noise = warned_of_noise(self.budget, closure)
+        self._run.take(closure, controller, origin)
 
     def set_budget(self, budget: Budget | Bound) -> None:
         """Replace the budget, from the next step on."""
@@ -202,7 +201,7 @@ class STEPOptimizer(OptimizerWrapper):
         if self._run.kl is not None:
             check_budget(new, self._run.kl)
             check_measures(self._run.kl, controller, self._inner, self._ranks, new)
-            self._run.warned.of_noise = warned_of_noise(new, self._run.kl)
+            self._run.warned.of_budget(new, self._run.kl)
         self._run.budget, self._run.controller = new, controller
 
     def refresh(self, *, restart_drift: bool = False) -> None:

@@ -72,7 +72,10 @@ def movement(candidate: Policy, previous: Policy, slices: Mapping[str, Sequence[
             total += prompt_kl(candidate[x], previous[x])
         return total / len(prompts)
 
-    return Movement(mean_over(every), {name: mean_over(members) for name, members in slices.items()})
+    means = {name: mean_over(members) for name, members in slices.items()}
+    prompt = max(prompt_kl(candidate[x], previous[x]) for x in every)
+    token = max(row_kl(c, p) for x in every for c, p in zip(candidate[x], previous[x], strict=True))
+    return Movement(mean_over(every), means, prompt, token)
 
 
 def token_weighted(candidate: Policy, previous: Policy) -> float:

@@ -13,8 +13,10 @@ import step_optim
 PACKAGE = Path(step_optim.__file__).parent
 
 LAYERS = (
-    ("host", "movement"),
-    ("budget", "snapshot", "objective"),
+    ("host", "precision"),
+    ("movement",),
+    ("limits", "snapshot", "objective"),
+    ("budget",),
     ("isolation",),
     ("control",),
     ("audit",),
@@ -86,7 +88,7 @@ def test_there_is_no_circle() -> None:
 
 def test_torch_is_not_needed_for_movement_and_budget() -> None:
     """Figures and limits are plain python."""
-    for name in ("movement", "budget"):
+    for name in ("precision", "movement", "limits", "budget"):
         source = (PACKAGE / f"{name}.py").read_text()
         assert "import torch" not in source
         assert "from torch" not in source

@@ -73,13 +73,14 @@ class Chat(World):
     Args:
         model: a causal language model; it is left as it was.
         tokenizer: with a chat template.
+        sets: of prompts; by default those of `prompts`, with the model's answers.
     """
 
     steps = 20
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, sets: Sets | None = None) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self.sets = prompt_sets(model, tokenizer)
+        self.sets = prompt_sets(model, tokenizer) if sets is None else sets
 
     @contextmanager
     def lesson(self, task: str, seed: int) -> Iterator[Lesson]:

@@ -95,12 +95,23 @@ class KLClosure(ABC):
     opaque = False
     """Whether it runs a function of the user's, which owns its reference and may write into weights."""
 
+    held_out: KLClosure | None = None
+    """Measures prompts that decide nothing, at every n-th step; None if there are none."""
+
+    every: int = 1
+    """How often, in steps, held-out prompts are measured."""
+
     used: Sequence[nn.Module] = ()
     """Modules that the latest measurement called. Their buffers are part of the policy, and roll back with it."""
 
     @property
     def slices(self) -> tuple[str, ...] | None:
         """Names of the slices; None if they are not known before a measurement."""
+        return None
+
+    @property
+    def counts(self) -> Mapping[str, int] | None:
+        """How many prompts each figure is over: ``"mean"`` and the slices; None if that is not known."""
         return None
 
     @property
@@ -156,6 +167,18 @@ class KLClosure(ABC):
 
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
+
+    def take_origin(self) -> None:
+        """Take the policy of the current weights as pi_ref; the reference stays what it is.
+
+        Raises:
+            NotImplementedError: this closure has no pi_ref.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no pi_ref")
+
+    def take_origin_from(self, other: KLClosure) -> bool:
+        """Take what another closure's pi_ref says on the prompts of this one; whether it is known there."""
+        return False
 
     def forget_attributes(self) -> None:
         """Read modules with the attributes that they have at the next measurement, and from then on."""

@@ -32,8 +32,9 @@ class DirectedKL(ReferenceKL):
     pool: DirectedKL | None = None
     """Measures the prompts of the pool."""
 
-    prompts: int
-    """C."""
+    held_out: DirectedKL | None = None
+    """Measures prompts that decide nothing."""
+
     _prompt_of_row: Tensor
     """[R] prompt index of each row."""
     _factors = 1
@@ -49,14 +50,26 @@ class DirectedKL(ReferenceKL):
         """Take an audited policy, or the current weights, as reference; the first is pi_ref, too, also on the pool."""
         first = self._origin is None
         super().anchor(audit)
-        if self.pool is not None and first:
-            self.pool.anchor()
+        for other in self._others.values() if first else ():
+            other.anchor()
 
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
         super().forget_origin()
-        if self.pool is not None:
-            self.pool.forget_origin()
+        for other in self._others.values():
+            other.forget_origin()
+
+    def take_origin(self) -> None:
+        """Take the policy of the current weights as pi_ref, also on the pool and the held-out prompts."""
+        super().take_origin()
+        for other in self._others.values():
+            other.take_origin()
+
+    @property
+    def _others(self) -> dict[str, DirectedKL]:
+        """What measures the same policy on other prompts, by its name in a checkpoint."""
+        both = {"pool": self.pool, "held_out": self.held_out}
+        return {name: other for name, other in both.items() if other is not None}
 
     @abstractmethod
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -79,16 +92,17 @@ class DirectedKL(ReferenceKL):
     def _more_state(self) -> dict[str, Any]:
         """What a checkpoint needs besides pi_ref: that of the pool, and how far its draws are."""
         more: dict[str, Any] = {"penalties": self._penalties} if self._penalties else {}
-        return more if self.pool is None else more | {"pool": self.pool.state_dict()}
+        return more | {name: other.state_dict() for name, other in self._others.items()}
 
     @staticmethod
-    def _of_pool(state: Mapping[str, Any]) -> Any:
-        if "pool" not in state:
+    def _of(name: str, state: Mapping[str, Any]) -> Any:
+        """The part of a checkpoint that is the pool's, or the held-out prompts'."""
+        if name not in state:
             raise ValueError(
-                "the checkpoint was saved without a pool, so that what pi_ref says on it is not known any more: resume "
-                "without pool="
+                f"the checkpoint was saved without {name}=, so that what pi_ref says on these prompts is not known any "
+                f"more: resume without {name}="
             )
-        return state["pool"]
+        return state[name]
 
     def gradients(self, names: Sequence[str], parameters: Sequence[Tensor], draw: Draw | None = None) -> list[Normal]:
         """Measure constraints at the current weights, and their gradients; see `KLClosure.gradients`.
@@ -97,20 +111,64 @@ class DirectedKL(ReferenceKL):
         """
         source = self if draw is None else self.pool
         assert source is not None
-        wanted = [source._sum(name, None if draw is None else draw.prompts) for name in names]
         previous = self._reference if draw is None else draw.previous
+        wanted = [source._sum(name, previous, draw) for name in names]
         return source._normals(wanted, {"previous": previous, "origin": source._origin}, parameters, draw)
 
-    def _sum(self, name: str, drawn: Sequence[int] | None) -> tuple[str, Tensor]:
-        """What a constraint is the sum of: KLs from which policy, and what each row counts, [R]."""
+    def _sum(self, name: str, previous: Any, draw: Draw | None) -> tuple[str, Tensor]:
+        """What a constraint is the sum of: KLs from which policy, and what each row counts, [R].
+
+        Of a tail, that is the worst prompt or token at the current weights.
+        """
         kind, _, part = name.partition(":")
-        chosen = set(range(self.prompts) if drawn is None else drawn)
-        chosen = chosen.intersection(self.members[part]) if part else chosen
+        chosen = list(range(self.prompts) if draw is None else draw.prompts)
+        if kind in ("prompt", "token"):
+            return "previous", self._worst(kind, previous, chosen, draw)
+        return "origin" if kind == "drift" else "previous", self._mean_of(part, chosen)
+
+    def _mean_of(self, part: str, chosen: Sequence[int]) -> Tensor:
+        """What each row counts in the mean over some prompts: those of a slice, the tokens in a span, or all."""
+        if part in self.spans:
+            span = self.spans[part]
+            prompt_of_row = torch.tensor(span.prompts, device="cpu").to(span.place.device)[span.place]
+            rows, factors = span.rows, 1
+        else:
+            prompt_of_row = self._prompt_of_row
+            rows, factors = torch.arange(len(prompt_of_row), device=prompt_of_row.device), self._factors
+        held = sorted(set(chosen).intersection(self._prompts_of(part)))
         weights = torch.zeros(self.prompts, dtype=torch.float64, device="cpu")
-        weights[sorted(chosen)] = self._factors / max(len(chosen), 1)
-        rows_of = torch.bincount(self._prompt_of_row, minlength=self.prompts)
-        counts = weights.to(rows_of.device) / rows_of
-        return "origin" if kind == "drift" else "previous", counts[self._prompt_of_row]
+        weights[held] = factors / max(len(held), 1)
+        rows_of = torch.bincount(prompt_of_row, minlength=self.prompts)
+        counts = torch.zeros(len(self._prompt_of_row), dtype=torch.float64, device=rows_of.device)
+        counts[rows] = (weights.to(rows_of.device) / rows_of.clamp_min(1))[prompt_of_row]
+        return counts
+
+    def _prompts_of(self, part: str) -> Sequence[int]:
+        """The prompts of a slice, those with a token in a span, or all."""
+        if part in self.spans:
+            return self.spans[part].prompts
+        return self.members[part] if part else range(self.prompts)
+
+    def _worst(self, kind: str, previous: Any, chosen: Sequence[int], draw: Draw | None) -> Tensor:
+        """What each row counts in the largest KL of a prompt, or of a token, of those that were chosen."""
+        drawn = torch.tensor(chosen, device="cpu").to(self._prompt_of_row.device)
+        rows = torch.isin(self._prompt_of_row, drawn).nonzero().flatten()
+        kls = torch.zeros(len(self._prompt_of_row), dtype=torch.float64, device=rows.device)
+        kls[rows] = self._measured(lambda: self._row_kls(previous, rows, draw))
+        counts = torch.zeros_like(kls)
+        if kind == "prompt":
+            means = statistic.prompt_means(kls, self._prompt_of_row, self.prompts)
+            own = self._prompt_of_row == means.argmax()
+            counts[own] = self._factors / own.sum()
+        else:
+            counts.view(-1, self._factors)[kls.view(-1, self._factors).sum(1).argmax()] = 1.0
+        return counts
+
+    @torch.no_grad()
+    def _row_kls(self, previous: Any, rows: Tensor, draw: Draw | None) -> Tensor:
+        """KL of some rows of the current weights, those of what was drawn."""
+        here = self._policy() if draw is None else self._read(draw)
+        return statistic.row_kl(previous[rows], here[rows])
 
     def _normals(
         self,
@@ -129,6 +187,8 @@ class DirectedKL(ReferenceKL):
         with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
             for rows, x, head in self._graded(draw):
                 held = [j for j, (_, counts) in enumerate(wanted) if bool((counts[rows] != 0).any())]
+                if not held:
+                    continue
                 kinds = list(dict.fromkeys(wanted[j][0] for j in held))
                 kls, begins = self._row_gradients(Rows(x.detach(), head), [policies[kind][rows] for kind in kinds])
                 trains = x.requires_grad  # not where all that the policy reads is frozen for now
@@ -202,7 +262,7 @@ class DirectedKL(ReferenceKL):
 
     def _drift(self, draw: Draw) -> Tensor:
         """The drift on what was drawn, with a graph: its value, and a linear function that has its gradient."""
-        _, counts = self._sum("drift", draw.prompts)
+        counts = self._mean_of("", draw.prompts)
         value, linear = 0.0, torch.zeros((), device=counts.device)
         with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
             for rows, x, head in self._graded(draw):
@@ -227,16 +287,17 @@ class DirectedKL(ReferenceKL):
         pool = self.pool
         if pool is None:
             return None
-        missing = [name for name in names if name.partition(":")[2] not in ("", *pool.members)]
+        missing = [name for name in names if name.partition(":")[2] not in ("", *pool.slices)]
         if missing:
             raise ValueError(
-                f"the pool has no prompts of the slice in {missing[0]!r}, only of {sorted(pool.members)}: give it "
+                f"the pool has no prompts of the slice in {missing[0]!r}, only of {sorted(pool.slices)}: give it "
                 "some, under that name"
             )
         parts = [name.partition(":")[2] for name in names]
-        open_ = range(pool.prompts) if "" in parts else sorted({i for part in parts for i in pool.members[part]})
+        asked = [pool._prompts_of(part) for part in parts if part]
+        open_ = range(pool.prompts) if "" in parts else sorted({i for members in asked for i in members})
         chosen = drawn(open_, list(pool.members.values()), count, turn)
-        for members in (pool.members[part] for part in parts if part):
+        for members in asked:
             if not set(members) & set(chosen):  # a small slice of a large pool
                 chosen.append(members[turn % len(members)])
         draw = Draw(tuple(chosen))

@@ -1,39 +1,76 @@
-"""Draws from a pool: which prompts, by whose turn it is."""
+"""Further prompts beside the control set, and draws from a pool of them: which prompts, by whose turn it is."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Sequence
 from itertools import chain, zip_longest
+from typing import Any
 
 from step_optim.control.control_set import ControlBatches, ControlSet
 
+CALLED = {"pool": "the pool", "held_out": "the held-out set"}
+"""In words."""
 
-def checked_pool(pool: ControlSet, control: ControlSet, vocabulary: int) -> ControlSet:
-    """Refuse a pool that cannot be told from the control set.
+WHY = {
+    "pool": "who is steered by a prompt cannot be judged by it",
+    "held_out": "it could not tell how far figures carry to other prompts",
+}
+"""Why they must be apart."""
+
+
+def checked_apart(
+    name: str, given: Any, control: ControlSet, vocabulary: int, *others: ControlSet | None
+) -> ControlSet:
+    """Refuse a pool, or held-out prompts, that cannot be told from the control set.
+
+    Args:
+        name: of the argument.
+        given: its value.
+        control: the prompts that judge.
+        vocabulary: V of the model.
+        *others: further sets that it must not share a prompt with.
 
     Raises:
         TypeError: it is no ControlSet.
         ValueError: it shares a prompt with the control set, is on another device, or has ids outside the vocabulary.
     """
-    if not isinstance(pool, ControlSet):
-        raise TypeError(f"pool={pool!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
-    if isinstance(pool, ControlBatches) != isinstance(control, ControlBatches):
-        raise TypeError(f"pool={pool!r} and control={control!r}: give both as batches, or both as prompts")
-    if pool.device != control.device:
-        raise ValueError(f"the pool is on {pool.device}, the control set on {control.device}; use pool.to(...)")
-    if not isinstance(pool, ControlBatches):  # their ids are perhaps no tokens that the model has logits of
-        pool.check_vocabulary(vocabulary)
-    pool.check_responses(vocabulary)
-    judged = {key: i for i, key in enumerate(_keys(control, control))}
-    for i, key in enumerate(_keys(pool, control)):
-        j = judged.get(key)
+    if not isinstance(given, ControlSet):
+        raise TypeError(f"{name}={given!r:.60} is no ControlSet; build one with ControlSet.from_texts/from_ids")
+    if isinstance(given, ControlBatches) != isinstance(control, ControlBatches):
+        raise TypeError(f"{name}={given!r} and control={control!r}: give both as batches, or both as prompts")
+    if given.device != control.device:
+        raise ValueError(f"{name} is on {given.device}, the control set on {control.device}; use {name}.to(...)")
+    if not isinstance(given, ControlBatches):  # their ids are perhaps no tokens that the model has logits of
+        given.check_vocabulary(vocabulary)
+    given.check_responses(vocabulary)
+    _check_disjoint(name, given, "the control set", control)
+    for other in others:
+        if other is not None:
+            _check_disjoint(name, given, "the pool", other)
+    return given
+
+
+def _check_disjoint(name: str, given: ControlSet, other: str, known: ControlSet) -> None:
+    places = {key: j for j, key in enumerate(_keys(known, known))}
+    for i, key in enumerate(_keys(given, known)):
+        j = places.get(key)
         if j is not None:
             raise ValueError(
-                f"prompt {i} of the pool is prompt {j} of the control set: who is steered by a prompt cannot be judged "
-                "by it. Take it out of one of them; ControlSet.split makes disjoint sets"
+                f"prompt {i} of {CALLED[name]} is prompt {j} of {other}: {WHY[name]}. Take it out of one of them; "
+                "ControlSet.split makes disjoint sets, and so do the parts of ControlSet.standard"
             )
-    return pool
+
+
+def checked_every(every: Any) -> int:
+    """Refuse a number of steps that is none.
+
+    Raises:
+        ValueError: it is no whole number above 0.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r} must be a whole number of steps, at least 1")
+    return every
 
 
 def _keys(prompts: ControlSet, control: ControlSet) -> list[Hashable]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,6 +146,22 @@ def check_device(model: nn.Module, control: ControlSet) -> None:
     if device != control.device:
         raise ValueError(
             f"the control set is on {control.device}, the model on {device}; use control.to({str(device)!r})"
+        )
+
+
+def check_known(model: nn.Module, parameters: Sequence[Tensor]) -> None:
+    """Refuse parameters that the model does not have.
+
+    Raises:
+        ValueError: there are some.
+    """
+    known = {id(p) for p in model.parameters()}
+    unknown = [tuple(p.shape) for p in parameters if id(p) not in known]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of the optimizer's {len(parameters)} parameters are not parameters of the model in "
+            f"TokenKL (shapes {unknown[:3]}{'...' if len(unknown) > 3 else ''}); pass the model that they "
+            "belong to, or TokenKL(..., check_parameters=False) if the policy does not read them (a value head)"
         )
 
 

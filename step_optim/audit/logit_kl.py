@@ -14,6 +14,7 @@ from step_optim.audit.closure import Audit
 from step_optim.audit.directed_kl import DirectedKL
 from step_optim.audit.rows import Reader, Rows, vocab_blocks
 from step_optim.isolation.eval_mode import isolated
+from step_optim.movement import Movement
 
 ROWS_AT_ONCE = 32
 """Rows [V] of a mixture that are there at once."""
@@ -47,59 +48,87 @@ class LogitKL(DirectedKL):
         """Refuse a pi_ref of another control set or another policy, or one that is damaged."""
         if state:
             self._loaded(state)
-            if self.pool is not None:
-                self.pool.check_state_dict(self._of_pool(state))
+            for name, other in self._others.items():
+                other.check_state_dict(self._of(name, state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over pi_ref."""
         self.check_state_dict(state)
         if state:
             self._origin, self._penalties = self._loaded(state), int(state.get("penalties", 0))
-            if self.pool is not None:
-                self.pool.load_state_dict(self._of_pool(state))
+            for name, other in self._others.items():
+                other.load_state_dict(self._of(name, state))
 
     def _per_prompt(self, rows: Tensor) -> Tensor:
         return statistic.prompt_means(rows, self._prompt_of_row, self.prompts)
 
-    def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
+    def _movements(self, candidate: Any, *references: Any) -> list[Movement]:
         streamed = statistic.stream_kl(references, candidate, scratch=self._scratch)
-        means = self._factors * self._per_prompt(streamed.kl)
+        read = self._figures(streamed.kl)
         # The one place where the host waits for the device.
-        *figures, doubtful = torch.cat([means.flatten(), streamed.doubtful.any()[None]]).tolist()
+        *figures, doubtful = torch.cat([read.flatten(), streamed.doubtful.any()[None]]).tolist()
         if doubtful:
-            settled = statistic.settle(streamed, references, candidate)
-            figures = (self._factors * self._per_prompt(settled)).flatten().tolist()
-        return [figures[j * self.prompts : (j + 1) * self.prompts] for j in range(len(references))]
+            figures = self._figures(statistic.settle(streamed, references, candidate)).flatten().tolist()
+        each = len(figures) // len(references)
+        return [self._movement(figures[j * each : (j + 1) * each]) for j in range(len(references))]
 
-    def prompt_kl(self, candidate: Audit, strength: Tensor, prompts: Tensor | None = None) -> Tensor:
+    def _figures(self, rows: Tensor) -> Tensor:
+        """KLs of rows, [J, R] -> [J, C + ...]: of prompts, of the prompts in each span, and the largest token's."""
+        found = [self._factors * self._per_prompt(rows)]
+        for span in self.spans.values():
+            found.append(statistic.prompt_means(rows[:, span.rows], span.place, len(span.prompts)))
+        tokens = self._factors * rows.reshape(len(rows), -1, self._factors).mean(-1)
+        return torch.cat([*found, tokens.amax(1, keepdim=True)], dim=1)
+
+    def _movement(self, figures: Sequence[float]) -> Movement:
+        """Read what `_figures` found from one reference."""
+        prompts, rest = figures[: self.prompts], iter(figures[self.prompts :])
+        spans = {name: [next(rest) for _ in span.prompts] for name, span in self.spans.items()}
+        return Movement.over(prompts, self.members, token=next(rest) if self.has_tokens else None, spans=spans)
+
+    def prompt_kl(self, candidate: Audit, strength: Tensor, prompts: Tensor | None = None, of: str = "") -> Tensor:
         """KL of prompts at the mixture (1 - lambda) l_reference + lambda l_candidate, [P] float64 on the CPU.
 
         Args:
             candidate: the audit of the candidate.
             strength: lambda of each of the prompts, [P].
             prompts: indices [P], which may repeat; all C by default.
+            of: "" for the mean over their tokens, "token" for the largest of
+                these; or a span, of which each has to have a token.
         """
         chosen = range(self.prompts) if prompts is None else prompts.tolist()
-        prompt_of_row = self._prompt_of_row.cpu()
-        rows = [(prompt_of_row == prompt).nonzero().flatten() for prompt in chosen]
+        rows = [self._rows_of(prompt, of) for prompt in chosen]
         place = torch.cat([torch.full_like(part, i) for i, part in enumerate(rows)])
         index = torch.cat(rows).to(self._prompt_of_row.device)
         with torch.no_grad():
             found = statistic.row_kl(
                 self._reference[index], candidate.policy[index], strength[place].to(self._prompt_of_row.device)
             )
-        return self._factors * statistic.prompt_means(found.cpu(), place, len(rows))
+        return self._reduced_rows(found.cpu(), place, len(rows), of)
 
-    def prompt_drift(self, candidate: Audit, strength: Tensor, prompts: Tensor) -> Tensor:
+    def prompt_drift(self, candidate: Audit, strength: Tensor, prompts: Tensor, of: str = "") -> Tensor:
         """KL(mixture ‖ pi_ref) of prompts, [P] float64 on the CPU; the mixture and the arguments are `prompt_kl`'s."""
         wanted = torch.ones(self.prompts, device="cpu")
         wanted[prompts] = strength.cpu().to(wanted.dtype)
-        found = torch.zeros(len(self._prompt_of_row), dtype=torch.float64, device=self._prompt_of_row.device)
-        chosen = torch.isin(self._prompt_of_row, prompts.to(self._prompt_of_row.device))
-        for rows in chosen.nonzero().flatten().split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
-            mixture = Rows(self._mixture(candidate.policy, wanted, rows), None)
-            found[rows] = statistic.row_kl(self._origin[rows], mixture)
-        return (self._factors * self._per_prompt(found)).cpu()[prompts]
+        rows = [self._rows_of(prompt, of) for prompt in prompts.tolist()]
+        place = torch.cat([torch.full_like(part, i) for i, part in enumerate(rows)])
+        found = []
+        for index in torch.cat(rows).to(self._prompt_of_row.device).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+            mixture = Rows(self._mixture(candidate.policy, wanted, index), None)
+            found.append(statistic.row_kl(self._origin[index], mixture))
+        return self._reduced_rows(torch.cat(found).cpu(), place, len(rows), of)
+
+    def _rows_of(self, prompt: int, of: str) -> Tensor:
+        """Rows of a prompt, or those of them that are in a span; on the CPU."""
+        rows = (self._prompt_of_row.cpu() == prompt).nonzero().flatten()
+        return rows[torch.isin(rows, self.spans[of].rows.cpu())] if of in self.spans else rows
+
+    def _reduced_rows(self, kls: Tensor, place: Tensor, count: int, of: str) -> Tensor:
+        """The mean over the rows of each of some prompts, or the largest token of each."""
+        if of == "token":
+            tokens, first = kls.view(-1, self._factors).sum(1), place[:: self._factors]
+            return torch.zeros(count, dtype=kls.dtype, device="cpu").scatter_reduce(0, first, tokens, "amax")
+        return (1 if of in self.spans else self._factors) * statistic.prompt_means(kls, place, count)
 
     def distance(self, audit: Audit, candidate: Audit, strength: Tensor | None = None) -> float:
         """Mean ‖l_theta - l_lambda‖² of an audited policy; the objective of the paper's projection at lambda = 1.

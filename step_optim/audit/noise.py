@@ -52,8 +52,14 @@ class NoiseFloor:
     """The narrowest that the audit was seen to compute in: that of the weights, or of what was read."""
 
     def above(self, limits: Mapping[str, float]) -> list[str]:
-        """Describe the limits below the floor; their names are "mean" or a slice's, their values nats per token."""
-        floors = {"mean": self.measured.mean, **self.measured.slices}
+        """Describe the limits below the floor.
+
+        Args:
+            limits: nats per token; "mean", slices, "worst prompt" and "worst token".
+        """
+        measured = self.measured
+        floors = {"mean": measured.mean, **measured.slices}
+        floors |= {"worst prompt": measured.prompt or 0.0, "worst token": measured.token or 0.0}
         return [
             f"{name}: budget {limit:.3g}, noise floor {floors[name]:.3g}"
             for name, limit in limits.items()

@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 from step_optim.audit.closed_forms import log_probabilities
 from step_optim.audit.closure import Draw, Normal
 from step_optim.audit.distributions import Kept, same_constants
+from step_optim.audit.draws import checked_every
 from step_optim.audit.logit_kl import LogitKL
 from step_optim.audit.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
 from step_optim.audit.parameters import tensors_of
@@ -65,6 +66,9 @@ class PolicyKL(LogitKL):
         pool: a function like ``fn`` on other observations, which no audit
             reads: `Steer` draws directions from them. A `PolicyKL` of it, if
             they are in slices, or have a mask.
+        held_out: a function like ``fn``, or a `PolicyKL` of one, on further
+            observations, which are measured and decide nothing; see `TokenKL`.
+        every: steps from one held-out measurement to the next.
         mask: which tokens count, bool [N, T]; the mean is over these. Padding
             does not count.
 
@@ -93,6 +97,8 @@ class PolicyKL(LogitKL):
         reduction: str | None = None,
         noise_floor: bool = True,
         pool: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
+        held_out: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
+        every: int = 10,
         mask: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -114,15 +120,18 @@ class PolicyKL(LogitKL):
         self._factors = self._parts // self._averaged
         rows = torch.arange(self.prompts, device=policy.x.device if isinstance(policy, Rows) else policy.device)
         self._mask = output.checked_mask(mask, reduction)
-        every = rows.repeat_interleave(self._parts)
-        self._prompt_of_row = every if self._mask is None else every[self._mask]
+        prompt_of_row = rows.repeat_interleave(self._parts)
+        self._prompt_of_row = prompt_of_row if self._mask is None else prompt_of_row[self._mask]
         self._constants = () if isinstance(policy, Rows) else policy.constants
         self._check_transforms()
         if noise_floor:
             self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
             self.noise_floor = self._measured(self._measure_noise)
+        self.every = checked_every(every)
         if pool is not None:
-            self.pool = self._checked_pool(pool)
+            self.pool = self._elsewhere("pool", pool)
+        if held_out is not None:
+            self.held_out = self._elsewhere("held_out", held_out)
 
     @property
     def has_gradients(self) -> bool:  # type: ignore[override]
@@ -133,15 +142,16 @@ class PolicyKL(LogitKL):
                 self._differentiable = any(tensor.requires_grad for tensor in tensors_of(out).values())
         return self._differentiable
 
-    def _checked_pool(self, pool: Callable[[], Any] | PolicyKL) -> PolicyKL:
-        if not isinstance(pool, PolicyKL):
-            if not callable(pool):
-                raise TypeError(f"pool={pool!r:.60} is neither a function like fn nor a PolicyKL of one")
-            pool = PolicyKL(pool, model=self._model, reduction=self._reduction, noise_floor=False)
-        pool.forget_origin()  # of another run
-        if pool._kind[0] != self._kind[0]:
-            raise ValueError(f"pool returns {pool._kind[0]}, fn {self._kind[0]}: give both the same kind of policy")
-        return pool
+    def _elsewhere(self, name: str, other: Callable[[], Any] | PolicyKL) -> PolicyKL:
+        """Read the argument ``pool=`` or ``held_out=``."""
+        if not isinstance(other, PolicyKL):
+            if not callable(other):
+                raise TypeError(f"{name}={other!r:.60} is neither a function like fn nor a PolicyKL of one")
+            other = PolicyKL(other, model=self._model, reduction=self._reduction, noise_floor=False)
+        other.forget_origin()  # of another run
+        if other._kind[0] != self._kind[0]:
+            raise ValueError(f"{name} returns {other._kind[0]}, fn {self._kind[0]}: give both the same kind of policy")
+        return other
 
     def _first(self) -> tuple[Output, Rows | Kept]:
         output = self._evaluate()
@@ -237,21 +247,46 @@ class PolicyKL(LogitKL):
         """A weighted sum of the observations' KLs from a reference, with a graph; the policy is no categorical one."""
         leaf = self._evaluate().leaf
         assert leaf is not None
-        kls = leaf.kl(reference).reshape(self.prompts, -1).sum(1) / self._averaged
-        return (kls * counts.reshape(self.prompts, -1).sum(1) / self._factors).sum()
+        tokens = leaf.kl(reference).reshape(self.prompts, self._averaged, -1).sum(-1)
+        return (tokens * counts.reshape(*tokens.shape, -1).sum(-1) / self._factors).sum()
+
+    def _worst(self, kind: str, previous: Any, chosen: Sequence[int], draw: Draw | None) -> Tensor:
+        if self.has_logits:
+            return super()._worst(kind, previous, chosen, draw)
+        with torch.no_grad():
+            kls = self._measured(self._policy).kl(previous).reshape(self.prompts, self._averaged, -1).sum(-1)
+        kls = kls if kind == "token" else kls.mean(1, keepdim=True)
+        place = list(chosen)
+        worst = divmod(int(kls[place].argmax()), kls.shape[1])
+        counts = torch.zeros(self.prompts, self._averaged, self._factors, dtype=torch.float64, device=kls.device)
+        if kind == "token":
+            counts[place[worst[0]], worst[1]] = 1.0
+        else:
+            counts[place[worst[0]]] = 1 / self._averaged
+        return counts.flatten()
 
     def _drift(self, draw: Draw) -> Tensor:
         if self.has_logits:
             return super()._drift(draw)
-        _, counts = self._sum("drift", draw.prompts)
+        counts = self._mean_of("", draw.prompts)
         with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
             return self._live_kl(self._origin, counts)
 
-    def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
+    @property
+    def has_tokens(self) -> bool:  # type: ignore[override]
+        """Whether the parts of an observation are tokens, whose mean is taken."""
+        return self._averaged > 1
+
+    def _movements(self, candidate: Any, *references: Any) -> list[Movement]:
         if isinstance(candidate, Rows):
-            return super()._prompt_kls(candidate, references)
-        kls = [candidate.kl(reference).reshape(self.prompts, -1) for reference in references]
-        return [(kl.sum(1) / self._averaged).tolist() for kl in kls]
+            return super()._movements(candidate, *references)
+        return [self._moved(candidate.kl(reference)) for reference in references]
+
+    def _moved(self, kls: Tensor) -> Movement:
+        """Of the KLs of all parts of all observations."""
+        tokens = kls.reshape(self.prompts, self._averaged, -1).sum(-1)
+        token = float(tokens.max()) if self.has_tokens else None
+        return Movement.over(tokens.mean(1).tolist(), self.members, token=token)
 
     def _measure_noise(self) -> NoiseFloor | None:
         """Read the policy at rest, and moved by less and less; every process calls fn equally often."""

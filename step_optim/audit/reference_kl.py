@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from step_optim.audit.closure import Audit, KLClosure
 from step_optim.audit.fingerprint import Fingerprints
+from step_optim.audit.spans import Span
 from step_optim.host.modules import has_fsdp
 from step_optim.isolation.eval_mode import isolated
 from step_optim.isolation.module_state import ModuleState
@@ -32,16 +33,26 @@ class Incomparable(ValueError):
 class ReferenceKL(KLClosure):
     """A KL closure that owns its reference: a policy that was evaluated, kept, and is compared with.
 
-    Subclasses evaluate (`_policy`) and compare (`_prompt_kls`); what a policy is
+    Subclasses evaluate (`_policy`) and compare (`_movements`); what a policy is
     stays theirs. pi_ref is the first reference that was ever taken.
     """
 
     isolates = True
 
+    prompts: int
+    """C."""
+
     members: Mapping[str, tuple[int, ...]]
     """Prompt indices of each slice."""
 
+    spans: Mapping[str, Span]
+    """The response tokens in each span."""
+
+    has_tokens = False
+    """Whether the prompts have tokens, one of which moves most."""
+
     def __init__(self) -> None:
+        self.spans = {}
         self._reference: Any = None
         self._origin: Any = None
         self._state, self._fingerprints = ModuleState(), Fingerprints()
@@ -55,16 +66,19 @@ class ReferenceKL(KLClosure):
         """Evaluate the current weights; called isolated."""
 
     @abstractmethod
-    def _prompt_kls(self, candidate: Any, references: Sequence[Any]) -> list[list[float]]:
-        """KL(candidate ‖ reference) of each control prompt [C], for each reference."""
-
     def _movements(self, candidate: Any, *references: Any) -> list[Movement]:
-        return [Movement.over(kls, self.members) for kls in self._prompt_kls(candidate, references)]
+        """Movement of a policy from each of some others."""
 
     @property
     def slices(self) -> tuple[str, ...]:
-        """Names of the slices."""
-        return tuple(self.members)
+        """Names of the slices, and of the spans of response positions."""
+        return (*self.members, *self.spans)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many prompts this process measures: all of them, of each slice, and with a token in each span."""
+        spans = {name: len(span.prompts) for name, span in self.spans.items()}
+        return {"mean": self.prompts, **{name: len(members) for name, members in self.members.items()}, **spans}
 
     def audit(self) -> Audit:
         """Evaluate the current weights and compare them with the reference."""
@@ -155,6 +169,10 @@ class ReferenceKL(KLClosure):
     def forget_origin(self) -> None:
         """Let the next reference be pi_ref."""
         self._origin = None
+
+    def take_origin(self) -> None:
+        """Take the policy of the current weights as pi_ref; the reference stays what it is."""
+        self._origin = self._measured(self._policy)
 
     def forget_attributes(self) -> None:
         """Take the modules' attributes as they are at the next measurement for settings of the user's."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from step_optim.audit.rows import Head, Rows
+from step_optim.control.control_set import ControlBatches, ControlSet
 
 
 def state_of_rows(policy: Rows, live: Head | None) -> dict[str, Any]:
@@ -43,6 +45,33 @@ def rows_from_state(state: Mapping[str, Any], live: Head | None, prompt_of_row: 
     if x.shape != shape:
         raise ValueError(f"the checkpoint's pi_ref has the shape {tuple(x.shape)}, not {shape}, [response token, D]")
     return Rows(x, head)
+
+
+def rows_of_texts(control: ControlSet, known: Iterable[tuple[ControlSet, Tensor]]) -> Tensor | None:
+    """Find a policy's rows on some prompts among those on others.
+
+    Args:
+        control: prompts with their responses, R' tokens.
+        known: further ones, with the rows [R, D] of their tokens.
+
+    Returns:
+        [R', D]; None if a prompt, with its response, is in none of them.
+    """
+    places: dict[Any, Tensor] = {}
+    for others, x in known:
+        rows: Sequence[Tensor] = x.split(others.response_lengths)  # type: ignore[no-untyped-call]
+        places |= dict(zip(_texts(others), rows, strict=True))
+    found = [places.get(text) for text in _texts(control)]
+    kept = [part for part in found if part is not None]
+    return torch.cat(kept) if len(kept) == len(found) else None
+
+
+def _texts(control: ControlSet) -> list[Hashable]:
+    """What each prompt with its response is known by."""
+    responses = [tuple(response.tolist()) for response in control.responses]
+    if isinstance(control, ControlBatches):  # pictures are no tokens
+        return list(zip(control.keys(shift=control.shift), responses, strict=True))
+    return [(tuple(p.tolist()), response) for p, response in zip(control.prompts, responses, strict=True)]
 
 
 def _shapes(head: Head) -> list[tuple[int, ...]]:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from step_optim.audit.batches import Layout, Shard, micro_batch_of, prefix_of
-from step_optim.audit.closure import Audit, Draw
-from step_optim.audit.draws import checked_pool
+from step_optim.audit.closure import Audit, Draw, KLClosure
+from step_optim.audit.draws import checked_apart, checked_every
 from step_optim.audit.given_models import as_read_by
 from step_optim.audit.given_ways import find_given_ways
 from step_optim.audit.language_models import (
     check_audit_dtype,
     check_device,
+    check_known,
     check_logits,
     check_model,
     vocab_size_of,
@@ -28,8 +29,9 @@ from step_optim.audit.noise import NoiseFloor, is_narrow, moved_away, narrowest,
 from step_optim.audit.readable import read_checked
 from step_optim.audit.reader import Reading
 from step_optim.audit.rows import Head, Rows, Scratch
-from step_optim.audit.saved_rows import rows_from_state, state_of_rows
+from step_optim.audit.saved_rows import rows_from_state, rows_of_texts, state_of_rows
 from step_optim.audit.shortcuts import Ways, find_ways
+from step_optim.audit.spans import Span, checked_spans, find_spans
 from step_optim.control.control_set import ControlBatches, ControlSet
 from step_optim.host.modules import has_fsdp, reshard
 from step_optim.movement import Movement
@@ -75,14 +77,25 @@ class TokenKL(LogitKL):
             the control set: True for all processes, or a ProcessGroup. Every
             process is given the whole set; the KLs are put together before
             anything is decided.
+        spans: response positions as further slices, (start, stop) by name as in
+            a Python slice: ``{"opening": (0, 5)}`` is the mean over the first
+            five tokens of every response. Prompts without a token there are
+            left out.
         pool: further prompts with their responses, which no audit reads:
             `Steer` draws directions from them. Directions that come from the
             control set fit the control set: held-out drift was 3.6 times its.
 
+        held_out: prompts that are measured, and decide nothing: the ratio of
+            their movement and drift to the control set's tells how far the
+            budgets carry to other prompts (`StepRecord.generalisation`).
+        every: steps from one held-out measurement to the next; each costs two
+            forwards over these prompts.
+
     Raises:
-        TypeError: ``model`` is no module; ``control`` or ``pool`` is no ControlSet; ``audit_dtype`` is
-            no floating-point dtype.
-        ValueError: a pool that shares a prompt with the control set; model
+        TypeError: ``model`` is no module; ``control``, ``pool`` or ``held_out`` is no ControlSet; ``audit_dtype`` is
+            no floating-point dtype; spans that are none.
+        ValueError: a pool or held-out set that shares a prompt with the
+            control set, or with the other; model
             and control set on different devices; token ids outside the
             vocabulary, or texts that are too long; fewer
             micro-batches than processes; a model that is no causal language
@@ -98,6 +111,7 @@ class TokenKL(LogitKL):
     """
 
     takes_any_weights = True
+    has_tokens = True
 
     def __init__(
         self,
@@ -110,7 +124,10 @@ class TokenKL(LogitKL):
         noise_floor: bool = True,
         check_parameters: bool = True,
         shard: Any = False,
+        spans: Mapping[str, tuple[int | None, int | None]] | None = None,
         pool: ControlSet | None = None,
+        held_out: ControlSet | None = None,
+        every: int = 10,
     ) -> None:
         super().__init__()
         if not isinstance(control, ControlSet):
@@ -127,6 +144,8 @@ class TokenKL(LogitKL):
         self.sharded, self._idle_forwards = part.sharded, part.idle if has_fsdp(model) else 0
         self.prompts, self.members = len(self.control), part.members
         self._prompt_of_row = self.control.prompt_of_row
+        self._positions = checked_spans(spans, list(control.slices), control.response_lengths)
+        self.spans = self._spans_of(self.control)
         self.fallbacks: tuple[str, ...] = ()
         """Which of the short ways this model does not allow, and why."""
         self._micro_batch, self._shared = micro_batch, prefix_of(control, prefix)
@@ -138,19 +157,26 @@ class TokenKL(LogitKL):
         self._find_ways()
         if noise_floor:
             self.noise_floor = self._measured(self._measure_noise)
-        self.pool = None if pool is None else self._on(checked_pool(pool, control, self._vocabulary))
+        self.every = checked_every(every)
+        if pool is not None:
+            self.pool = self._on(checked_apart("pool", pool, control, self._vocabulary))
+        if held_out is not None:
+            self.held_out = self._on(checked_apart("held_out", held_out, control, self._vocabulary, pool))
 
     def _on(self, prompts: ControlSet) -> TokenKL:
         """Read the same model in the same way on other prompts."""
         other, prompts = copy.copy(self), as_read_by(self.model, prompts)
         other.control, other.prompts, other.members = prompts, len(prompts), dict(prompts.slices)
-        other._prompt_of_row = prompts.prompt_of_row
-        other._reference = other._origin = other.pool = None
+        other._prompt_of_row, other.spans = prompts.prompt_of_row, self._spans_of(prompts)
+        other._reference = other._origin = other.pool = other.held_out = None
         other.sharded, other._idle_forwards, other._scratch = False, 0, Scratch()
         other._shared, other._layout = 0, Layout.of(prompts, self._at_once)
         longest = other._layout.batches[: None if isinstance(prompts, ControlBatches) else 1]
         other._measured(lambda: [read_checked(self._reading, prompts, batch) for batch in longest])
         return other
+
+    def _spans_of(self, control: ControlSet) -> dict[str, Span]:
+        return find_spans(self._positions, control.response_lengths, control.device)
 
     def _drawn(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
         """Evaluate what was drawn, in micro-batches that few slices share: each costs one backward pass a slice."""
@@ -224,8 +250,8 @@ class TokenKL(LogitKL):
         """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
         if audit is None and self._structure() != self._modules:  # adapters were added, say, or the head is trained now
             self._find_ways()
-            if isinstance(self.pool, TokenKL):
-                self.pool._head(live=False)  # a head that is trained from now on is copied for the pool's pi_ref
+            for other in self._others.values():
+                other._head(live=False)  # a head that is trained from now on is copied for their pi_ref
         super().anchor(audit)
 
     def _measure_noise(self) -> NoiseFloor | None:
@@ -285,14 +311,8 @@ class TokenKL(LogitKL):
         """Refuse parameters that the model does not have: their movement could not be seen."""
         for module in self.model.modules():
             reshard(module)  # FSDP2 has other parameter objects while a module is unsharded
-        known = {id(p) for p in self.model.parameters()}
-        unknown = [tuple(p.shape) for p in parameters if id(p) not in known]
-        if unknown and self._check_parameters:
-            raise ValueError(
-                f"{len(unknown)} of the optimizer's {len(parameters)} parameters are not parameters of the model in "
-                f"TokenKL (shapes {unknown[:3]}{'...' if len(unknown) > 3 else ''}); pass the model that they "
-                "belong to, or TokenKL(..., check_parameters=False) if the policy does not read them (a value head)"
-            )
+        if self._check_parameters:
+            check_known(self.model, parameters)
 
     def _policy(self, replaced: Mapping[int, Tensor] | None = None) -> Rows:
         if self.readout == "hidden" and any(id(part) in (replaced or {}) for part in self._reading.head()):
@@ -344,9 +364,30 @@ class TokenKL(LogitKL):
             )
         return rows_from_state(state, self._head(live=True), self._prompt_of_row, self._vocabulary)
 
+    def take_origin_from(self, other: KLClosure) -> bool:
+        """Take over pi_ref of another `TokenKL` of this model, whose sets have all prompts of this one's."""
+        if not isinstance(other, TokenKL) or other.model is not self.model or other.readout != self.readout:
+            return False
+        if not other.has_origin:
+            return False
+        known = [(part.control, part._origin.x) for part in other._parts if part.has_origin]
+        found = [rows_of_texts(part.control, known) for part in self._parts]
+        if any(x is None for x in found):
+            return False
+        head = other._origin.head
+        for part, x in zip(self._parts, found, strict=True):
+            assert x is not None
+            part._origin = Rows(x, self._head(live=True) if head is other._live_head else head)
+        return True
+
+    @property
+    def _parts(self) -> list[TokenKL]:
+        """This closure and those on other prompts that belong to it."""
+        return [self, *(other for other in self._others.values() if isinstance(other, TokenKL))]
+
     def __repr__(self) -> str:
         return (
             f"TokenKL({type(self.model).__name__}, {len(self.control)} prompts, {self.control.response_tokens} "
-            f"response tokens, slices={list(self.members)}, readout={self.readout!r}, "
+            f"response tokens, slices={list(self.slices)}, readout={self.readout!r}, "
             f"prefix_tokens={self.prefix_tokens})"
         )

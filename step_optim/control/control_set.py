@@ -2,49 +2,210 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from step_optim.control.chats import Chats, check_arguments
+from step_optim.control.conversations import labels_of, read_conversations, with_answers
+from step_optim.control.files import read_record, write_record
 from step_optim.control.given_batches import GivenBatches, batches_and_rows
-from step_optim.control.ids import checked_ids, rows_of_ids
-from step_optim.control.listing import is_list, listed, plain, shown
-from step_optim.control.resampling import draw_responses
+from step_optim.control.ids import checked_ids, rows_of_ids, shortened
+from step_optim.control.pairs import Pairs
+from step_optim.control.progress import Progress
+from step_optim.control.resampling import device_of, draw_responses
 from step_optim.control.saved_batches import is_batches, read_batches
 from step_optim.control.slices import Slices as Slices
-from step_optim.control.slices import by_text, checked_indices
+from step_optim.control.slices import by_text
 from step_optim.control.slices import checked_slices as checked_slices
+from step_optim.control.standard import as_prompts, standard_prompts
 from step_optim.control.texts import Texts
-from step_optim.host.paths import user_path
 
 
-@dataclass(frozen=True)
-class ControlSet:
+class ControlSet(Pairs):
     """Prompts with teacher-forced or sampled responses, in named slices.
 
-    Build it with `from_texts`, `from_ids`, or `from_batches` for models that
-    are no causal language models of texts. It is immutable; `resample`, `split`
-    and `to` return new ones.
+    Build it with `standard`, `from_messages`, `from_texts` or `from_ids`; with
+    `from_batches` for models that are no causal language models of texts. It
+    is immutable; `resample`, `split`, `select`, `to` and ``+`` return new ones.
 
     >>> control = ControlSet.from_ids([[1, 2], [3]], [[4], [5, 6]], slices={"a": [0], "b": [1]})
     >>> len(control), control.response_tokens
     (2, 3)
     """
 
-    prompts: tuple[Tensor, ...]
-    """C tensors of token ids, int64, at least one token each."""
+    @classmethod
+    def standard(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        size: int | None = None,
+        slices: Sequence[str] | None = None,
+        *,
+        part: str = "control",
+        max_new_tokens: int = 32,
+        seed: int = 0,
+        progress: Progress = None,
+        **generate: Any,
+    ) -> ControlSet:
+        """Build a control set from the prompts of this package, with the model's own responses.
 
-    responses: tuple[Tensor, ...]
-    """C tensors of token ids, int64: the T_x tokens of each response."""
+        There are 50 prompts in each of eight slices: story, fact, math, code,
+        format, advice, translation and refusals (what a well-behaved assistant
+        declines). They are cut into three parts that share no prompt: 16 of a
+        slice to audit ("control"), 24 to steer by ("pool"), 10 to see how far
+        the budgets hold elsewhere ("held_out").
 
-    slices: Mapping[str, tuple[int, ...]]
-    """Prompt indices of each slice: a partition, a cover, or any other family of sets."""
+        Responses are drawn as in `resample`, one by one, so they take as long
+        as the model needs for them. A later call draws from the model as it is
+        then: `save` what a run is to be continued with.
+
+        Args:
+            model: a Hugging Face causal language model with ``generate``; the
+                tensors are put where its first parameter lives.
+            tokenizer: the model's. If it has a chat template, each prompt is
+                the one message of a user; otherwise it is plain text.
+            size: how many prompts in all, spread evenly over the slices. If
+                None, 5 of each slice, and 12 of each for the pool.
+            slices: names of some of the eight; if None, all of them.
+            part: "control", "pool" or "held_out".
+            max_new_tokens: longest response; an end-of-sequence token ends it
+                earlier and is kept, also where it is all of the response.
+            seed: of the draw.
+            progress: as for `resample`.
+            **generate: as for `resample`, ``temperature`` too.
+
+        Raises:
+            TypeError: a tokenizer that is not callable, a model without
+                ``generate``, or an argument in another form.
+            ValueError: an unknown slice or part; a size below one prompt a
+                slice, or beyond what there is; what `resample` refuses.
+        """
+        chosen = standard_prompts(size, slices, part)
+        texts = [text for prompts in chosen.values() for text in prompts]
+        labels = [name for name, prompts in chosen.items() for _ in prompts]
+        prompts = Texts(tokenizer, as_prompts(tokenizer, texts)).prompt_ids()
+        return cls._drawn(
+            model, prompts, labels, max_new_tokens=max_new_tokens, seed=seed, progress=progress, **generate
+        )
+
+    @classmethod
+    def from_messages(
+        cls,
+        tokenizer: Any,
+        conversations: Any,
+        responses: Iterable[str] | None = None,
+        *,
+        model: Any = None,
+        slices: Slices | None = None,
+        tools: Sequence[Any] | None = None,
+        end_of_turn: bool = True,
+        max_response_tokens: int | None = None,
+        max_new_tokens: int = 32,
+        seed: int = 0,
+        progress: Progress = None,
+        device: torch.device | str | None = None,
+        **generate: Any,
+    ) -> ControlSet:
+        """Build a control set from conversations, written by the tokenizer's chat template.
+
+        The response is the assistant's message at the end of a conversation;
+        or one of ``responses``; or drawn from ``model``. It begins where the
+        template tells the assistant to begin, and is read as the template
+        writes it. Where the template writes an answer elsewhere than it tells
+        the assistant to (some put a "thinking" mark there), or does not write
+        where it ends, it is read as plain text.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer or processor with a chat template.
+            conversations: lists of messages, dicts of "role" and "content" (a
+                text, or parts of type text) as transformers has them, system
+                prompts and tool calls too. Or records: mappings with
+                "messages" (or "conversation", "conversations"; or "prompt",
+                a list of messages), perhaps the answer as "completion" or
+                "response", "slice" and "tools". Or a data set of records. Or
+                the path of a JSON or JSON Lines file of any of these.
+            responses: texts, one for each conversation.
+            model: to draw the responses from, as in `resample`.
+            slices: as for `from_ids`. If None, what the records name as "slice".
+            tools: that the assistant may call, for ``apply_chat_template``.
+            end_of_turn: whether a given response ends with the token that the
+                template writes after an answer (the end of the sequence, if it
+                writes none). A drawn one keeps what ended it.
+            max_response_tokens: cut longer given responses here, their end too.
+            max_new_tokens: longest drawn response.
+            seed: of the draw.
+            progress: of the draw, as for `resample`.
+            device: where the tensors live. If None, the model's device, or the CPU.
+            **generate: of the draw, as for `resample`, ``temperature`` too.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError: conversations, messages or responses in another form;
+                arguments of a draw without a model.
+            ValueError: as for `from_ids`; a conversation with no response or
+                two, with other content than text, or that the template
+                refuses; the message names it. Or arguments that a draw does not have.
+        """
+        check_arguments(model, end_of_turn, max_response_tokens, generate)
+        read = read_conversations(conversations, tools=tools)
+        read = with_answers(read, responses, drawn=model is not None)
+        labels = labels_of(read) if slices is None else slices
+        chats = Chats(tokenizer, read)
+        if model is None:
+            answers = shortened(chats.response_ids(end=end_of_turn), max_response_tokens)
+            return cls.from_ids(chats.prompt_ids(), answers, labels, device=device)
+        draw = {"max_new_tokens": max_new_tokens, "seed": seed, "progress": progress, **generate}
+        return cls._drawn(model, chats.prompt_ids(), labels, device=device, **draw)
+
+    @classmethod
+    def from_texts(
+        cls,
+        tokenizer: Any,
+        prompts: Iterable[Any],
+        responses: Iterable[str],
+        slices: Slices | Mapping[str, Sequence[Any]] | None = None,
+        *,
+        end_of_turn: bool = False,
+        max_response_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> ControlSet:
+        """Build a control set from texts.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer or processor, or any callable
+                ``tokenizer(text, add_special_tokens=bool)["input_ids"]``.
+            prompts: texts, or lists of chat messages
+                (``[{"role": "user", "content": ...}]``), which go through the
+                tokenizer's chat template with the generation prompt added.
+                Special tokens that the tokenizer puts before a text stay;
+                what it appends (``</s>``) is left out, as at generation.
+            responses: texts, tokenized without special tokens.
+            slices: as for `from_ids`; prompts may also be named by their own
+                texts, ``{"math": ["What is 2+2?"]}``.
+            end_of_turn: whether a response ends with the token that ends it,
+                so that stopping earlier or later is movement, too: the one
+                that the template writes after an answer, and for plain texts
+                the tokenizer's ``eos_token_id``.
+            max_response_tokens: cut longer responses here, their end too.
+            device: where the tensors live; the model's device. If None, the CPU.
+
+        Raises:
+            TypeError: one text, or one conversation, in the place of a list
+                of them; or anything else that is no text.
+            ValueError: as for `from_ids`; or a slice names a text that is no
+                prompt; or no token ends a response and one was asked for.
+        """
+        texts = Texts(tokenizer, prompts, responses)
+        return cls.from_ids(
+            texts.prompt_ids(),
+            shortened(texts.response_ids(end=end_of_turn), max_response_tokens),
+            by_text(slices, texts.prompts),
+            device=device,
+        )
 
     @classmethod
     def from_ids(
@@ -93,48 +254,6 @@ class ControlSet:
         return control
 
     @classmethod
-    def from_texts(
-        cls,
-        tokenizer: Any,
-        prompts: Iterable[Any],
-        responses: Iterable[str],
-        slices: Slices | Mapping[str, Sequence[Any]] | None = None,
-        *,
-        max_response_tokens: int | None = None,
-        device: torch.device | str | None = None,
-    ) -> ControlSet:
-        """Build a control set from texts.
-
-        Args:
-            tokenizer: a Hugging Face tokenizer or processor, or any callable
-                ``tokenizer(text, add_special_tokens=bool)["input_ids"]``.
-            prompts: texts, or lists of chat messages
-                (``[{"role": "user", "content": ...}]``), which go through the
-                tokenizer's chat template with the generation prompt added.
-                Special tokens that the tokenizer puts before a text stay;
-                what it appends (``</s>``) is left out, as at generation.
-            responses: texts, tokenized without special tokens.
-            slices: as for `from_ids`; prompts may also be named by their own
-                texts, ``{"math": ["What is 2+2?"]}``.
-            max_response_tokens: cut longer responses here.
-            device: where the tensors live; the model's device. If None, the CPU.
-
-        Raises:
-            TypeError: one text, or one conversation, in the place of a list
-                of them; or anything else that is no text.
-            ValueError: as for `from_ids`; or a slice names a text that is no prompt.
-        """
-        if max_response_tokens is not None and max_response_tokens < 1:
-            raise ValueError(f"max_response_tokens={max_response_tokens} must be at least 1, or None")
-        texts = Texts(tokenizer, prompts, responses)
-        return cls.from_ids(
-            texts.prompt_ids(),
-            [ids[:max_response_tokens] for ids in texts.response_ids()],
-            by_text(slices, texts.prompts),
-            device=device,
-        )
-
-    @classmethod
     def from_batches(
         cls, batches: Iterable[Mapping[str, Any]], slices: Slices | None = None, *, shift: bool | None = None
     ) -> ControlBatches:
@@ -169,133 +288,14 @@ class ControlSet:
         given, rows = batches_and_rows(batches, shift)
         return ControlBatches.of(given, rows, checked_slices(slices, len(rows)), shift)
 
-    def __len__(self) -> int:
-        """C, the number of prompts."""
-        return len(self.prompts)
-
-    def __repr__(self) -> str:
-        sizes = {name: len(members) for name, members in self.slices.items()}
-        return (
-            f"{type(self).__name__}({len(self)} prompts, {self.response_tokens} response tokens, "
-            f"slices={sizes}, device={str(self.device)!r})"
-        )
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both hold the same ids and slices, wherever their tensors live."""
-        if not isinstance(other, ControlSet):
-            return NotImplemented
-        return self is other or (dict(self.slices) == dict(other.slices) and self._ids() == other._ids())
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def _ids(self) -> list[list[list[int]]]:
-        """Prompt and response of each prompt, as plain ids."""
-        pairs = zip(self.prompts, self.responses, strict=True)
-        return [[prompt.tolist(), response.tolist()] for prompt, response in pairs]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors live."""
-        return self.prompts[0].device
-
-    @property
-    def response_tokens(self) -> int:
-        """R, response tokens over all prompts."""
-        return sum(len(response) for response in self.responses)
-
-    @property
-    def prompt_of_row(self) -> Tensor:
-        """[R] the prompt of each response token."""
-        lengths = torch.tensor([len(response) for response in self.responses], device="cpu")
-        return torch.repeat_interleave(torch.arange(len(self), device="cpu"), lengths).to(self.device)
-
-    @property
-    def digest(self) -> str:
-        """A hash of all token ids, to recognise the control set in a checkpoint."""
-        return hashlib.sha256(json.dumps(self._ids()).encode()).hexdigest()
-
-    def to(self, device: torch.device | str) -> ControlSet:
-        """Return the same control set on another device."""
-        return ControlSet(
-            tuple(ids.to(device) for ids in self.prompts),
-            tuple(ids.to(device) for ids in self.responses),
-            self.slices,
-        )
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse ids that a model with ``vocab_size`` tokens does not have."""
-        for i, (prompt, response) in enumerate(zip(self.prompts, self.responses, strict=True)):
-            largest = int(torch.cat([prompt, response]).max())
-            if largest >= vocab_size:
-                raise ValueError(
-                    f"prompt {i} of the control set has token id {largest}, outside the vocabulary of {vocab_size}; "
-                    "was it made with another tokenizer?"
-                )
-
-    def check_responses(self, vocab_size: int) -> None:
-        """Refuse responses that a model with ``vocab_size`` logits a token cannot say."""
-        for i, response in enumerate(self.responses):
-            if int(response.max()) >= vocab_size:
-                raise ValueError(
-                    f"the response of prompt {i} has token id {int(response.max())}, and the model has {vocab_size} "
-                    "logits a token: it is no causal language model over these tokens (a token classifier?)"
-                )
-
-    def select(self, indices: Iterable[int]) -> ControlSet:
-        """Return some of the prompts, by index or boolean mask [C]; slices that lose all of theirs are dropped."""
-        kept = checked_indices(indices, len(self), "select")
-        place = {old: new for new, old in enumerate(kept)}
-        slices = {name: tuple(place[i] for i in members if i in place) for name, members in self.slices.items()}
-        if not kept:
-            raise ValueError("no prompt is left in the control set; select at least one")
-        return self._picked(kept, {name: members for name, members in slices.items() if members})
-
-    def _picked(self, kept: Sequence[int], slices: Mapping[str, tuple[int, ...]]) -> ControlSet:
-        return ControlSet(tuple(self.prompts[i] for i in kept), tuple(self.responses[i] for i in kept), slices)
-
-    def split(self, held_out: float | Sequence[int] | Sequence[str], *, seed: int = 0) -> tuple[ControlSet, ControlSet]:
-        """Split into (control, held out).
-
-        Args:
-            held_out: a fraction, drawn within every slice (and among the
-                prompts in none), so that both parts keep all slices of two
-                prompts or more as far as overlaps allow; or prompt indices;
-                or names of slices to hold out whole.
-            seed: of the draw.
-        """
-        out = self._held_out(held_out, seed)
-        if not out or len(out) == len(self):
-            raise ValueError(f"held_out={held_out!r} leaves one part of {len(self)} prompts empty")
-        return self.select(i for i in range(len(self)) if i not in out), self.select(sorted(out))
-
-    def _held_out(self, held_out: float | Sequence[int] | Sequence[str], seed: int) -> set[int]:
-        fraction = plain(held_out)
-        if not isinstance(fraction, (int, float)):
-            return self._named([held_out] if isinstance(held_out, str) else held_out)
-        if not 0 < fraction < 1:
-            raise ValueError(f"held_out={held_out} must lie between 0 and 1, or list prompts or slices")
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        covered = {i for members in self.slices.values() for i in members}
-        rest = [i for i in range(len(self)) if i not in covered]
-        parts = [list(members) for members in self.slices.values()] + ([rest] if rest else [])
-        for _ in range(FAIR_DRAWS):
-            drawn = _draw(parts, fraction, generator)
-            if all(0 < len(drawn.intersection(part)) < len(part) for part in parts if len(part) > 1):
-                break
-        return drawn
-
-    def _named(self, held_out: Any) -> set[int]:
-        """Prompts that are listed, or whose slices are."""
-        if not is_list(held_out, ordered=False):
-            raise TypeError(f"held_out={shown(held_out)} is no fraction; or give prompt indices, or names of slices")
-        items = [plain(item) for item in listed(held_out)]
-        names = [item for item in items if isinstance(item, str)]
-        unknown = [name for name in names if name not in self.slices]
-        if unknown:
-            raise ValueError(f"held_out names unknown slices {unknown}; known slices: {sorted(self.slices)}")
-        others = checked_indices([item for item in items if not isinstance(item, str)], len(self), "held_out")
-        return {i for name in names for i in self.slices[name]}.union(others)
+    @classmethod
+    def _drawn(
+        cls, model: Any, prompts: list[list[int]], slices: Slices | None, *, device: Any = None, **draw: Any
+    ) -> ControlSet:
+        """Prompts with responses of the model, on its device; everything else is checked before the long draw."""
+        checked_slices(slices, len(prompts))
+        ids = [checked_ids(row, f"prompt {i}", device_of(model)) for i, row in enumerate(prompts)]
+        return cls.from_ids(ids, draw_responses(model, ids, **draw), slices, device=device)
 
     def save(self, path: str | Path) -> None:
         """Write it as one JSON file."""
@@ -304,7 +304,7 @@ class ControlSet:
             "responses": [ids.tolist() for ids in self.responses],
             "slices": {name: list(members) for name, members in self.slices.items()},
         }
-        user_path(path).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_record(path, record)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> ControlSet:
@@ -316,7 +316,7 @@ class ControlSet:
         """
         if is_batches(path):
             return ControlBatches.of(**read_batches(path, device))
-        record = _read(user_path(path))
+        record = read_record(path)
         try:
             return cls.from_ids(record["prompts"], record["responses"], record["slices"], device=device)
         except (TypeError, ValueError) as error:
@@ -329,6 +329,7 @@ class ControlSet:
         max_new_tokens: int = 32,
         temperature: float = 1.0,
         seed: int = 0,
+        progress: Progress = None,
         **generate: Any,
     ) -> ControlSet:
         """Draw fresh responses from the current policy.
@@ -343,6 +344,8 @@ class ControlSet:
                 earlier and is kept.
             temperature: of the sampling.
             seed: of the draw.
+            progress: None shows a bar on a terminal, True everywhere, False
+                nowhere; or a function of (done, total), called after each prompt.
             **generate: further arguments of ``model.generate``. What they do
                 not say is plain sampling from the policy: the options in the
                 model's own ``generation_config`` have no effect, but for the
@@ -354,45 +357,16 @@ class ControlSet:
                 sequences, or another prompt.
         """
         responses = draw_responses(
-            model, self.prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, options=generate
+            model,
+            self.prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            progress=progress,
+            **generate,
         )
         return ControlSet.from_ids(self.prompts, responses, self.slices, device=self.device)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class ControlBatches(GivenBatches, ControlSet):
     """A control set of batches as a processor or a collator makes them; see `ControlSet.from_batches`."""
-
-
-FAIR_DRAWS = 100
-"""Attempts to split overlapping slices so that both parts keep all of them; a partition needs one."""
-
-
-def _draw(parts: list[list[int]], fraction: float, generator: torch.Generator) -> set[int]:
-    """Draw a fraction of every part, never the last of any."""
-    drawn: set[int] = set()
-    for part in parts:
-        wanted = min(max(1, round(fraction * len(part))), len(part) - 1)
-        for place in torch.randperm(len(part), generator=generator, device="cpu").tolist():
-            i = part[place]
-            if len(drawn.intersection(part)) < wanted and all(
-                set(other) - drawn - {i} for other in parts if i in other
-            ):
-                drawn.add(i)
-    return drawn
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The record in a file that `ControlSet.save` wrote."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; give the file that ControlSet.save wrote")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}; give the one that ControlSet.save wrote")
-    try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); give the file that ControlSet.save wrote") from error
-    missing = [key for key in ("prompts", "responses", "slices") if not isinstance(record, dict) or key not in record]
-    if missing:
-        raise ValueError(f"{path} is no control set: it has no {missing}; give the file that ControlSet.save wrote")
-    return dict(record)

@@ -182,6 +182,17 @@ class GivenBatches:
         batches = [self.batches[number] for number in numbers]
         return self.of(batches, [(new[number], row) for number, row in places], slices, self.shift)
 
+    def decode(self, tokenizer: Any) -> Any:
+        """Refuse: labels may be classes, and inputs pictures.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a control set of batches holds what a processor made, which is perhaps no text; decode the input_ids of "
+            "its batches yourself"
+        )
+
     def resample(self, model: Any, **options: Any) -> Any:
         """Refuse: which part of a batch is the prompt, nobody has said.
 

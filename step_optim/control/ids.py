@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -55,3 +55,46 @@ def checked_ids(ids: Any, what: str, device: torch.device | str) -> Tensor:
     if int(tensor.min()) < 0:
         raise ValueError(f"{what} has the negative token id {int(tensor.min())}; ids start at 0")
     return tensor.to(device)
+
+
+def shortened(rows: Sequence[list[int]], max_response_tokens: int | None) -> list[list[int]]:
+    """Return the responses, cut to ``max_response_tokens`` if it is given.
+
+    >>> shortened([[1, 2, 3], [4]], 2)
+    [[1, 2], [4]]
+
+    Raises:
+        ValueError: fewer than one token would be left.
+    """
+    if max_response_tokens is not None and max_response_tokens < 1:
+        raise ValueError(f"max_response_tokens={max_response_tokens} must be at least 1, or None")
+    return [row[:max_response_tokens] for row in rows]
+
+
+def check_vocabulary(texts: Iterable[Tensor], vocab_size: int) -> None:
+    """Refuse ids that a model with ``vocab_size`` tokens does not have.
+
+    Raises:
+        ValueError: there is one; the message names its prompt.
+    """
+    for i, text in enumerate(texts):
+        largest = int(text.max())
+        if largest >= vocab_size:
+            raise ValueError(
+                f"prompt {i} of the control set has token id {largest}, outside the vocabulary of {vocab_size}; "
+                "was it made with another tokenizer?"
+            )
+
+
+def check_responses(responses: Iterable[Tensor], vocab_size: int) -> None:
+    """Refuse responses that a model with ``vocab_size`` logits a token cannot say.
+
+    Raises:
+        ValueError: there is one; the message names its prompt.
+    """
+    for i, response in enumerate(responses):
+        if int(response.max()) >= vocab_size:
+            raise ValueError(
+                f"the response of prompt {i} has token id {int(response.max())}, and the model has {vocab_size} "
+                "logits a token: it is no causal language model over these tokens (a token classifier?)"
+            )

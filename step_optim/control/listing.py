@@ -30,3 +30,29 @@ def shown(value: Any) -> str:
     """Show a value in a message, on one line and not at length."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def items(values: Any, name: str) -> list[Any]:
+    """Return one item a prompt, and refuse a single text, which would be read letter by letter.
+
+    Raises:
+        TypeError: no list; the message has the argument's ``name``.
+    """
+    if isinstance(values, str):
+        raise TypeError(f"{name}={shown(values)} is one text; give a list of texts, {name}=[{shown(values)}]")
+    if not is_list(values):
+        raise TypeError(f"{name}={shown(values)} is no list; give one text for each prompt, in order")
+    return list(values)
+
+
+def response_texts(responses: Any) -> list[str]:
+    """Return the texts of the responses.
+
+    Raises:
+        TypeError: no list of texts.
+    """
+    texts = items(responses, "responses")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"the response of prompt {i} is {shown(text)}; give its text")
+    return texts

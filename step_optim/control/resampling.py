@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from step_optim.control.ids import check_vocabulary
 from step_optim.control.listing import shown
+from step_optim.control.progress import Progress, reported
 from step_optim.host.undo import undone
 from step_optim.isolation.eval_mode import isolated
 
@@ -23,9 +25,10 @@ def draw_responses(
     prompts: Sequence[Tensor],
     *,
     max_new_tokens: int,
-    temperature: float,
+    temperature: float = 1.0,
     seed: int,
-    options: Mapping[str, Any],
+    progress: Progress = None,
+    **options: Any,
 ) -> list[Tensor]:
     """Draw one response a prompt: softmax(logits / temperature), token by token, up to an end-of-sequence token.
 
@@ -37,15 +40,17 @@ def draw_responses(
     Raises:
         TypeError: no model that generates, or one that has an encoder.
         ValueError: an option out of range, or one that makes something else
-            of a prompt than one sequence that goes on from it.
+            of a prompt than one sequence that goes on from it; or a token id
+            that the model does not have.
     """
     _check_model(model)
+    _check_prompts(model, prompts)
     options = _options(max_new_tokens, temperature, options)
-    responses = []
+    remaining, responses = reported(prompts, progress), []
     # A default device would reach the tensors that generate() makes: torch's own is the CPU.
     with isolated([model]), _neutral(model), torch.device("cpu"):
         torch.manual_seed(seed)
-        for prompt in prompts:
+        for prompt in remaining:
             # One prompt at a time: no padding, so nothing depends on how a model treats it.
             ids = prompt[None]
             drawn = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
@@ -54,13 +59,34 @@ def draw_responses(
 
 
 def _check_model(model: Any) -> None:
+    """Refuse what cannot go on from a prompt."""
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
-        raise TypeError(f"resample needs a model with generate(), not {type(model).__name__}")
+        raise TypeError(f"responses are drawn from a model with generate(), not {type(model).__name__}")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(
-            f"resample draws what follows a prompt, but {type(model).__name__} has an encoder, which reads it; "
+            f"a response is what follows its prompt, but {type(model).__name__} has an encoder, which reads it; "
             "use a decoder-only model"
         )
+
+
+def device_of(model: Any) -> torch.device:
+    """Return where a model reads its prompts.
+
+    Raises:
+        TypeError: no model that responses can be drawn from.
+    """
+    _check_model(model)
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _check_prompts(model: Any, prompts: Sequence[Tensor]) -> None:
+    """Refuse ids that the model cannot look up: on a GPU that is an error from which no process recovers."""
+    try:
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):  # a model that does not tell
+        return
+    if isinstance(size, int):
+        check_vocabulary(prompts, size)
 
 
 def _options(max_new_tokens: int, temperature: float, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +100,7 @@ def _options(max_new_tokens: int, temperature: float, asked: Mapping[str, Any]) 
     asked = _by_name(asked)
     for name in ("max_new_tokens", "temperature"):
         if name in asked:
-            raise ValueError(f"generation_config has {name}={asked[name]}; give it to resample itself, {name}=")
+            raise ValueError(f"generation_config has {name}={asked[name]}; give {name}= as an argument")
     if asked.get("max_length") is not None:
         raise ValueError(f"max_length={asked['max_length']} would count the prompt's tokens; use max_new_tokens")
     sampling = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
@@ -124,10 +150,10 @@ def _response(drawn: Any, prompt: Tensor) -> Tensor:
     """What was drawn after the prompt, from generate()'s result."""
     sequences = getattr(drawn, "sequences", drawn)
     if not isinstance(sequences, Tensor):
-        raise ValueError(f"generate() returned {shown(drawn)}; resample needs a tensor of token ids")
+        raise ValueError(f"generate() returned {shown(drawn)}; a tensor of token ids is needed")
     if sequences.dim() != 2 or len(sequences) != 1:
         raise ValueError(
-            f"generate() returned ids of shape {tuple(sequences.shape)} for one prompt; resample needs one sequence, "
+            f"generate() returned ids of shape {tuple(sequences.shape)} for one prompt; one sequence is needed, "
             "so leave out options like num_return_sequences"
         )
     if not torch.equal(sequences[0, : len(prompt)].to(prompt), prompt):

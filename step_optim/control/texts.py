@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from step_optim.control.listing import is_list, listed, shown
+from step_optim.control.listing import is_list, items, response_texts, shown
+from step_optim.control.tokenizer import Tokenizer
+from step_optim.control.turns import NO_END, end_of_turn
 
 
 class Texts:
@@ -21,48 +23,41 @@ class Texts:
         TypeError: one of these is something else; the message names it.
     """
 
-    def __init__(self, tokenizer: Any, prompts: Any, responses: Any) -> None:
-        is_processor = any(kind.__name__ == "ProcessorMixin" for kind in type(tokenizer).__mro__)
-        # A processor's own call may read a text as a picture.
-        self._tokenizer: Any = getattr(tokenizer, "tokenizer", None) if is_processor else tokenizer
-        self._templates = [self._tokenizer, tokenizer]
-        if not callable(self._tokenizer):
-            raise TypeError(f"tokenizer={shown(tokenizer)} is not callable; give AutoTokenizer.from_pretrained(...)")
-        self.prompts = _items(prompts, "prompts")
-        self.responses = _items(responses, "responses")
+    def __init__(self, tokenizer: Any, prompts: Any, responses: Any = ()) -> None:
+        self._tokenizer = Tokenizer(tokenizer)
+        self.prompts = items(prompts, "prompts")
         for i, prompt in enumerate(self.prompts):
             _check_prompt(prompt, i)
-        for i, response in enumerate(self.responses):
-            if not isinstance(response, str):
-                raise TypeError(f"the response of prompt {i} is {shown(response)}; give its text")
+        self.responses = response_texts(responses)
 
     def prompt_ids(self) -> list[list[int]]:
         """Return the ids of each prompt, up to where the policy begins its response."""
         return [
-            self._before_response(prompt) if isinstance(prompt, str) else self._chat(prompt) for prompt in self.prompts
+            self._before_response(prompt)
+            if isinstance(prompt, str)
+            else self._tokenizer.ids(self._tokenizer.render(prompt))
+            for prompt in self.prompts
         ]
 
-    def response_ids(self) -> list[list[int]]:
-        """Return the ids of each response, without special tokens."""
-        return [self._ids(response, special=False) for response in self.responses]
+    def response_ids(self, *, end: bool = False) -> list[list[int]]:
+        """Return the ids of each response without special tokens; with the one that ends it, if ``end``.
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        ids = listed(self._tokenizer(text, add_special_tokens=special)["input_ids"])
-        if any(is_list(token) for token in ids):
-            raise ValueError(f"the tokenizer gives {shown(ids)} for one text; it must be a flat list of token ids")
-        return ids
+        Raises:
+            ValueError: no token ends a response; the message names the prompt.
+        """
+        rows = [self._tokenizer.ids(response) for response in self.responses]
+        if not end:
+            return rows
+        ends = [self._end(prompt, i) for i, prompt in enumerate(self.prompts)]
+        return [row if row[-1:] == [last] else [*row, last] for row, last in zip(rows, ends, strict=False)]
 
-    def _chat(self, messages: Any) -> list[int]:
-        """Ids of a conversation: the template writes the special tokens itself."""
-        able = [owner for owner in self._templates if hasattr(owner, "apply_chat_template")]
-        if not able:
-            raise TypeError(
-                f"a prompt is a list of chat messages, but {type(self._tokenizer).__name__} has no "
-                "apply_chat_template(); give texts, or a tokenizer with a chat template"
-            )
-        owner = next((owner for owner in able if getattr(owner, "chat_template", None)), able[0])
-        text = owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._ids(text, special=False)
+    def _end(self, prompt: Any, i: int) -> int:
+        """The token that ends the response to a prompt."""
+        tokenizer = self._tokenizer
+        last = tokenizer.end_of_sequence if isinstance(prompt, str) else end_of_turn(tokenizer, prompt)
+        if last is None:
+            raise ValueError(f"end_of_turn=True: no token ends the response of prompt {i}; {NO_END}")
+        return last
 
     def _before_response(self, text: str) -> list[int]:
         """Ids of a text with what the tokenizer puts before it, without what it appends (</s>, [SEP])."""
@@ -76,7 +71,7 @@ class Texts:
 
         That is one number, unless the text is made of nothing but such tokens.
         """
-        whole, bare = self._ids(text, special=True), self._ids(text, special=False)
+        whole, bare = self._tokenizer.ids(text, special=True), self._tokenizer.ids(text)
         tails = [_common_tail(whole, end, bare) for end in range(len(whole), -1, -1)]
         longest = max(tails)
         behind = [count for count, tail in enumerate(tails) if tail == longest]
@@ -90,20 +85,12 @@ class Texts:
                 _, found = self._appended(other)
                 if len(found) == 1 and found[0] in behind:
                     return found[0]
-        if self._ids(text, special=False)[-1:] not in ([], self._ids(text, special=True)[-1:]):
+        if self._tokenizer.ids(text)[-1:] not in ([], self._tokenizer.ids(text, special=True)[-1:]):
             raise ValueError(
                 f"the tokenizer reads {shown(text)} as other tokens when it adds special tokens, so it cannot be told "
                 "which of them it appends; give token ids, ControlSet.from_ids"
             )
         return 0
-
-
-def _items(values: Any, name: str) -> list[Any]:
-    if isinstance(values, str):
-        raise TypeError(f"{name}={shown(values)} is one text; give a list of texts, {name}=[{shown(values)}]")
-    if not is_list(values):
-        raise TypeError(f"{name}={shown(values)} is no list; give one text for each prompt, in order")
-    return list(values)
 
 
 def _check_prompt(prompt: Any, i: int) -> None:

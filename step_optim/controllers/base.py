@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from step_optim.audit.closure import Audit, Draw, Normal
-from step_optim.budget import Limits, Verdict
 from step_optim.controllers.bundle import Inner
+from step_optim.limits import Limits, Verdict
 from step_optim.movement import Movement
 from step_optim.snapshot.snapshot import Snapshot
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from step_optim.audit.closure import Audit
 from step_optim.audit.logit_kl import LogitKL
-from step_optim.budget import Limits
 from step_optim.controllers.base import Controller, Outcome, Point, Trial, checked_on_reject, checked_on_shrink
+from step_optim.controllers.mixture import mixture_strength
 from step_optim.controllers.search import largest_feasible
 from step_optim.controllers.searches import ModelSearch, check_profile
-
-TARGET_ROUNDS = 24
-"""Corrections of lambda at most; where KL is nearly proportional to lambda², 2 or 3 are enough."""
-
-PARABOLA_ROUNDS = 4
-"""Corrections that assume so; bisection makes the others."""
-
-TARGET_TOLERANCE = 0.02
-"""Relative distance of a target's KL from its budget at which lambda is good enough: the audit has the last word."""
 
 
 @dataclass(frozen=True)
@@ -201,86 +190,6 @@ class _Contest:
             if self.best is None or objective < self.objective:
                 self.best, self.objective = point, objective
         return point
-
-
-def mixture_strength(kl: LogitKL, candidate: Audit, limits: Limits) -> Tensor:
-    """The largest lambda of each prompt, [C], at which the mixture is within all budgets.
-
-    Every slice has the lambda that its own budget allows, and a prompt the
-    smallest of its slices'. Where the global mean, or the drift of all prompts
-    or of a slice, is still too large, a common bound brings lambda down.
-    """
-    strength = torch.ones(kl.prompts, device="cpu")
-    if limits.slices:
-        members = [torch.tensor(kl.members[name], device="cpu") for name in limits.slices]
-        largest = _largest_strengths(kl, candidate, members, list(limits.slices.values()))
-        for prompts, value in zip(members, largest, strict=True):
-            strength[prompts] = strength[prompts].clamp_max(value)
-    cap = _Root()
-    for _ in range(TARGET_ROUNDS if limits.mean < math.inf else 0):
-        if not cap.refine(kl.prompt_kl(candidate, strength.clamp_max(cap.value)), limits.mean):
-            break
-    strength = strength.clamp_max(cap.value if limits.mean < math.inf else 1.0)
-    for prompts, limit in _caps(kl, limits):
-        cap = _Root(parabola=False)  # drift begins at what theta_t has
-        for _ in range(TARGET_ROUNDS):
-            if not cap.refine(kl.prompt_drift(candidate, strength[prompts].clamp_max(cap.value), prompts), limit):
-                break
-        strength[prompts] = strength[prompts].clamp_max(cap.value)
-    return strength
-
-
-def _caps(kl: LogitKL, limits: Limits) -> Iterator[tuple[Tensor, float]]:
-    """Yield (prompts, cap on their drift) of the finite caps."""
-    for name, limit in limits.drift_slices.items():
-        if limit < math.inf:
-            yield torch.tensor(kl.members[name], device="cpu"), limit
-    if limits.drift < math.inf:
-        yield torch.arange(kl.prompts, device="cpu"), limits.drift
-
-
-def _largest_strengths(kl: LogitKL, candidate: Audit, members: list[Tensor], limits: list[float]) -> list[float]:
-    """The lambda of each slice by itself; one pass over the rows of all slices for every round."""
-    roots = [_Root() for _ in members]
-    for _ in range(TARGET_ROUNDS):
-        strength = torch.cat(
-            [
-                torch.full((len(prompts),), root.value, device="cpu")
-                for prompts, root in zip(members, roots, strict=True)
-            ]
-        )
-        moved = kl.prompt_kl(candidate, strength, torch.cat(members))
-        parts = torch.split(moved, [len(prompts) for prompts in members])
-        again = [root.refine(part, limit) for root, part, limit in zip(roots, parts, limits, strict=True)]
-        if not any(again):
-            break
-    return [root.value for root in roots]
-
-
-class _Root:
-    """The largest lambda in [0, 1] with mean KL(lambda) <= limit; KL grows with lambda, nearly like lambda²."""
-
-    def __init__(self, *, parabola: bool = True) -> None:
-        self.value = 1.0
-        self._low, self._high = 0.0, 1.0
-        self._rounds = 0 if parabola else PARABOLA_ROUNDS
-
-    def refine(self, kl: Tensor, limit: float) -> bool:
-        """Use one measurement, taken at `value`; whether another one, at the new `value`, would help."""
-        mean = float(kl.mean())
-        ratio = mean / limit if limit > 0 else (0.0 if mean == 0 else math.inf)
-        if abs(ratio - 1) <= TARGET_TOLERANCE or (ratio <= 1 and self.value == 1.0):
-            return False
-        if ratio > 1:
-            self._high = self.value
-        else:
-            self._low = self.value
-        self._rounds += 1
-        aim = self.value / math.sqrt(ratio) if 0 < ratio < math.inf else math.nan
-        # Certain policies are no parabola: K is nearly exponential there.
-        trusted = self._rounds <= PARABOLA_ROUNDS and self._low < aim < self._high
-        self.value = aim if trusted else 0.5 * (self._low + self._high)
-        return self._high - self._low > 1e-6
 
 
 def _wide(tensor: Tensor) -> Tensor:

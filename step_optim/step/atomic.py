@@ -65,7 +65,7 @@ class Atomic:
         elapsed = {} if run.ended is None else {"elapsed": now - run.ended}
         record = replace(
             record,
-            seconds=step.seconds | elapsed,
+            seconds=step.clock.seconds | elapsed,
             reward=notes.pop("reward", None),
             success=notes.pop("success", True) and record.success,
             notes=notes,

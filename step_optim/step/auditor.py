@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from step_optim.audit.closure import Audit, Draw, KLClosure, Normal
-from step_optim.budget import Budget, Limits, Verdict
+from step_optim.budget import Budget
 from step_optim.controllers.base import Ends, Point, Trial
 from step_optim.controllers.bundle import wide
 from step_optim.controllers.pull import PROMPTS
 from step_optim.host.modules import named_parameters, outermost
 from step_optim.host.ranks import Ranks
 from step_optim.isolation.eval_mode import isolated
+from step_optim.limits import Limits, Verdict
 from step_optim.movement import Movement
 from step_optim.snapshot.path import Path
 from step_optim.snapshot.rounding import Rounding
@@ -89,8 +90,7 @@ class Auditor:
 
     def previous(self) -> Verdict:
         """Hold theta_t itself against the budgets: its movement is 0, its drift need not be."""
-        still = Movement.everywhere(0.0, self.limits.slices)
-        return self._in_force.judge(still, self.drift_before if self.limits.caps_drift else None)
+        return self._in_force.at_rest(self.drift_before if self.limits.caps_drift else None)
 
     def _pooled(self, audit: Audit) -> Audit:
         return replace(audit, movement=Movement.pooled(self._ranks.exchange(audit.movement)))
@@ -277,14 +277,18 @@ class Auditor:
 
     def _pooled_normal(self, name: str, normal: Normal, draw: Draw | None) -> Normal:
         """The mean over processes, if each has measured prompts of its own; else what all of them have measured."""
-        members: Any = getattr(self.kl, "members", {})
-        part, own = name.partition(":")[2], self.kl.sharded and draw is None
-        weight = float(len(members[part]) if part else getattr(self.kl, "prompts", 1)) if own else 1.0
+        weight = self._weight(name, normal) if self.kl.sharded and draw is None else 1.0
         parts = self._ranks.exchange((normal.value, weight))
         value = sum(v * w for v, w in parts) / sum(w for _, w in parts)
         if self.kl.reduces_gradients:  # that is done; these are this process's shards
             return Normal(value, normal.gradient)
         return Normal(value, self._ranks.average(normal.gradient, weight))
+
+    def _weight(self, name: str, normal: Normal) -> float:
+        """What this process's normal counts in the mean over processes that have prompts of their own."""
+        if name in ("prompt", "token"):  # the worst is in one of them
+            return float(normal.value == max(self._ranks.exchange(normal.value)))
+        return float((self.kl.counts or {}).get(name.partition(":")[2] or "mean", 1))
 
     def go(self, point: Point | None, *, restore_state: bool = False) -> None:
         """Leave a point in the weights.

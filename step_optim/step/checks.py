@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from step_optim.audit.closure import KLClosure
-from step_optim.budget import Budget, Limits
+from step_optim.budget import Budget
 from step_optim.controllers.base import Controller
 from step_optim.controllers.interpolate import Interpolate
 from step_optim.controllers.steer import Steer
@@ -140,14 +140,26 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
             stacklevel=4,
         )
     if pool is not None:
+        _check_size(pool.prompts, getattr(kl, "prompts", 0), budget)
         limits = budget.at(0, kl.slices or ())
-        missing = sorted({*limits.slices, *limits.drift_slices} - set(pool.members))
+        missing = sorted({*limits.slices, *limits.drift_slices} - set(pool.slices))
         if missing:
             raise ValueError(
                 f"the budget limits slice {missing[0]!r}, of which the pool has no prompts (its slices: "
-                f"{sorted(pool.members)}): {type(controller).__name__} would have no direction for it. Give the pool "
+                f"{sorted(pool.slices)}): {type(controller).__name__} would have no direction for it. Give the pool "
                 "some, under that name"
             )
+
+
+def _check_size(pool: int, control: int, budget: Budget) -> None:
+    """Warn of a pool that is smaller than the control set."""
+    if budget.caps_drift and pool < control:
+        warnings.warn(
+            f"the pool has {pool} prompts, fewer than the {control} of the control set: directions from so few fit "
+            "them. With half as many a task was hardly learned (examples/steering/counting_grid.md). Give it at least "
+            "as many as the control set has, better three times as many",
+            stacklevel=5,
+        )
 
 
 def _split(optimizer: Optimizer) -> bool:
@@ -176,29 +188,3 @@ def plain_note(name: str, value: Any) -> Any:
     if not isinstance(value, (bool, int, float, str)):
         raise TypeError(f"note({name}={value!r:.60}) is no number, text or flag; reduce it first")
     return value
-
-
-def check_budget(budget: Budget, kl: KLClosure) -> None:
-    """Refuse a budget for what a KL closure does not measure."""
-    budget.check_slices(kl.slices)
-    if budget.caps_drift and not kl.measures_drift:
-        raise ValueError(f"budget.drift needs a KL closure that measures drift (TokenKL, PolicyKL), not {kl!r}")
-
-
-def below_noise(limits: Limits, kl: KLClosure) -> bool:
-    """Warn of budgets that rounding alone would exceed; whether there are any."""
-    floor = kl.noise_floor
-    found = [] if floor is None else floor.above({"mean": limits.mean, **limits.slices})
-    if found and floor is not None:
-        wider = f", or {kl.noise_remedy}" if kl.noise_remedy else ""
-        warnings.warn(
-            f"the audit's rounding in {floor.name} reads more than the budget allows ({'; '.join(found)} nats per "
-            f"token): steps would be shrunk or rejected for noise. Raise the budget{wider}",
-            stacklevel=2,
-        )
-    return bool(found)
-
-
-def warned_of_noise(budget: Budget, kl: KLClosure) -> bool:
-    """Warn of a budget below the audit's noise; a schedule is looked at in every step."""
-    return not budget.is_scheduled and below_noise(budget.at(0, kl.slices or ()), kl)

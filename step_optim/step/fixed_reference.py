@@ -10,8 +10,8 @@ from collections.abc import Hashable
 from typing import Any
 
 from step_optim.audit.closure import KLClosure
-from step_optim.budget import Limits
 from step_optim.controllers.base import Point
+from step_optim.limits import Limits
 from step_optim.movement import Movement
 
 ROUNDING = 1e-6

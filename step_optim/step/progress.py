@@ -13,6 +13,7 @@ from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
+from step_optim.step.origin import settle_origin
 from step_optim.step.radius import next_scale
 from step_optim.step.stall import STALL
 from step_optim.step.warned import Warned
@@ -104,6 +105,18 @@ class Run:
     """What was warned of so far."""
     modules: Sequence[nn.Module] = ()
     """Whose buffers are part of the policy."""
+
+    def take(self, kl: KLClosure, controller: Controller, origin: str | None) -> None:
+        """Go on with a KL closure, and the controller that goes with it; see `STEPOptimizer.bind`."""
+        kl.load_state_dict(self.kl_state)
+        settle_origin(kl, self.kl, origin)
+        if self.kl is not None and kl is not self.kl:
+            self.controller.forget_reference(self.memory)
+            if origin is None:
+                self.warned.of_another_origin(self.budget, kl, self.drift)
+        self.kl, self.kl_state, self.anchored, self.controller = kl, {}, None, controller
+        self.warned.fixed.forget(kl)
+        self.warned.of_budget(self.budget, kl)
 
     def without_model(self) -> Run:
         """Return what a copy of the optimizer goes on with; the KL closure holds a model, so it stays behind."""

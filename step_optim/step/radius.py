@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from step_optim.budget import Limits
 from step_optim.controllers.base import Action
+from step_optim.limits import Limits
 from step_optim.movement import Movement
 from step_optim.telemetry.record import StepRecord
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from step_optim.budget import Limits
 from step_optim.controllers.base import Point
+from step_optim.limits import Limits
 from step_optim.movement import Movement
 from step_optim.telemetry.record import TrialRecord
 
@@ -72,13 +72,11 @@ class Stall:
             return self._not_finite()
         if bound.startswith("drift"):
             return self._at_the_cap()
-        limit = self.limits.mean if bound == "mean" else self.limits.slices[bound.removeprefix("slice:")]
-        return self._too_far(self._read(self.candidate.movement), limit)
+        return self._too_far(self._read(self.candidate.movement), self.limits.of(bound))
 
     def _read(self, movement: Movement) -> float:
         """The figure that bound."""
-        bound = self.latest[-1]
-        return movement.mean if bound == "mean" else movement.slices[bound.removeprefix("slice:")]
+        return self.limits.reading(self.latest[-1], movement)
 
     def _not_finite(self) -> str:
         if math.isfinite(self.update_norm):
@@ -162,4 +160,6 @@ def _named(constraint: str) -> str:
         return f"the cap on the drift of slice {constraint.removeprefix('drift:')!r} from pi_ref"
     if constraint == "mean":
         return "the budget of the mean"
+    if constraint in ("prompt", "token"):
+        return f"the budget of the worst {constraint}"
     return f"the budget of slice {constraint.removeprefix('slice:')!r}"

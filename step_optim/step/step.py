@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,8 +18,10 @@ from step_optim.movement import Movement
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.snapshot.weights import Update
 from step_optim.step.auditor import Auditor
-from step_optim.step.checks import below_noise
+from step_optim.step.clock import Clock
+from step_optim.step.held_out import HeldOut
 from step_optim.step.kept import kept
+from step_optim.step.measurable import below_noise
 from step_optim.step.progress import Run
 from step_optim.step.proposal import has_gradient, learning_rates, loss_closure, scaled_rates
 from step_optim.step.pulled import Pulled
@@ -63,8 +64,9 @@ class Step:
         self.run, self.optimizer, self.snapshot, self.ranks, self.kl = run, optimizer, snapshot, ranks, kl
         self._raises = raises
         self._may_wait = may_wait and kl.takes_any_weights and ranks.size == 1
-        self.seconds = {"inner": 0.0, "snapshot": 0.0, "audit": 0.0, "search": 0.0}
+        self.clock = Clock()
         self.auditor = Auditor(kl, run.budget, run.progress.step, snapshot, ranks)
+        self._held_out = HeldOut(kl, run.progress.step, snapshot, ranks)
         self.lr: tuple[float, ...] = ()
         self.scale = run.progress.scale if run.adaptive_rate else 1.0
         self.pull: Mapping[str, float] = {}
@@ -114,6 +116,8 @@ class Step:
             with self.clock("audit"), self.ranks.together():
                 kl.anchor()
             run.drift = None
+        with self.clock("audit"):
+            self._held_out.begin()
         run.modules = kl.used or run.modules
         with self.clock("snapshot"):
             self.snapshot.capture_rest(run.modules)
@@ -226,6 +230,9 @@ class Step:
             self.run.drift = outcome.point.drift
         realised, progress = kept(outcome, candidate, self.snapshot, self.ranks, one_gradient=self._one_gradient)
         record = decided(self._measurements(), outcome, candidate, realised, progress, self._drift())
+        with self.clock("audit"):
+            record = self._held_out.noted(record)
+        self.run.warned.of_generalisation(record, self.kl)
         self.ranks.exchange(None)  # it stands on every rank, or on none
         self.record = record
 
@@ -387,12 +394,3 @@ class Step:
             self.scale,
             self.renewed,
         )
-
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        """Add the time that the body takes to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - start

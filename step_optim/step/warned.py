@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from torch.optim import Optimizer
@@ -10,7 +11,13 @@ from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
 from step_optim.movement import Movement
 from step_optim.step.fixed_reference import FixedReference
+from step_optim.step.measurable import below_noise, few_prompts
 from step_optim.step.stall import Stall
+from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.summary import NORMAL_95
+
+CARRIES = 1.5
+"""Held-out over control movement above which the figures are said not to carry."""
 
 
 class Warned:
@@ -20,8 +27,24 @@ class Warned:
         self.fixed = FixedReference()
         self.of_noise = False
         """Whether a budget is below the audit's noise, and that was said."""
+        self._few: set[str] = set()
+        self._generalisation: set[str] = set()
         self._methods: set[str] = set()
         self._no_gradient = False
+
+    def of_budget(self, budget: Budget, kl: KLClosure) -> None:
+        """Look at a budget that was set: it may be below the audit's noise, or limit slices of few prompts."""
+        # A schedule is held against the noise in every step.
+        self.of_noise = not budget.is_scheduled and below_noise(budget.at(0, kl.slices or ()), kl)
+        new = [each for each in few_prompts(budget, kl) if each not in self._few]
+        self._few.update(new)
+        if new:
+            warnings.warn(
+                f"the budget limits slices of few prompts ({', '.join(new)}), whose figures say little about other "
+                "prompts. Give each at least five (ControlSet.standard has sixteen); optimizer.last.accepted.precision "
+                "tells the standard errors",
+                stacklevel=4,
+            )
 
     def outside(self, optimizer: Optimizer, method: str) -> None:
         """A method of the inner optimizer moved weights, and no step was in progress."""
@@ -54,9 +77,25 @@ class Warned:
         if budget.caps_drift and drift is not None and not kl.has_origin:
             warnings.warn(
                 f"bind(): {type(kl).__name__} has no pi_ref yet, and takes the policy at the next step. The cap on the "
-                f"drift begins anew there, though the policy has drifted {drift.mean:.3g} nats per token already; "
-                "lower the cap by as much, if it is meant from where training began",
-                stacklevel=3,
+                f"drift begins anew there, though the policy has drifted {drift.mean:.3g} nats per token already. Say "
+                "what is meant, bind(kl, origin='keep'), 'adapter_off' or 'now'; or lower the cap by as much",
+                stacklevel=4,
+            )
+
+    def of_generalisation(self, record: StepRecord, kl: KLClosure) -> None:
+        """Held-out prompts moved more than those that judge."""
+        for name, what in (("step", "moved"), ("drift", "drifted")):
+            ratio, error = record.generalisation.get(name, 0.0), record.generalisation.get(f"{name}_error", 0.0)
+            if ratio <= CARRIES or name in self._generalisation:
+                continue
+            self._generalisation.add(name)
+            low, high = (ratio * math.exp(sign * NORMAL_95 * error) for sign in (-1, 1))
+            pool = "" if getattr(kl, "pool", None) is not None else ", and under Steer a pool of other prompts (pool=)"
+            warnings.warn(
+                f"held-out prompts {what} {ratio:.2g} times as far as the control set (95 % interval {low:.2g} to "
+                f"{high:.2g}): budgets on the control set do not carry to prompts like these. Give the control set "
+                f"more prompts of their kinds (optimizer.last.accepted.precision tells how many){pool}",
+                stacklevel=2,
             )
 
     def of_stall(self, stall: Stall) -> None:

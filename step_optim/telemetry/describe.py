@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from step_optim.budget import Limits
 from step_optim.controllers.base import Action, Outcome, Point
+from step_optim.limits import Limits
 from step_optim.movement import Movement
 from step_optim.telemetry.record import StepRecord, TrialRecord
 
@@ -72,6 +72,8 @@ def decided(
         accepted=proposed.still() if accepted is None else accepted.movement,
         triggered=candidate is not None and not candidate.feasible,
         bound=None if candidate is None else candidate.verdict.binding,
+        candidate_bounds=_bounds(known.budget, candidate),
+        accepted_bounds=_bounds(known.budget, accepted),
         alpha=None if not moved else 0.0 if accepted is None else accepted.alpha,
         alpha_realised=alpha_realised if moved else None,
         progress=progress if moved else None,
@@ -84,6 +86,10 @@ def decided(
         error=None if proposed.is_finite else _not_finite(known, proposed),
         success=proposed.is_finite,
     )
+
+
+def _bounds(limits: Limits, point: Point | None) -> dict[str, float]:
+    return {} if point is None else limits.bounds(point.movement, point.drift)
 
 
 def failed(known: Measurements, error: BaseException) -> StepRecord:

@@ -189,7 +189,7 @@ def read_log(path: str | Path) -> list[StepRecord]:
     """Read the records of a log; see `read_trace`.
 
     >>> import tempfile
-    >>> from step_optim.budget import Limits
+    >>> from step_optim.limits import Limits
     >>> from step_optim.controllers import Action
     >>> from step_optim.movement import Movement
     >>> with tempfile.TemporaryDirectory() as folder:

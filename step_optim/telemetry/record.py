@@ -7,9 +7,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from step_optim.budget import Limits
 from step_optim.controllers.base import Action
+from step_optim.limits import Limits
 from step_optim.movement import Movement
+
+MAPPINGS = (
+    "candidate_bounds",
+    "accepted_bounds",
+    "layers",
+    "projection",
+    "steering",
+    "pull",
+    "generalisation",
+    "seconds",
+)
+"""Fields of a record that are numbers by name."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,12 @@ class StepRecord:
     triggered: bool = False
     """Whether the candidate was infeasible, so that the controller acted."""
     bound: str | None = None
-    """The constraint with the largest KL / budget at the candidate: mean, slice:<name>, drift or drift:<name>."""
+    """The constraint with the largest KL / budget at the candidate: mean, slice:<name>, prompt, token, drift or
+    drift:<name>."""
+    candidate_bounds: Mapping[str, float] = field(default_factory=dict)
+    """With `Budget(confidence=)`, the upper confidence bounds of the candidate that were judged, by constraint."""
+    accepted_bounds: Mapping[str, float] = field(default_factory=dict)
+    """The same of what was committed."""
     exceeded_before: tuple[str, ...] = ()
     """Caps on the drift that the policy before the step exceeded already: of these, less drift than before was asked,
     and no more (a cap was lowered, or the run resumed with a lower one)."""
@@ -78,6 +95,13 @@ class StepRecord:
     """Movement of the candidate from pi_ref; None if no cap is finite."""
     reference_drift: Movement | None = None
     """Movement of the committed policy from pi_ref; None if the KL closure does not measure it."""
+    held_out: Movement | None = None
+    """Movement on the held-out prompts, which decide nothing; None in steps that do not measure it."""
+    held_out_drift: Movement | None = None
+    """Drift from pi_ref there."""
+    generalisation: Mapping[str, float] = field(default_factory=dict)
+    """Held-out over control: ``step`` the ratio of the movements, ``drift`` that of the drifts; ``step_error`` and
+    ``drift_error`` the standard errors of their logarithms, from the spread over prompts. 1 if the figures carry."""
     update_norm: float = 0.0
     """L2 norm of candidate - previous weights."""
     lr: tuple[float, ...] = ()
@@ -127,19 +151,27 @@ class StepRecord:
         limits = values["budget"]
         cap = limits.get("drift", limits.get("reference", math.inf))  # its name in older logs
         caps = _floats(limits.get("drift_slices", {}))
-        values["budget"] = Limits(float(limits["mean"]), _floats(limits["slices"]), float(cap), caps)
+        values["budget"] = Limits(
+            float(limits["mean"]),
+            _floats(limits["slices"]),
+            float(cap),
+            caps,
+            prompt=float(limits.get("prompt", math.inf)),
+            token=float(limits.get("token", math.inf)),
+            confidence=_float(limits.get("confidence")),
+        )
         values["exceeded_before"] = tuple(values.get("exceeded_before", ()))
         values["trials"] = tuple(
             TrialRecord(_float(trial["alpha"]), _movement(trial["movement"]), trial["feasible"])
             for trial in values.get("trials", ())
         )
-        for name in ("previous_drift", "candidate_drift", "reference_drift"):
+        for name in ("previous_drift", "candidate_drift", "reference_drift", "held_out", "held_out_drift"):
             values[name] = None if values.get(name) is None else _movement(values[name])
         for name in ("alpha", "alpha_realised", "progress", "update_norm", "reward"):
             values[name] = _float(values.get(name))
         values["lr"] = tuple(float(lr) for lr in values.get("lr", ()))
         values["scale"] = float(values.get("scale", 1.0))
-        for name in ("layers", "projection", "steering", "pull", "seconds"):
+        for name in MAPPINGS:
             values[name] = _floats(values.get(name, {}))
         return cls(**values)
 
@@ -174,7 +206,8 @@ def _floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _movement(plain: Mapping[str, Any]) -> Movement:
-    return Movement(float(plain["mean"]), _floats(plain["slices"]))
+    prompt, token = _float(plain.get("prompt")), _float(plain.get("token"))
+    return Movement(float(plain["mean"]), _floats(plain["slices"]), prompt, token)
 
 
 def _flatten(value: Any, name: str) -> Iterator[tuple[str, float | str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ OWN = ("snapshot", "audit", "search")
 """Phases of a step that a bare optimizer does not have."""
 
 PHASES = ("inner", *OWN)
+
+NORMAL_95 = 1.959964
+"""Standard errors on each side of a 95 % interval."""
 
 BOUND = "bound:"
 """Before the name of a constraint, where steps are counted by what bound them."""
@@ -69,6 +73,13 @@ class Summary:
         sums["worst_slice_max"] = max(sums.get("worst_slice_max", 0.0), record.accepted.worst[1])
         if record.reference_drift is not None:
             sums["drift"] = record.reference_drift.mean
+        ratios = record.generalisation
+        if "step" in ratios:
+            add("generalisation_count", 1)
+            add("generalisation_log_sum", math.log(ratios["step"]))
+            add("generalisation_square_sum", ratios["step_error"] ** 2)
+        if "drift" in ratios:
+            sums |= {"generalisation_drift": ratios["drift"], "generalisation_drift_error": ratios["drift_error"]}
         return Summary(sums)
 
     def figures(self) -> dict[str, Any]:
@@ -78,7 +89,8 @@ class Summary:
         ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, drift,
         drift:<name> or "not finite".
         Progress is the share of what the inner optimizer proposed that was kept, see `StepRecord.progress`; corrections
-        are gradients that `Steer` measured; the pull rate is the share of steps at which it pulled. The overhead's
+        are gradients that `Steer` measured; the pull rate is the share of steps at which it pulled. Generalisation is
+        held-out over control, of steps and of the latest drift, with 95 % intervals over prompts. The overhead's
         share is that of snapshots, audits and searches in the time between two steps: without them the training loop,
         generation included, would take 1 - share of its time.
         """
@@ -105,15 +117,35 @@ class Summary:
             "max_accepted_kl": total("accepted_max", 0.0),
             "max_accepted_slice_kl": total("worst_slice_max", 0.0),
             "reference_drift": total("drift", None),
+            **self._generalisation(),
             **{f"{name}_seconds": total(f"{name}_seconds", 0.0) for name in PHASES},
             "overhead_seconds": sum(total(f"{name}_seconds", 0.0) for name in OWN),
             "elapsed_seconds": total("elapsed_seconds", 0.0),
             "overhead_share": _per(total("own_of_elapsed_seconds", 0.0), total("elapsed_seconds", 0.0)),
         }
 
+    def _generalisation(self) -> dict[str, float | None]:
+        """Held-out over control, with 95 % intervals.
+
+        Of steps the geometric mean; its standard error is the root mean square
+        of theirs, for they are over the same prompts. Of drift the latest.
+        """
+        total = self._sums.get
+        count = total("generalisation_count", 0.0)
+        step = math.exp(total("generalisation_log_sum", 0.0) / count) if count else None
+        error = math.sqrt(total("generalisation_square_sum", 0.0) / count) if count else 0.0
+        drift, drift_error = total("generalisation_drift"), total("generalisation_drift_error", 0.0)
+        return _interval("generalisation_step", step, error) | _interval("generalisation_drift", drift, drift_error)
+
     def state_dict(self) -> dict[str, float]:
         """Plain numbers, which the constructor takes."""
         return {name: value for name, value in self._sums.items() if not name.endswith("_seconds")}
+
+
+def _interval(name: str, ratio: float | None, error: float) -> dict[str, float | None]:
+    """A ratio and the ends of its 95 % interval; ``error`` is the standard error of its logarithm."""
+    low, high = (None if ratio is None else ratio * math.exp(sign * NORMAL_95 * error) for sign in (-1, 1))
+    return {name: ratio, f"{name}_low": low, f"{name}_high": high}
 
 
 def _per(total: float, count: float) -> float | None:

@@ -81,6 +81,21 @@ def test_gradients_equal_the_oracle(name) -> None:
         assert relative(normal.gradient, wanted) <= 1e-4
 
 
+def test_one_slice_alone() -> None:
+    """Micro-batches without a prompt of it count nothing."""
+    model, control = build("llama"), ragged_control()
+    kl = TokenKL(model, control, noise_floor=False, micro_batch=1)
+    kl.anchor()
+    origin = policy(model, control)
+    nudge(model, 0.4, seed=3)
+    names = trained_names(model)
+    parameters = [dict(model.named_parameters())[n] for n in names]
+    (normal,) = kl.gradients(["drift:early"], parameters)
+    value, wanted = oracle(model, control, origin, list(control.slices["early"]), names)
+    assert normal.value == pytest.approx(value, rel=1e-4)
+    assert relative(normal.gradient, wanted) <= 1e-4
+
+
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_draws_from_a_pool(micro_batch) -> None:
     """The prompts that were drawn, in any batches and slices; theta_t's policy is read when they are drawn."""

@@ -119,11 +119,13 @@ def expected(model: nn.Module, previous: reference.Policy, control: ControlSet) 
 
 
 def close(measured: Movement, wanted: Movement, rel: float) -> None:
-    """Both figures agree, slice by slice, to ``rel`` and what float32 logits allow."""
+    """All figures agree, slice by slice, tails too, to ``rel`` and what float32 logits allow."""
     assert measured.slices.keys() == wanted.slices.keys()
     assert measured.mean == reference.near(wanted.mean, rel)
     for name, kl in wanted.slices.items():
         assert measured.slices[name] == reference.near(kl, rel)
+    assert measured.prompt == reference.near(wanted.prompt, rel)
+    assert measured.token == reference.near(wanted.token, rel)
 
 
 class Counter:

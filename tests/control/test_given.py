@@ -193,6 +193,8 @@ def test_fresh_responses_are_refused() -> None:
     """Which part is the prompt, a batch does not say."""
     with pytest.raises(TypeError, match="cannot draw fresh responses: make new batches"):
         ControlSet.from_batches(told()).resample(tiny_llama())
+    with pytest.raises(TypeError, match="which is perhaps no text; decode the input_ids"):
+        ControlSet.from_batches(told()).decode(None)
 
 
 def changed(key: str, value: object, batches=translated) -> list[dict[str, Tensor]]:

@@ -125,8 +125,11 @@ def test_options_of_the_caller_apply() -> None:
         ({"temperature": float("nan")}, "temperature=nan must be positive"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"max_length": 9}, "max_length=9 would count the prompt's tokens; use max_new_tokens"),
-        ({"generation_config": transformers.GenerationConfig(temperature=0.5)}, "temperature=0.5; give it to resample"),
-        ({"generation_config": transformers.GenerationConfig(max_new_tokens=5)}, "max_new_tokens=5; give it to res"),
+        (
+            {"generation_config": transformers.GenerationConfig(temperature=0.5)},
+            "temperature=0.5; give temperature= as",
+        ),
+        ({"generation_config": transformers.GenerationConfig(max_new_tokens=5)}, "max_new_tokens=5; give max_new"),
         ({"generation_config": transformers.GenerationConfig(max_length=5)}, "max_length=5 would count"),
     ],
 )
@@ -145,11 +148,19 @@ def test_a_result_without_the_prompt_is_refused() -> None:
     for result, message in (
         (torch.tensor([[6, 6, 6, 6]]), "does not begin with its prompt"),
         (torch.tensor([6, 6]), r"shape \(2,\)"),
-        (["four"], r"generate\(\) returned \['four'\]; resample needs a tensor"),
+        (["four"], r"generate\(\) returned \['four'\]; a tensor of token ids is needed"),
     ):
         model.generate = lambda result=result, **_: result
         with pytest.raises(ValueError, match=message):
             prompts().resample(model)
+
+
+def test_ids_outside_the_vocabulary_are_refused_before_the_draw() -> None:
+    """The first prompt that was made with another tokenizer is named; the model is not run."""
+    model = policy()
+    model.generate = None
+    with pytest.raises(ValueError, match="prompt 1 of the control set has token id 7, outside the vocabulary of 7"):
+        ControlSet.from_ids([[6], [7]], [[1], [1]]).resample(model)
 
 
 def test_an_encoder_is_refused() -> None:

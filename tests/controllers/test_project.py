@@ -26,7 +26,7 @@ from step_optim import (
     TokenKL,
 )
 from step_optim.budget import Limits
-from step_optim.controllers.project import TARGET_TOLERANCE, mixture_strength
+from step_optim.controllers.mixture import TARGET_TOLERANCE, mixture_strength
 from tests import reference
 from tests.models import Bigram, control_sets, nudge, ragged_control, tiny_gemma2, tiny_gpt2, tiny_llama
 

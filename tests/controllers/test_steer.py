@@ -310,6 +310,20 @@ def test_without_a_pool_it_says_what_that_costs() -> None:
         world.optimizer(Budget(mean=0.01))
 
 
+def test_a_pool_that_is_smaller_than_the_control_set_is_told_of() -> None:
+    """At construction, under a cap; one of the same size is not."""
+    world = World(0)
+    few, many = INPUTS[: len(INPUTS) - 1] + 1, INPUTS + 1
+    for inputs, budget, told in ((few, Budget(drift=0.01), 1), (many, Budget(drift=0.01), 0), (few, Budget(0.01), 0)):
+        world.kl = PolicyKL(
+            lambda: world.layer(INPUTS), noise_floor=False, pool=lambda inputs=inputs: world.layer(inputs)
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            world.optimizer(budget)
+        assert len([w for w in caught if f"the pool has {len(few)} prompts, fewer than" in str(w.message)]) == told
+
+
 def test_a_pool_needs_the_slices_that_are_limited() -> None:
     """There would be no direction for the others."""
     world = World(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,11 +27,12 @@ GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
 PAGES = [README, *GUIDES]
 
 
-def run(*arguments: str, directory: Path) -> str:
+def run(*arguments: str, directory: Path, path: Path | None = None) -> str:
     """Run an example in a directory of its own and return what it printed."""
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", *arguments],
         cwd=directory,
+        env=os.environ | ({} if path is None else {"PYTHONPATH": str(path)}),
         capture_output=True,
         text=True,
         timeout=600,
@@ -40,13 +42,37 @@ def run(*arguments: str, directory: Path) -> str:
     return done.stdout
 
 
-def test_quickstart_shows_a_controller_acting(tmp_path):
-    """It commits ordinary steps, shrinks the spike, and is short."""
-    source = ROOT / "examples" / "quickstart.py"
-    assert len(source.read_text().splitlines()) < 60
-    shown = run(str(source), directory=tmp_path)
+QUICKSTART = ROOT / "examples" / "quickstart.py"
+
+
+def test_the_quickstart_is_short_and_runs(tmp_path):
+    """In less than 40 lines, on a tiny model in the place of the real one."""
+    assert len(QUICKSTART.read_text().splitlines()) < 40
+    stand_in = "import runpy, smollm, sys, tiny; smollm.find, smollm.load = str, lambda name: tiny.load(); "
+    shown = run("-c", f"{stand_in} runpy.run_path({str(QUICKSTART)!r})", directory=tmp_path, path=QUICKSTART.parent)
+    assert shown.count("KL ") == 8
+    assert "generalisation_drift" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_quickstart_shows_a_controller_acting(tmp_path):
+    """On the real model it commits ordinary steps, and shrinks the spike."""
+    shown = run(str(QUICKSTART), directory=tmp_path)
     assert "commit" in shown
     assert "shrink" in shown
+
+
+def test_the_figures_of_control_sets_are_made(tmp_path):
+    """How the estimate settles, and how far budgets carry, with a tiny random model."""
+    shown = run(str(ROOT / "examples" / "choosing.py"), "--smoke", "--runs", str(tmp_path / "a"), directory=tmp_path)
+    assert "| 8 |" in shown
+    assert (tmp_path / "a" / "choosing.png").read_bytes().startswith(b"\x89PNG")
+    shown = run(
+        str(ROOT / "examples" / "control_sizes.py"), "--smoke", "--runs", str(tmp_path / "b"), directory=tmp_path
+    )
+    assert "| shrink | 4 | none |" in shown
+    assert "| steer | 8 | 0.95 |" in shown
 
 
 @pytest.mark.parametrize(("controller", "action"), [("interpolate", "shrink"), ("gate", "reject")])

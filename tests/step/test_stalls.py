@@ -17,6 +17,7 @@ from step_optim import (
     Gate,
     GateStalled,
     Interpolate,
+    Movement,
     PolicyKL,
     Project,
     STEPOptimizer,
@@ -171,8 +172,11 @@ def test_where_a_search_ended_too_early_it_may_go_on() -> None:
 def test_where_no_part_of_a_step_is_feasible_the_smallest_that_was_tried_is_named() -> None:
     """The text tells what a function reads where nothing has moved, and that this is 0 for other closures."""
     run = Run(1e-9, Interpolate())
-    moved = run.kl._prompt_kls
-    run.kl._prompt_kls = lambda *policies: [[kl + 1e-3 for kl in kls] for kls in moved(*policies)]  # rounding, say
+    moved, members = run.kl._movements, run.kl.members
+    run.kl._movements = lambda *policies: [
+        Movement.over([kl + 1e-3 for kl in found.prompts], members)  # rounding, say
+        for found in moved(*policies)
+    ]
     (text,) = run.steps(STALL)
     assert "(alpha = 0.0001) read 0.001, and its movement at the weights before the step is 0 by definition" in text
     assert "its rounding is above the budget" in text

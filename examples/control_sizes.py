@@ -1,0 +1,204 @@
+"""How far does a budget on a small control set carry? Held-out over control movement, by size, for two controllers.
+
+The 135M model of the demo learns a task inside a budget on its control set: with `Interpolate` under a budget on every
+step, and with `Steer` under a cap on the drift, directions from a pool. Control sets of 4 to 128 standard prompts
+judge, with confidence and without. 80 other prompts are measured, and decide nothing.
+
+    python examples/control_sizes.py                 # control_sizes.md: two hours on one core; resumable
+    python examples/control_sizes.py --smoke         # tiny random weights: does it run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from smollm import DEFAULT_MODEL, ModelNotFound, find, load
+from steering.world import Chat, Sets, loss
+
+from step_optim import Budget, Controller, ControlSet, Interpolate, Steer, STEPOptimizer, TokenKL
+
+HERE = Path(__file__).parent
+SIZES = (4, 8, 16, 32, 64, 128)
+STEP, CAP = 0.005, 0.02
+"""Nats per token: the budget of a step under `Interpolate`, the cap on the drift under `Steer`."""
+CONTROLLERS: dict[str, Controller] = {"shrink": Interpolate(), "steer": Steer()}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What tells one run from another."""
+
+    arm: str
+    size: int
+    confidence: float | None
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        sure = "plain" if self.confidence is None else f"{self.confidence:g}"
+        return f"{self.arm}-{self.size}-{sure}-{self.seed}-{self.steps}"
+
+    @property
+    def budget(self) -> Budget:
+        """A limit on each step, or a cap on the drift."""
+        limits = {"mean": STEP} if self.arm == "shrink" else {"drift": CAP}
+        return Budget(**limits, confidence=self.confidence)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Nats per token; of the step's movement under shrinking, of the drift under steering."""
+
+    control: float
+    """Mean of the measured steps (movement), or at the end (drift)."""
+    held_out: float
+    ratio: float
+    low: float
+    high: float
+    """Of the ratio's 95 % interval over prompts."""
+
+
+def run(setting: Setting, world: Chat, folder: Path) -> Result:
+    """Do one run, or read what it ended with."""
+    file = folder / f"{setting.name}.json"
+    if file.exists():
+        return Result(**json.loads(file.read_text(encoding="utf-8")))
+    with world.lesson("person", setting.seed) as lesson, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of small control sets: the table shows them
+        result = learn(setting, lesson, world.sets)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+    partial.replace(file)
+    return result
+
+
+def learn(setting: Setting, lesson: Any, sets: Sets) -> Result:
+    """Learn the task, and measure the held-out prompts at every second step."""
+    kl = TokenKL(
+        lesson.model,
+        nested(sets.control, setting.size),
+        pool=sets.pool if setting.arm == "steer" else None,
+        held_out=sets.held_out,
+        every=2,
+        noise_floor=False,
+    )
+    trained = [p for p in lesson.model.parameters() if p.requires_grad]
+    inner = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    controller = CONTROLLERS[setting.arm]
+    optimizer = STEPOptimizer(inner, kl=kl, budget=setting.budget, controller=controller)
+    rng, records = random.Random(setting.seed), []
+    for _ in range(setting.steps):
+        lesson.model.train()
+        loss(lesson.model, lesson.draw(rng)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if optimizer.last.held_out is not None:
+            records.append(optimizer.last)
+    summary = optimizer.summary()
+    if setting.arm == "shrink":
+        here = [record.accepted.mean for record in records]
+        there = [record.held_out.mean for record in records]
+        found, name = (sum(here) / len(here), sum(there) / len(there)), "generalisation_step"
+    else:
+        found, name = (records[-1].reference_drift.mean, records[-1].held_out_drift.mean), "generalisation_drift"
+    return Result(*found, summary[name], summary[f"{name}_low"], summary[f"{name}_high"])
+
+
+def nested(control: ControlSet, size: int) -> ControlSet:
+    """Take the first prompts of every slice in turn, so that a larger set holds a smaller one."""
+    turns = chain.from_iterable(zip_longest(*control.slices.values()))
+    return control.select([i for i in turns if i is not None][:size])
+
+
+def table(results: dict[Setting, Result]) -> str:
+    """By size, with the ranges over seeds."""
+    first = next(iter(results))
+    seeds = len({setting.seed for setting in results})
+    what = f"shrink: movement, a budget of {STEP} on each step; steer: drift, a cap of {CAP}"
+    run_of = f"{seeds} seeds of {first.steps} steps of AdamW (LoRA, rate 1e-2, task person)"
+    lines = [
+        f"Held-out over control, {run_of}; {what}; `python examples/control_sizes.py`.",
+        "",
+        "| controller | prompts | confidence | control | held out | ratio | 95 % interval | held out / budget |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    groups: dict[tuple[str, int, float | None], list[Result]] = {}
+    for setting, result in results.items():
+        groups.setdefault((setting.arm, setting.size, setting.confidence), []).append(result)
+    for (arm, size, confidence), found in groups.items():
+        mean = {name: sum(getattr(r, name) for r in found) / len(found) for name in asdict(found[0])}
+        limit = STEP if arm == "shrink" else CAP
+        lines.append(
+            f"| {arm} | {size} | {confidence or 'none'} | {mean['control']:.4f} | {mean['held_out']:.4f} | "
+            f"{mean['ratio']:.2f} | {mean['low']:.2f} to {mean['high']:.2f} | {mean['held_out'] / limit:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def world_of(model: Any, tokenizer: Any, *, most: int, tokens: int) -> Chat:
+    """The task's world, with standard prompts."""
+
+    def part(name: str, size: int) -> ControlSet:
+        return ControlSet.standard(model, tokenizer, size=size, part=name, max_new_tokens=tokens, progress=True)
+
+    small = most < max(SIZES)
+    sets = Sets(part("control", most), part("pool", 16 if small else 96), part("held_out", 8 if small else 80))
+    return Chat(model, tokenizer, sets)
+
+
+def settings(sizes: Sequence[int], seeds: int, steps: int) -> list[Setting]:
+    """All runs, the small ones first."""
+    return [
+        Setting(arm, size, confidence, seed, steps)
+        for seed in range(seeds)
+        for arm in CONTROLLERS
+        for size in sizes
+        for confidence in (None, 0.95)
+    ]
+
+
+def main() -> int:
+    """Do what is missing, then write the table; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model, two sizes, two steps")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "control_sizes", help="where finished runs are")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.smoke:
+        args.sizes, args.steps, args.runs = [4, 8], 2, args.runs / "smoke"
+    try:
+        model, tokenizer = tiny.load() if args.smoke else load(find(DEFAULT_MODEL))[:2]
+    except ModelNotFound as error:
+        print(error, file=sys.stderr)
+        return 2
+    world = world_of(model, tokenizer, most=max(args.sizes), tokens=4 if args.smoke else 16)
+    results = {}
+    for setting in settings(args.sizes, args.seeds, args.steps):
+        result = results[setting] = run(setting, world, args.runs)
+        print(f"{setting.name}: held out over control {result.ratio:.2f}", flush=True)
+    path = (args.runs if args.smoke else HERE) / "control_sizes.md"
+    path.write_text(table(results), encoding="utf-8")
+    print(table(results), path, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Held-out audits: how far a step moves the policy on prompts that decide nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from step_optim.audit.closure import KLClosure
+from step_optim.host.ranks import Ranks
+from step_optim.movement import Movement
+from step_optim.snapshot.snapshot import Snapshot
+from step_optim.telemetry.record import StepRecord
+
+
+class HeldOut:
+    """Audits the held-out prompts of a KL closure at every n-th step.
+
+    Args:
+        kl: has them, or not.
+        step: the step index.
+        snapshot: has the weights.
+        ranks: who reads them together.
+    """
+
+    def __init__(self, kl: KLClosure, step: int, snapshot: Snapshot, ranks: Ranks) -> None:
+        self._kl = kl.held_out
+        self._due = self._kl is not None and step % kl.every == kl.every - 1
+        self._snapshot, self._ranks = snapshot, ranks
+
+    def begin(self) -> None:
+        """Read theta_t's policy, if this step is to be measured."""
+        if self._kl is not None and self._due:
+            with self._ranks.together():
+                self._kl.anchor()
+
+    def noted(self, record: StepRecord) -> StepRecord:
+        """Audit the weights that stand, and add what it says to the record."""
+        if self._kl is None or not self._due:
+            return record
+        with self._snapshot.watch_groups(), self._ranks.together():
+            audit = self._kl.audit_with_drift()
+            drift = self._kl.drift(audit)
+        ratios = _ratio("step", audit.movement, record.accepted) | _ratio("drift", drift, record.reference_drift)
+        return replace(record, held_out=audit.movement, held_out_drift=drift, generalisation=ratios)
+
+
+def _ratio(name: str, there: Movement | None, here: Movement | None) -> dict[str, float]:
+    """Held-out over control, and the standard error of its logarithm; nothing where one of them is 0."""
+    if there is None or here is None or not (there.is_finite and here.is_finite and there.mean > 0 and here.mean > 0):
+        return {}
+    error = math.hypot(there.precision.mean, here.precision.mean)
+    return {name: there.mean / here.mean, f"{name}_error": error}
