@@ -166,6 +166,8 @@ def test_two_sets_of_batches_are_added() -> None:
     for wrong in (lambda: one + ragged_control(), lambda: ragged_control() + one):
         with pytest.raises(TypeError, match="are of two kinds"):
             wrong()
+    with pytest.raises(ValueError, match="prompt 0 of the second control set is prompt 2 of the first, with the same"):
+        both + one.select([2])
     with pytest.raises(ValueError, match=r"differ in shift \(None, False\)"):
         one + ControlSet.from_batches(masked(), shift=False)
 
