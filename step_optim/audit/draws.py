@@ -44,20 +44,20 @@ def checked_apart(
     if not isinstance(given, ControlBatches):  # their ids are perhaps no tokens that the model has logits of
         given.check_vocabulary(vocabulary)
     given.check_responses(vocabulary)
-    _check_disjoint(name, given, "the control set", control)
-    for other in others:
-        if other is not None:
-            _check_disjoint(name, given, "the pool", other)
+    keys = _keys(given, control)
+    for known, called in ((control, "the control set"), *((other, "the pool") for other in others)):
+        if known is not None:
+            _check_disjoint(name, keys, _keys(known, control), called)
     return given
 
 
-def _check_disjoint(name: str, given: ControlSet, other: str, known: ControlSet) -> None:
-    places = {key: j for j, key in enumerate(_keys(known, known))}
-    for i, key in enumerate(_keys(given, known)):
+def _check_disjoint(name: str, given: Sequence[Hashable], known: Sequence[Hashable], called: str) -> None:
+    places = {key: j for j, key in enumerate(known)}
+    for i, key in enumerate(given):
         j = places.get(key)
         if j is not None:
             raise ValueError(
-                f"prompt {i} of {CALLED[name]} is prompt {j} of {other}: {WHY[name]}. Take it out of one of them; "
+                f"prompt {i} of {CALLED[name]} is prompt {j} of {called}: {WHY[name]}. Take it out of one of them; "
                 "ControlSet.split makes disjoint sets, and so do the parts of ControlSet.standard"
             )
 

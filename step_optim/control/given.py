@@ -66,12 +66,15 @@ class GivenBatch:
         return self.ids(row, stop=int(measured[0]) if shift else None)
 
     def key(self, row: int, *, shift: bool | None) -> str:
-        """A hash of what a row is about: its context, its sound, and all pictures of the batch."""
-        parts = [("input_ids", self.context(row, shift=shift))]
+        """A hash of what a row is about: its context, its sound, and all pictures of the batch.
+
+        What says something of each token (which of them are a picture's) is left out: padding would be in it.
+        """
+        parts, ids = [("input_ids", self.context(row, shift=shift))], self.inputs.get("input_ids")
         for name, tensor in self.inputs.items():
             if name in SIGNALS and not name.startswith("decoder"):
                 parts.append((name, tensor[row]))
-            elif name not in ROW_WISE and tensor.is_floating_point():
+            elif name not in ROW_WISE and (ids is None or tensor.shape[:2] != ids.shape):
                 parts.append((name, tensor))
         return digest_of(parts)
 

@@ -83,7 +83,13 @@ class GivenBatches:
         return hash(self.digest)
 
     def __add__(self: S, other: Any) -> S:
-        """Examples of both; slices of one name are joined."""
+        """Return the examples of both, those of ``other`` behind; slices of the same name become one.
+
+        Raises:
+            TypeError: the other one is no control set of batches.
+            ValueError: they differ in shift or device; or an example has the same labels in both, and would count
+                twice.
+        """
         if not isinstance(other, GivenBatches):
             raise TypeError(f"a control set of batches and {shown(other)} are of two kinds; audit them one by one")
         if self.shift != other.shift or self.device != other.device:
@@ -91,12 +97,22 @@ class GivenBatches:
                 f"the control sets differ in shift ({self.shift}, {other.shift}) or device ({self.device}, "
                 f"{other.device}); give both the same"
             )
+        own = {key: i for i, key in enumerate(self._counted())}
+        twice = next(((own[key], j) for j, key in enumerate(other._counted()) if key in own), None)
+        if twice is not None:
+            raise ValueError(
+                f"prompt {twice[1]} of the second control set is prompt {twice[0]} of the first, with the same labels; "
+                "take it out of one of them with select()"
+            )
         behind, count = len(self.places), len(self.batches)
         slices = dict(self.slices)
         for name, members in other.slices.items():
             slices[name] = (*slices.get(name, ()), *(i + behind for i in members))
         places = [*self.places, *((number + count, row) for number, row in other.places)]
         return self.of([*self.batches, *other.batches], places, slices, self.shift)
+
+    def _counted(self) -> list[tuple[str, tuple[int, ...]]]:
+        return [(key, tuple(row.tolist())) for key, row in zip(self.keys(shift=False), self.responses, strict=True)]
 
     def __radd__(self, other: Any) -> Any:
         """Refuse a control set of prompts and responses on the left."""

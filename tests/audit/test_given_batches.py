@@ -208,6 +208,29 @@ def test_draws_from_a_pool_count_what_was_drawn() -> None:
             torch.testing.assert_close(found.double(), gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_spans_and_a_held_out_set() -> None:
+    """Places among the measured positions of each example; and examples that only tell how far budgets hold."""
+    kind, model = KINDS["t5"], t5()
+    elsewhere = replace(kind, batches=lambda: others(translated()))
+    held_out = ControlSet.from_batches(elsewhere.batches())
+    control = ControlSet.from_batches(kind.batches())
+    kl = TokenKL(model, control, spans={"end": (-1, None)}, held_out=held_out, every=1)
+    optimizer = STEPOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), kl=kl, budget=1.0)
+    before = [policy_of(model, each.batches(), shift=False) for each in (kind, elsewhere)]
+    model(**translated()[0]).loss.backward()
+    optimizer.step()
+    record = optimizer.last
+    after = [policy_of(model, each.batches(), shift=False) for each in (kind, elsewhere)]
+    ends = [reference.row_kl(new[-1], old[-1]) for new, old in zip(after[0], before[0], strict=True)]
+    assert record.accepted.slices["end"] == reference.near(sum(ends) / 3, 1e-4)
+    assert record.held_out.mean == reference.near(reference.movement(after[1], before[1], {}).mean, 1e-4)
+    with pytest.raises(ValueError, match="prompt 1 of the held-out set is prompt 0 of the pool"):
+        TokenKL(model, control, pool=held_out.select([1]), held_out=held_out)
+    ask = [ControlSet.from_batches([answered([([token], [answer])])]) for token, answer in ((5, 20), (6, 21), (6, 22))]
+    with pytest.raises(ValueError, match="prompt 0 of the held-out set is prompt 0 of the pool"):
+        TokenKL(tiny_llama(), ask[0], pool=ask[1], held_out=ask[2])
+
+
 def test_a_pool_is_of_the_same_kind_and_shares_no_example() -> None:
     """An example is what the model is given of it: not its labels, not its padding."""
     control = ControlSet.from_batches(translated())

@@ -166,6 +166,8 @@ def test_two_sets_of_batches_are_added() -> None:
     for wrong in (lambda: one + ragged_control(), lambda: ragged_control() + one):
         with pytest.raises(TypeError, match="are of two kinds"):
             wrong()
+    with pytest.raises(ValueError, match="prompt 0 of the second control set is prompt 2 of the first, with the same"):
+        both + one.select([2])
     with pytest.raises(ValueError, match=r"differ in shift \(None, False\)"):
         one + ControlSet.from_batches(masked(), shift=False)
 
@@ -281,6 +283,15 @@ def test_slices_name_rows() -> None:
     """An index that no row has is refused, as for any control set."""
     with pytest.raises(ValueError, match="slice 'a' holds 3, but prompts are numbered 0 to 2"):
         ControlSet.from_batches(spoken(), {"a": [3]})
+
+
+def test_what_has_another_name_tells_examples_apart_too() -> None:
+    """Whole, for nobody knows which part of it is whose."""
+    labels = torch.tensor([[1, 2]])
+    batches = [{"codes": torch.tensor([[3, 4]]) + i, "labels": labels} for i in range(2)]
+    keys = ControlSet.from_batches(batches).keys(shift=False)
+    assert keys[0] != keys[1]
+    assert ControlSet.from_batches(batches[1:]).keys(shift=False) == keys[1:]
 
 
 def test_keys_tell_examples_apart() -> None:
