@@ -214,17 +214,16 @@ def test_the_three_lines_of_the_readme_run():
     import tiny
 
     model, tokenizer = tiny.load()
-    prompts, responses = ["2 + 2?", "3 * 5?", "Eat soap?", "Drink bleach?"], ["4.", "15.", "Never.", "No."]
     ids = tokenizer("It is 5.", return_tensors="pt")["input_ids"]
     namespace = vars(step_optim) | {"torch": torch, "model": model, "tokenizer": tokenizer}
-    namespace |= {"prompts": prompts, "responses": responses, "loss": model(input_ids=ids, labels=ids).loss}
+    namespace |= {"loss": model(input_ids=ids, labels=ids).loss}
     ((line, diff),) = blocks(README, "diff")
     marked = [row for row in diff.splitlines() if row.startswith("+")]
     assert len(marked) == 3
     execute(README, line, "\n".join("" if row.startswith("-") else row[2:] for row in diff.splitlines()), namespace)
     (record,) = read_log("run.jsonl")
     assert record.accepted.mean <= 0.03
-    assert set(record.accepted.slices) == {"math", "safety"}
+    assert len(record.accepted.slices) == 8
 
 
 def test_the_record_in_the_readme_is_one():
