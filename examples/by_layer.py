@@ -22,7 +22,8 @@ from statistics import fmean
 
 import ppo
 import torch
-from demo.prompts import TRAINING, chat, control_set
+from demo.prompts import TRAINING, chat
+from exchanges import control_set
 from peft import LoraConfig, PeftModel, get_peft_model
 from smollm import DEFAULT_MODEL, find, hush, load
 from tiny import load as load_tiny

@@ -23,7 +23,8 @@ import smollm
 import tiny
 import torch
 from datasets import Dataset
-from demo.prompts import TRAINING, chat, control_set
+from demo.prompts import TRAINING, chat
+from exchanges import control_set
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer

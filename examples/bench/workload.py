@@ -105,8 +105,8 @@ def slices_of(prompts: int) -> dict[str, list[int]]:
 
 
 def exchange(draw: random.Random, subject: str) -> tuple[str, str]:
-    """A question of this subject, and an answer long enough to be cut anywhere: the demo's, in other combinations."""
-    from demo.prompts import CONTROL
+    """A question of this subject, and an answer long enough to be cut anywhere: `exchanges` in other combinations."""
+    from exchanges import CONTROL
 
     questions, answers = zip(*CONTROL[subject], strict=True)
     opening = draw.choice(("", "Please help me. ", "Be brief. ", "In other words: ", "I have to know this today. "))

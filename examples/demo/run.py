@@ -69,7 +69,7 @@ def make_optimizer(args: Args, name: str, setup: Setup, model: PeftModel) -> STE
     limits = Budget(mean=args.budget_mean, slices=args.budget_slices)
     return STEPOptimizer(
         bnb.optim.AdamW8bit(parameters, lr=setup.learning_rate, weight_decay=0.0),
-        kl=TokenKL(model, control_set(setup.tokenizer)),
+        kl=TokenKL(model, control_set(model, setup.tokenizer)),
         budget=limits if name == WITH else Budget(mean=math.inf),
         controller=CONTROLLERS[args.controller](),
         log=Path(args.out) / LOGS[name],
@@ -96,6 +96,7 @@ def run(args: Args, source: str, name: str, reporter: Reporter) -> RunResult:
     log.unlink(missing_ok=True)  # a log that exists would be continued
     started = time.monotonic()
     with adapted(setup.model, args.seed) as model:
+        reporter.working("what the model says to the control prompts")
         optimizer = make_optimizer(args, name, setup, model)
         records = [*train(args, setup, model, optimizer, reporter)]
         reporter.working("scoring the last policy")
