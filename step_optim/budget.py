@@ -50,9 +50,9 @@ class Budget:
     slices: Bound | Mapping[str, Bound] | None
     drift: Bound | None
     drift_slices: Bound | Mapping[str, Bound] | None
-    prompt: Bound | None
-    token: Bound | None
-    confidence: float | None
+    prompt: Bound | None = None
+    token: Bound | None = None
+    confidence: float | None = None
 
     def __init__(
         self,
@@ -82,6 +82,11 @@ class Budget:
             _check(bound, called, may_map="slices" in name)
             object.__setattr__(self, name, bound)
         object.__setattr__(self, "confidence", _checked_confidence(confidence))
+        if confidence is not None and all(bound is None for bound in (mean, slices, cap, drift_slices)):
+            raise ValueError(
+                f"budget.confidence={confidence!r} is about means, and only prompt= or token= is limited; give mean=, "
+                "slices=, drift= or drift_slices= too, or leave confidence out"
+            )
 
     @classmethod
     def of(cls, value: Budget | Bound) -> Budget:

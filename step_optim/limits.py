@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from step_optim.movement import Movement
+from step_optim.movement import Movement, Unmeasured
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,9 @@ class Limits:
         return Verdict(ratios, finite=movement.is_finite and (drift is None or drift.is_finite))
 
     def reading(self, name: str, movement: Movement) -> float:
-        """Return what a movement reads that is held against a limit on the step, by its name in `Verdict.ratios`."""
-        return next(kl for constraint, kl, _ in self._step_figures(movement) if constraint == name)
+        """Return what a movement, or a drift, reads that is held against a limit, by its name in `Verdict.ratios`."""
+        figures = self._drift_figures if name.startswith("drift") else self._step_figures
+        return next(kl for constraint, kl, _ in figures(movement) if constraint == name)
 
     def bounds(self, movement: Movement, drift: Movement | None) -> dict[str, float]:
         """Return the upper confidence bounds that were held against these limits, by constraint; none without any."""
@@ -183,7 +184,7 @@ class Limits:
         if self.confidence is not None:
             bound = movement.upper(self.confidence, slice_)
             if bound == math.inf and movement.is_finite:
-                raise ValueError(
+                raise Unmeasured(
                     f"budget.confidence={self.confidence} needs the spread over prompts, and "
                     f"{'the control set' if slice_ is None else f'slice {slice_!r}'} has one; give it at least two"
                 )
@@ -195,7 +196,7 @@ def _tail(movement: Movement, name: str, limit: float) -> float:
     """The largest KL of a prompt or a token."""
     kl: float | None = getattr(movement, name)
     if kl is None:
-        raise ValueError(
+        raise Unmeasured(
             f"budget.{name}={limit:g} limits the worst {name}, which the KL closure does not measure; TokenKL does"
         )
     return kl

@@ -10,6 +10,10 @@ from typing import Any
 from step_optim.precision import Precision, relative_error, upper_bound
 
 
+class Unmeasured(ValueError):
+    """A figure is asked for that the KL closure does not measure."""
+
+
 @dataclass(frozen=True)
 class Movement:
     """Mean KL(candidate ‖ previous) over a control set, in nats per token.
@@ -82,8 +86,13 @@ class Movement:
         return Movement(_mean(prompts), slices, _largest(prompts), token, prompts, members, spans)
 
     @staticmethod
-    def pooled(parts: Sequence[Movement]) -> Movement:
+    def pooled(parts: Sequence[Movement], *, replicas: bool = False) -> Movement:
         """Return the movement over the control prompts of several processes; the plain mean where only means are known.
+
+        Args:
+            parts: what each process measured.
+            replicas: whether all have measured the same prompts, so that each counts once. Equal figures of every
+                prompt say so, too.
 
         >>> Movement.pooled([Movement.over([0.5], {"a": [0]}), Movement.over([0.25, 0.75], {"a": [1]})])
         Movement(mean=0.5, slices={'a': 0.625})
@@ -95,6 +104,10 @@ class Movement:
             names = {name: None for part in parts for name in part.slices}
             slices = {name: _mean([part.slices[name] for part in parts if name in part.slices]) for name in names}
             return Movement(_mean([part.mean for part in parts]), slices, token=token)
+        if replicas or all(part.prompts == parts[0].prompts for part in parts[1:]):
+            spans_of = {name: _averages([part.spans[name] for part in parts]) for name in parts[0].spans}
+            each = _averages([part.prompts or () for part in parts])
+            return Movement.over(each, parts[0].members, token=token, spans=spans_of)
         prompts: list[float] = []
         members: dict[str, list[int]] = {}
         spans: dict[str, list[float]] = {}
@@ -134,9 +147,10 @@ class Movement:
     def _each(self, slice_: str | None) -> Sequence[float]:
         """KLs of the prompts, or of those in a slice."""
         if self.prompts is None:
-            raise ValueError(
-                "the KL closure gave means only, and confidence takes the KL of each prompt: use TokenKL or PolicyKL, "
-                "or return Movement.over([kl of each prompt], {slice: [prompts]})"
+            raise Unmeasured(
+                "this movement has means only, and the KL of each prompt is needed: use TokenKL or PolicyKL, or have "
+                "the KL function return Movement.over([kl of each prompt], {slice: [prompts]}). Of a step that moved "
+                "nothing, and of a record that was read back, only means are kept"
             )
         if slice_ is None:
             return self.prompts
@@ -169,8 +183,11 @@ class Movement:
 
     def still(self) -> Movement:
         """Return the movement of a policy that stayed where it was: zero wherever this one was measured."""
-        prompt, token = (None if value is None else 0.0 for value in (self.prompt, self.token))
-        return Movement(0.0, dict.fromkeys(self.slices, 0.0), prompt, token)
+        token = None if self.token is None else 0.0
+        if self.prompts is None:
+            return Movement(0.0, dict.fromkeys(self.slices, 0.0), token=token)
+        spans = {name: [0.0] * len(kls) for name, kls in self.spans.items()}
+        return Movement.over([0.0] * len(self.prompts), self.members, token=token, spans=spans)
 
     @staticmethod
     def of(value: Any) -> Movement:
@@ -232,6 +249,11 @@ def _number(value: Any, what: str) -> float:
 def _largest(values: Sequence[float]) -> float | None:
     """The largest of some; NaN if one of them is; None of none."""
     return math.nan if any(map(math.isnan, values)) else max(values, default=None)
+
+
+def _averages(parts: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of several processes' figures, one by one."""
+    return [values[0] if len(set(values)) == 1 else _mean(values) for values in zip(*parts, strict=True)]
 
 
 def _mean(values: Sequence[float]) -> float:

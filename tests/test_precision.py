@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from step_optim import Budget, Movement
@@ -130,7 +130,7 @@ def test_precision_of_a_movement() -> None:
     assert str(precision).startswith("mean ±36% (4 prompts), a ±33% (2 prompts)")
     with pytest.raises(ValueError, match="error=0 must be above 0"):
         precision.prompts_for(0)
-    with pytest.raises(ValueError, match="the KL closure gave means only"):
+    with pytest.raises(ValueError, match="this movement has means only"):
         _ = Movement(0.1).precision
 
 
@@ -155,6 +155,28 @@ def test_limits_hold_bounds_against_budgets(values, limit, data) -> None:
     assert limits.at_rest(moved).ratios["mean"] == 0
 
 
+@given(
+    prompts=st.lists(st.floats(1e-6, 1), min_size=2, max_size=6), processes=st.integers(2, 4), seed=st.integers(0, 9)
+)
+def test_what_all_processes_have_measured_counts_once(prompts, processes, seed) -> None:
+    """Replicas have the bounds and the precision of one process, though rounding tells them apart."""
+    rng, members = random.Random(seed), {"a": [0, 1]}
+    alone = Movement.over(prompts, members, token=1.0, spans={"end": prompts})
+    near = [[kl * (1 + 1e-7 * rng.random()) for kl in prompts] for _ in range(processes)]
+    parts = [Movement.over(part, members, token=1.0, spans={"end": part}) for part in near]
+    pooled = Movement.pooled(parts, replicas=True)
+    assert pooled.upper(0.9) == pytest.approx(alone.upper(0.9), rel=1e-5)
+    assert pooled.upper(0.9, "end") == pytest.approx(alone.upper(0.9, "end"), rel=1e-5)
+    assert pooled.precision.prompts == len(prompts)
+    assert pooled.mean == pytest.approx(alone.mean, rel=1e-6)
+    assert Movement.pooled([alone] * processes).upper(0.9) == alone.upper(0.9)
+
+
+def test_confidence_needs_a_mean_to_be_about() -> None:
+    with pytest.raises(ValueError, match="is about means, and only prompt= or token= is limited"):
+        Budget(prompt=0.1, confidence=0.9)
+
+
 @pytest.mark.parametrize("value", [0.4, 1.0, -1, math.nan, "0.9", True])
 def test_a_confidence_that_is_none(value) -> None:
     with pytest.raises((ValueError, TypeError), match="confidence"):
@@ -171,6 +193,7 @@ def test_a_tail_budget_that_is_none(part, value) -> None:
 @given(parts=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=5), min_size=2, max_size=4))
 def test_pooled_tails_and_spans_are_those_of_all(parts) -> None:
     """However prompts are spread over processes."""
+    assume(any(part != parts[0] for part in parts))  # equal ones are taken for replicas
     moved = [Movement.over(part, {}, token=2 * max(part), spans={"end": part[1:]}) for part in parts]
     pooled, every = Movement.pooled(moved), [kl for part in parts for kl in part]
     assert pooled.prompt == max(every)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -110,6 +110,11 @@ class KLClosure(ABC):
         return None
 
     @property
+    def replica(self) -> Hashable:
+        """What is equal in all processes that measure the same prompts as this one; None if that is not known."""
+        return None
+
+    @property
     def counts(self) -> Mapping[str, int] | None:
         """How many prompts each figure is over: ``"mean"`` and the slices; None if that is not known."""
         return None
@@ -142,7 +147,8 @@ class KLClosure(ABC):
         """Measure constraints at the current weights, and their gradients.
 
         Args:
-            names: ``"mean"``, ``"slice:<name>"``, ``"drift"``, ``"drift:<name>"``, as in `Verdict.ratios`.
+            names: ``"mean"``, ``"slice:<name>"``, ``"prompt"``, ``"token"``, ``"drift"``, ``"drift:<name>"``, as in
+                `Verdict.ratios`.
             parameters: what to differentiate with respect to.
             draw: the prompts to measure on; by default those that audits measure on.
 

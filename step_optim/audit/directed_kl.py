@@ -130,7 +130,8 @@ class DirectedKL(ReferenceKL):
         """What each row counts in the mean over some prompts: those of a slice, the tokens in a span, or all."""
         if part in self.spans:
             span = self.spans[part]
-            prompt_of_row = torch.tensor(span.prompts, device="cpu").to(span.place.device)[span.place]
+            prompts = torch.tensor(span.prompts, dtype=torch.long, device="cpu")
+            prompt_of_row = prompts.to(span.place.device)[span.place]
             rows, factors = span.rows, 1
         else:
             prompt_of_row = self._prompt_of_row

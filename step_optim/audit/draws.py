@@ -12,6 +12,9 @@ from step_optim.control.control_set import ControlBatches, ControlSet
 CALLED = {"pool": "the pool", "held_out": "the held-out set"}
 """In words."""
 
+EVERY = 10
+"""Steps from one held-out measurement to the next, by default."""
+
 WHY = {
     "pool": "who is steered by a prompt cannot be judged by it",
     "held_out": "it could not tell how far figures carry to other prompts",
@@ -62,12 +65,16 @@ def _check_disjoint(name: str, given: Sequence[Hashable], known: Sequence[Hashab
             )
 
 
-def checked_every(every: Any) -> int:
-    """Refuse a number of steps that is none.
+def checked_every(every: Any, *, held_out: bool) -> int:
+    """Read the argument ``every=``; None is `EVERY`.
 
     Raises:
-        ValueError: it is no whole number above 0.
+        ValueError: it is no whole number above 0; or there are no held-out prompts.
     """
+    if every is None:
+        return EVERY
+    if not held_out:
+        raise ValueError(f"every={every!r} has no effect without held_out=; give held-out prompts, or leave it out")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every!r} must be a whole number of steps, at least 1")
     return every

@@ -18,7 +18,7 @@ from step_optim.audit.draws import checked_every
 from step_optim.audit.logit_kl import LogitKL
 from step_optim.audit.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
 from step_optim.audit.parameters import tensors_of
-from step_optim.audit.policy_output import Output
+from step_optim.audit.policy_output import Output, same_mask
 from step_optim.audit.reference_kl import Incomparable
 from step_optim.audit.rows import Rows
 from step_optim.control.control_set import checked_slices
@@ -68,7 +68,7 @@ class PolicyKL(LogitKL):
             they are in slices, or have a mask.
         held_out: a function like ``fn``, or a `PolicyKL` of one, on further
             observations, which are measured and decide nothing; see `TokenKL`.
-        every: steps from one held-out measurement to the next.
+        every: steps from one held-out measurement to the next, 10 by default.
         mask: which tokens count, bool [N, T]; the mean is over these. Padding
             does not count.
 
@@ -98,7 +98,7 @@ class PolicyKL(LogitKL):
         noise_floor: bool = True,
         pool: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
         held_out: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
-        every: int = 10,
+        every: int | None = None,
         mask: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -127,7 +127,9 @@ class PolicyKL(LogitKL):
         if noise_floor:
             self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
             self.noise_floor = self._measured(self._measure_noise)
-        self.every = checked_every(every)
+        self.every = checked_every(every, held_out=held_out is not None)
+        if pool is not None and pool is held_out:
+            raise ValueError("pool and held_out are one object; held-out observations have to be others")
         if pool is not None:
             self.pool = self._elsewhere("pool", pool)
         if held_out is not None:
@@ -337,7 +339,8 @@ class PolicyKL(LogitKL):
         if self._origin is None:
             return {}
         if isinstance(self._origin, Rows):
-            return {"x": self._origin.x} | self._more_state()
+            masked = {} if self._mask is None else {"mask": self._mask}
+            return {"x": self._origin.x} | masked | self._more_state()
         return {"tensors": {path: t.clone() for path, t in self._origin.tensors.items()}} | self._more_state()
 
     def _read_origin(self, state: Mapping[str, Any]) -> Rows | Kept:
@@ -353,6 +356,10 @@ class PolicyKL(LogitKL):
             )
         if not isinstance(now, Rows):
             return now.with_tensors(saved)
+        if not same_mask(state.get("mask"), self._mask):
+            raise ValueError(
+                "the checkpoint's pi_ref counts other tokens: resume with the mask= of the run that saved it"
+            )
         wide = torch.promote_types(now.x.dtype, torch.float32)  # older versions kept float32 logits as float64
         return Rows(saved["x"].to(now.x.device, wide))
 

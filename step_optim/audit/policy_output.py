@@ -136,6 +136,13 @@ class Output:
         return self.logits is not None and self.beside > 1
 
 
+def same_mask(saved: Tensor | None, own: Tensor | None) -> bool:
+    """Whether two masks, or none, let the same tokens count."""
+    if saved is None or own is None:
+        return saved is own
+    return torch.equal(saved.cpu(), own.cpu())
+
+
 def _checked_logits(out: Tensor, *, several: bool) -> Tensor:
     fits = 0 not in out.shape and (out.dim() == 2 or (several and out.dim() > 2))
     if fits and out.is_floating_point():

@@ -47,6 +47,29 @@ def rows_from_state(state: Mapping[str, Any], live: Head | None, prompt_of_row: 
     return Rows(x, head)
 
 
+def take_origins(parts: Sequence[Any], known: Sequence[Any]) -> bool:
+    """Give `TokenKL`s of one model the pi_ref of others, whose sets together have all their prompts.
+
+    Args:
+        parts: their pi_ref is set, or that of none of them.
+        known: those without a pi_ref are left out.
+
+    Returns:
+        Whether all prompts, with their responses, were found.
+    """
+    known = [part for part in known if part.has_origin]
+    rows = [rows_of_texts(part.control, [(other.control, other._origin.x) for other in known]) for part in parts]
+    if not known or any(x is None for x in rows):
+        return False
+    head = known[0]._origin.head
+    for part, x in zip(parts, rows, strict=True):
+        assert x is not None
+        own = part._head(live=True)
+        is_live = own is not None and head is not None and own.weight is head.weight
+        part._origin = Rows(x, own if is_live else head)
+    return True
+
+
 def rows_of_texts(control: ControlSet, known: Iterable[tuple[ControlSet, Tensor]]) -> Tensor | None:
     """Find a policy's rows on some prompts among those on others.
 

@@ -45,12 +45,9 @@ def checked_spans(spans: Any, slices: Sequence[str], lengths: Sequence[int]) -> 
         return {}
     if not isinstance(spans, Mapping):
         raise TypeError(f'spans={spans!r:.60} is no mapping; give (start, stop) by name, {{"opening": (0, 5)}}')
+    check_names(spans, slices)
     checked = {}
     for name, ends in spans.items():
-        if not isinstance(name, str):
-            raise TypeError(f"names of spans are texts, not {name!r}")
-        if name == "mean" or name in slices:
-            raise ValueError(f"spans names {name!r}, which is a slice already; choose another name")
         checked[name] = _checked(name, ends)
         if not any(range(length)[checked[name]] for length in lengths):
             raise ValueError(
@@ -58,6 +55,20 @@ def checked_spans(spans: Any, slices: Sequence[str], lengths: Sequence[int]) -> 
                 f"{max(lengths)}: give (start, stop) with stop behind start, and positions that responses have"
             )
     return checked
+
+
+def check_names(spans: Mapping[Any, Any], slices: Sequence[str]) -> None:
+    """Refuse names of spans that are no texts, or that slices have.
+
+    Raises:
+        TypeError: a name that is no text.
+        ValueError: one that is taken.
+    """
+    for name in spans:
+        if not isinstance(name, str):
+            raise TypeError(f"names of spans are texts, not {name!r}")
+        if name == "mean" or name in slices:
+            raise ValueError(f"spans names {name!r}, which is a slice already; choose another name")
 
 
 def _checked(name: str, ends: Any) -> slice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,11 @@ from step_optim.audit.noise import NoiseFloor, is_narrow, moved_away, narrowest,
 from step_optim.audit.readable import read_checked
 from step_optim.audit.reader import Reading
 from step_optim.audit.rows import Head, Rows, Scratch
-from step_optim.audit.saved_rows import rows_from_state, rows_of_texts, state_of_rows
+from step_optim.audit.saved_rows import rows_from_state, state_of_rows, take_origins
 from step_optim.audit.shortcuts import Ways, find_ways
-from step_optim.audit.spans import Span, checked_spans, find_spans
+from step_optim.audit.spans import Span, check_names, checked_spans, find_spans
 from step_optim.control.control_set import ControlBatches, ControlSet
-from step_optim.host.modules import has_fsdp, reshard
+from step_optim.host.modules import has_fsdp, plain, reshard
 from step_optim.movement import Movement
 
 LOGGER = logging.getLogger("step_optim")
@@ -88,8 +88,8 @@ class TokenKL(LogitKL):
         held_out: prompts that are measured, and decide nothing: the ratio of
             their movement and drift to the control set's tells how far the
             budgets carry to other prompts (`StepRecord.generalisation`).
-        every: steps from one held-out measurement to the next; each costs two
-            forwards over these prompts.
+        every: steps from one held-out measurement to the next, 10 by default;
+            each costs two forwards over these prompts, in every process.
 
     Raises:
         TypeError: ``model`` is no module; ``control``, ``pool`` or ``held_out`` is no ControlSet; ``audit_dtype`` is
@@ -127,7 +127,7 @@ class TokenKL(LogitKL):
         spans: Mapping[str, tuple[int | None, int | None]] | None = None,
         pool: ControlSet | None = None,
         held_out: ControlSet | None = None,
-        every: int = 10,
+        every: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(control, ControlSet):
@@ -143,6 +143,7 @@ class TokenKL(LogitKL):
         self.model, self.control = model, part.control
         self.sharded, self._idle_forwards = part.sharded, part.idle if has_fsdp(model) else 0
         self.prompts, self.members = len(self.control), part.members
+        self._digest = self.control.digest
         self._prompt_of_row = self.control.prompt_of_row
         self._positions = checked_spans(spans, list(control.slices), control.response_lengths)
         self.spans = self._spans_of(self.control)
@@ -157,7 +158,7 @@ class TokenKL(LogitKL):
         self._find_ways()
         if noise_floor:
             self.noise_floor = self._measured(self._measure_noise)
-        self.every = checked_every(every)
+        self.every = checked_every(every, held_out=held_out is not None)
         if pool is not None:
             self.pool = self._on(checked_apart("pool", pool, control, self._vocabulary))
         if held_out is not None:
@@ -165,9 +166,11 @@ class TokenKL(LogitKL):
 
     def _on(self, prompts: ControlSet) -> TokenKL:
         """Read the same model in the same way on other prompts."""
+        check_names(self._positions, list(prompts.slices))
         other, prompts = copy.copy(self), as_read_by(self.model, prompts)
         other.control, other.prompts, other.members = prompts, len(prompts), dict(prompts.slices)
-        other._prompt_of_row, other.spans = prompts.prompt_of_row, self._spans_of(prompts)
+        other._prompt_of_row, other._digest = prompts.prompt_of_row, prompts.digest
+        other.spans = {name: span for name, span in self._spans_of(prompts).items() if span.prompts}
         other._reference = other._origin = other.pool = other.held_out = None
         other.sharded, other._idle_forwards, other._scratch = False, 0, Scratch()
         other._shared, other._layout = 0, Layout.of(prompts, self._at_once)
@@ -195,6 +198,11 @@ class TokenKL(LogitKL):
     def reduces_gradients(self) -> bool:  # type: ignore[override]
         """Whether FSDP2 shards the model, and every process measures the same prompts."""
         return self._reading.sharded and not self.sharded
+
+    @property
+    def replica(self) -> Hashable:
+        """The control set, which is whole; None if each process measures a part."""
+        return None if self.sharded else self._digest
 
     @property
     def readout(self) -> str:
@@ -250,9 +258,9 @@ class TokenKL(LogitKL):
         """Take an audited policy, or the current weights, as reference; the first one is pi_ref too."""
         if audit is None and self._structure() != self._modules:  # adapters were added, say, or the head is trained now
             self._find_ways()
-            for other in self._others.values():
-                other._head(live=False)  # a head that is trained from now on is copied for their pi_ref
         super().anchor(audit)
+        for part in self._parts:
+            part._detach_origin()
 
     def _measure_noise(self) -> NoiseFloor | None:
         here = self._policy()
@@ -332,6 +340,14 @@ class TokenKL(LogitKL):
             for _ in range(self._idle_forwards):  # FSDP2 gathers weights in every forward: all make as many
                 reading.rows(layout.batches[-1], readout=readout)
 
+    def _detach_origin(self) -> None:
+        """Give pi_ref a head of its own before training moves the model's."""
+        if self._origin is None or self._origin.head is None:
+            return
+        weight, bias = self._reading.head()
+        if self._origin.head.weight is weight and any(p.requires_grad for p in (weight, bias) if p is not None):
+            self._origin = Rows(self._origin.x, self._origin.head.copy())
+
     def _head(self, *, live: bool) -> Head | None:
         """The live head if it is frozen, the same object every time; a copy if training will move it."""
         if self.readout != "hidden":
@@ -341,8 +357,7 @@ class TokenKL(LogitKL):
             self._live_head = Head(weight, bias)
         if live or not any(p.requires_grad for p in (weight, bias) if p is not None):
             return self._live_head
-        if self._origin is not None and self._origin.head is self._live_head:  # it was frozen until now
-            self._origin = Rows(self._origin.x, self._live_head.copy())
+        self._detach_origin()  # it was frozen until now
         return self._live_head.copy()
 
     def state_dict(self) -> dict[str, Any]:
@@ -366,19 +381,9 @@ class TokenKL(LogitKL):
 
     def take_origin_from(self, other: KLClosure) -> bool:
         """Take over pi_ref of another `TokenKL` of this model, whose sets have all prompts of this one's."""
-        if not isinstance(other, TokenKL) or other.model is not self.model or other.readout != self.readout:
+        if not isinstance(other, TokenKL) or plain(other.model) is not plain(self.model):
             return False
-        if not other.has_origin:
-            return False
-        known = [(part.control, part._origin.x) for part in other._parts if part.has_origin]
-        found = [rows_of_texts(part.control, known) for part in self._parts]
-        if any(x is None for x in found):
-            return False
-        head = other._origin.head
-        for part, x in zip(self._parts, found, strict=True):
-            assert x is not None
-            part._origin = Rows(x, self._head(live=True) if head is other._live_head else head)
-        return True
+        return other.readout == self.readout and take_origins(self._parts, other._parts)
 
     @property
     def _parts(self) -> list[TokenKL]:

@@ -13,6 +13,7 @@ import torch
 from step_optim.controllers.gate import GateStalled
 from step_optim.host.ranks import PeerFailed
 from step_optim.host.undo import depth, finish
+from step_optim.movement import Unmeasured
 from step_optim.step.step import Step
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.trackers import Sink
@@ -81,7 +82,7 @@ class Atomic:
         return settled
 
     def _settles(self, error: BaseException | None) -> bool:
-        if not (self._rejects and self._step.proposed) or isinstance(error, GateStalled):
+        if not (self._rejects and self._step.proposed) or isinstance(error, (GateStalled, Unmeasured)):
             return False
         return not error.fatal if isinstance(error, PeerFailed) else isinstance(error, Exception)
 

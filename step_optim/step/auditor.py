@@ -93,12 +93,19 @@ class Auditor:
         return self._in_force.at_rest(self.drift_before if self.limits.caps_drift else None)
 
     def _pooled(self, audit: Audit) -> Audit:
-        return replace(audit, movement=Movement.pooled(self._ranks.exchange(audit.movement)))
+        return replace(audit, movement=self._of_all(audit.movement))
+
+    def _of_all(self, own: Movement) -> Movement:
+        """A movement over the prompts of all processes; those that all of them have measured count once."""
+        parts = self._ranks.exchange((own, self.kl.replica))
+        first = parts[0][1]
+        replicas = first is not None and all(replica == first for _, replica in parts)
+        return Movement.pooled([moved for moved, _ in parts], replicas=replicas)
 
     def drift(self, audit: Audit | None = None) -> Movement | None:
         """Movement of an audited policy, or of the reference, from pi_ref; None if that is not measured."""
         drift = self.kl.drift(audit)
-        return None if drift is None else Movement.pooled(self._ranks.exchange(drift))
+        return None if drift is None else self._of_all(drift)
 
     def candidate(self, audit: Audit) -> Point:
         """Judge the candidate, which is where the weights are."""

@@ -44,7 +44,8 @@ def _limited(budget: Budget, kl: KLClosure) -> Iterator[tuple[str, int]]:
     counts = None if kl.sharded else kl.counts
     if counts is None:
         return
-    yield "the control set", counts["mean"]
+    if budget.mean is not None or budget.drift is not None:
+        yield "the control set", counts["mean"]
     for name in budget.limited_slices(kl.slices or ()):
         yield f"slice {name!r}", counts[name]
 

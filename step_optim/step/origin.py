@@ -34,13 +34,26 @@ def settle_origin(kl: KLClosure, before: KLClosure | None, origin: str | None) -
     if origin == "now":
         kl.forget_origin()
     elif origin == "adapter_off":
-        with adapters_off(kl.modules()):
+        with adapters_off([*kl.modules(), *kl.used]):
             kl.take_origin()
-    elif not kl.has_origin and not (before is not None and kl.take_origin_from(before)):
+    else:
+        _keep(kl, before)
+
+
+def _keep(kl: KLClosure, before: KLClosure | None) -> None:
+    """Take pi_ref from the closure that was bound, or leave the one that this closure brings along."""
+    if before is not None and before is not kl and (kl.sharded or before.sharded):
         raise ValueError(
-            "origin='keep': nothing knows what pi_ref said on these prompts. Bind prompts that were in the run from "
-            "its start (of its control set, pool or held-out set); with PEFT take origin='adapter_off'; or let drift "
-            "begin anew with origin='now'"
+            "origin='keep': with shard=True each process knows pi_ref on its own part of the prompts only; use "
+            "shard=False, or origin='adapter_off' or 'now'"
+        )
+    if before is not None and before is not kl and kl.take_origin_from(before):
+        return
+    if not kl.has_origin:
+        raise ValueError(
+            "origin='keep': nothing knows what pi_ref said on all of these prompts, with these responses. Bind prompts "
+            "that were in the run from its start (of its control set, pool or held-out set; a new pool or held-out "
+            "set has to be known, too); with PEFT take origin='adapter_off'; or let drift begin anew with origin='now'"
         )
 
 
@@ -56,7 +69,7 @@ def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
     if not peft:
         raise ValueError(
             "origin='adapter_off': no module of the KL closure is a PEFT model, whose adapter could be switched off; "
-            "use origin='keep' or 'now'"
+            "use origin='keep' or 'now', and name a model that a function calls, PolicyKL(fn, model=...)"
         )
     trained = [(p, p.requires_grad) for part in inside for p in part.parameters(recurse=False)]
     try:

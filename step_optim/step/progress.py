@@ -108,12 +108,15 @@ class Run:
 
     def take(self, kl: KLClosure, controller: Controller, origin: str | None) -> None:
         """Go on with a KL closure, and the controller that goes with it; see `STEPOptimizer.bind`."""
-        kl.load_state_dict(self.kl_state)
+        anew = origin in ("now", "adapter_off")
+        if not anew:
+            kl.load_state_dict(self.kl_state)
         settle_origin(kl, self.kl, origin)
-        if self.kl is not None and kl is not self.kl:
+        another = self.kl is not None and kl is not self.kl
+        if anew or another:
             self.controller.forget_reference(self.memory)
-            if origin is None:
-                self.warned.of_another_origin(self.budget, kl, self.drift)
+        if another and origin is None:
+            self.warned.of_another_origin(self.budget, kl, self.drift)
         self.kl, self.kl_state, self.anchored, self.controller = kl, {}, None, controller
         self.warned.fixed.forget(kl)
         self.warned.of_budget(self.budget, kl)

@@ -78,6 +78,13 @@ class Stall:
         """The figure that bound."""
         return self.limits.reading(self.latest[-1], movement)
 
+    @property
+    def _sure(self) -> str:
+        """What to say of figures that are confidence bounds."""
+        sure = self.limits.confidence
+        bounded = sure is not None and self.latest[-1] not in ("prompt", "token")
+        return f" (its upper bound at confidence {sure:g})" if bounded else ""
+
     def _not_finite(self) -> str:
         if math.isfinite(self.update_norm):
             return (
@@ -94,10 +101,10 @@ class Stall:
         assert self.candidate.drift is not None
         slice_ = self.latest[-1].removeprefix("drift").removeprefix(":")
         cap = self.limits.drift_slices[slice_] if slice_ else self.limits.drift
-        here, there = (moved.slices[slice_] if slice_ else moved.mean for moved in (self.drift, self.candidate.drift))
+        here, there = (self._read(moved) for moved in (self.drift, self.candidate.drift))
         told = (
-            f"The last proposal was {there:.3g} nats per token from pi_ref, the cap is {cap:.3g}, and the policy "
-            f"before the step is {here:.3g} from it"
+            f"The last proposal was {there:.3g} nats per token from pi_ref{self._sure}, the cap is {cap:.3g}, and the "
+            f"policy before the step is {here:.3g} from it"
         )
         if here < AT_THE_CAP * cap and not self.tried:
             return f"{told}: there is room for smaller steps. Lower the learning rate, or shrink with Interpolate()"
@@ -113,7 +120,7 @@ class Stall:
         )
 
     def _too_far(self, kl: float, limit: float) -> str:
-        told = f"The last proposal moved {kl:.3g} nats per token, and {limit:.3g} are allowed"
+        told = f"The last proposal moved {kl:.3g} nats per token{self._sure}, and {limit:.3g} are allowed"
         if limit == 0:
             return f"{told}: a budget of 0 lets no movement through. Raise it"
         slower = f"by about {math.sqrt(kl / limit):.3g} times (KL grows like its square)"

@@ -66,7 +66,7 @@ class Step:
         self._may_wait = may_wait and kl.takes_any_weights and ranks.size == 1
         self.clock = Clock()
         self.auditor = Auditor(kl, run.budget, run.progress.step, snapshot, ranks)
-        self._held_out = HeldOut(kl, run.progress.step, snapshot, ranks)
+        self._held_out = HeldOut(kl, run.progress.step, snapshot, ranks, raises=raises)
         self.lr: tuple[float, ...] = ()
         self.scale = run.progress.scale if run.adaptive_rate else 1.0
         self.pull: Mapping[str, float] = {}

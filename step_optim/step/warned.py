@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
 from step_optim.movement import Movement
+from step_optim.precision import NORMAL_95
 from step_optim.step.fixed_reference import FixedReference
 from step_optim.step.measurable import below_noise, few_prompts
 from step_optim.step.stall import Stall
 from step_optim.telemetry.record import StepRecord
-from step_optim.telemetry.summary import NORMAL_95
 
 CARRIES = 1.5
-"""Held-out over control movement above which the figures are said not to carry."""
+"""Held-out over control movement above which the figures are said not to carry, if the interval is above 1 too."""
 
 
 class Warned:
@@ -41,8 +41,8 @@ class Warned:
         if new:
             warnings.warn(
                 f"the budget limits slices of few prompts ({', '.join(new)}), whose figures say little about other "
-                "prompts. Give each at least five (ControlSet.standard has sixteen); optimizer.last.accepted.precision "
-                "tells the standard errors",
+                "prompts. Give each at least five; after a step, optimizer.last.candidate.precision tells the standard "
+                "errors",
                 stacklevel=4,
             )
 
@@ -86,15 +86,17 @@ class Warned:
         """Held-out prompts moved more than those that judge."""
         for name, what in (("step", "moved"), ("drift", "drifted")):
             ratio, error = record.generalisation.get(name, 0.0), record.generalisation.get(f"{name}_error", 0.0)
-            if ratio <= CARRIES or name in self._generalisation:
+            if ratio <= CARRIES or name in self._generalisation or not math.isfinite(error):
+                continue
+            low, high = (ratio * math.exp(sign * NORMAL_95 * error) for sign in (-1, 1))
+            if low <= 1:  # so few prompts say nothing
                 continue
             self._generalisation.add(name)
-            low, high = (ratio * math.exp(sign * NORMAL_95 * error) for sign in (-1, 1))
             pool = "" if getattr(kl, "pool", None) is not None else ", and under Steer a pool of other prompts (pool=)"
             warnings.warn(
                 f"held-out prompts {what} {ratio:.2g} times as far as the control set (95 % interval {low:.2g} to "
                 f"{high:.2g}): budgets on the control set do not carry to prompts like these. Give the control set "
-                f"more prompts of their kinds (optimizer.last.accepted.precision tells how many){pool}",
+                f"more prompts of their kinds (optimizer.last.candidate.precision tells how many){pool}",
                 stacklevel=2,
             )
 

@@ -101,7 +101,8 @@ class StepRecord:
     """Drift from pi_ref there."""
     generalisation: Mapping[str, float] = field(default_factory=dict)
     """Held-out over control: ``step`` the ratio of the movements, ``drift`` that of the drifts; ``step_error`` and
-    ``drift_error`` the standard errors of their logarithms, from the spread over prompts. 1 if the figures carry."""
+    ``drift_error`` the standard errors of their logarithms, from the spread over prompts (wider for few of them: 1.96
+    standard errors are Student's 95 % interval). 1 if the figures carry."""
     update_norm: float = 0.0
     """L2 norm of candidate - previous weights."""
     lr: tuple[float, ...] = ()

@@ -7,15 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from step_optim.controllers.base import Action
+from step_optim.precision import NORMAL_95 as NORMAL_95
 from step_optim.telemetry.record import StepRecord
 
 OWN = ("snapshot", "audit", "search")
 """Phases of a step that a bare optimizer does not have."""
 
 PHASES = ("inner", *OWN)
-
-NORMAL_95 = 1.959964
-"""Standard errors on each side of a 95 % interval."""
 
 BOUND = "bound:"
 """Before the name of a constraint, where steps are counted by what bound them."""
@@ -86,7 +84,7 @@ class Summary:
         """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds.
 
         Audits per trigger are those beyond the candidate's: what a controller spends on one decision.
-        ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, drift,
+        ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, prompt, token, drift,
         drift:<name> or "not finite".
         Progress is the share of what the inner optimizer proposed that was kept, see `StepRecord.progress`; corrections
         are gradients that `Steer` measured; the pull rate is the share of steps at which it pulled. Generalisation is

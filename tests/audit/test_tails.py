@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from step_optim import Budget, ControlSet, Movement, PolicyKL, STEPOptimizer, TokenKL
+from step_optim import Budget, ControlSet, Movement, PolicyKL, Steer, STEPOptimizer, TokenKL
 from step_optim.audit.spans import checked_spans, find_spans
 from tests import reference
 from tests.audit.test_gradients import log_probs, policy, relative, trained_names
@@ -245,6 +245,44 @@ def test_confidence_needs_two_prompts_of_what_is_limited() -> None:
     ):
         STEPOptimizer(inner, kl=kl, budget=Budget(slices=0.1, confidence=0.9))
     STEPOptimizer(inner, kl=kl, budget=Budget(mean=0.1, slices={"two": 0.1}, confidence=0.9))
+
+
+def test_a_span_that_the_pool_lacks_is_refused_for_steer() -> None:
+    """It would have no direction; a held-out set without it has no figure for it."""
+    model, control = tiny_llama(), ragged_control()
+    short = ControlSet.from_ids([[5], [8, 8]], [[1], [2]])
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    kl = TokenKL(model, control, noise_floor=False, pool=short, spans={"end": (2, None)})
+    with pytest.raises(ValueError, match="the budget limits slice 'end', of which the pool has no prompts"):
+        STEPOptimizer(inner, kl=kl, budget=Budget(slices={"end": 0.1}), controller=Steer())
+    kl = TokenKL(model, control, noise_floor=False, held_out=short, spans={"end": (2, None), "first": (0, 1)})
+    assert kl.held_out.slices == ("first",)
+    named = ControlSet.from_ids([[5]], [[1]], {"end": [0]})
+    with pytest.raises(ValueError, match="spans names 'end', which is a slice already"):
+        TokenKL(model, control, noise_floor=False, held_out=named, spans={"end": (2, None)})
+
+
+def test_a_span_that_one_process_lacks_has_no_gradient_there() -> None:
+    """Its part of the control set has no token in it."""
+    model = tiny_llama()
+    kl = TokenKL(model, ControlSet.from_ids([[1], [2]], [[3, 4, 5], [6]]), noise_floor=False, spans={"end": (2, None)})
+    kl.spans = find_spans({"end": slice(9, None)}, [3, 1])
+    kl.anchor()
+    (normal,) = kl.gradients(["slice:end"], list(model.parameters()))
+    assert normal.value == 0
+    assert all(not bool(part.any()) for part in normal.gradient)
+
+
+@pytest.mark.parametrize("budget", [Budget(mean=0.1, confidence=0.9), Budget(prompt=0.1)])
+def test_what_cannot_be_measured_is_no_failed_audit(budget) -> None:
+    """It is raised where errors of audits are rejections, too: every step would be rejected without a word."""
+    weight = nn.Parameter(torch.zeros(2))
+    inner = torch.optim.SGD([weight], lr=0.1)
+    optimizer = STEPOptimizer(inner, kl=lambda: float(weight[0]) ** 2, budget=budget, on_error="reject")
+    weight.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"means only|limits the worst prompt"):
+        optimizer.step()
+    assert not weight.any()
 
 
 def test_few_prompts_in_a_slice_are_told_of_once() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from step_optim import Action, Budget, ControlSet, Gate, Interpolate, PolicyKL, STEPOptimizer, TokenKL, summarise
 from step_optim.movement import Movement
+from step_optim.precision import student_quantile
 from step_optim.telemetry import read_log
 from tests import reference
 from tests.strategies import Bigram
@@ -85,7 +86,7 @@ def test_figures_equal_the_oracle(every) -> None:
         assert last.generalisation["step"] == last.held_out.mean / last.accepted.mean
         assert last.generalisation["drift"] == last.held_out_drift.mean / last.reference_drift.mean
         spread = math.hypot(last.held_out.precision.mean, last.accepted.precision.mean)
-        assert last.generalisation["step_error"] == pytest.approx(spread)
+        assert last.generalisation["step_error"] == pytest.approx(spread * student_quantile(0.975, 3) / 1.959964)
         triggered += last.triggered
     assert triggered
 
@@ -214,9 +215,46 @@ def test_an_error_there_leaves_nothing_half_done() -> None:
     assert same(before[:2], after[:2])
 
 
+@pytest.mark.parametrize("method", ["anchor", "audit_with_drift"])
+def test_an_error_there_rejects_no_step_where_errors_are_not_raised(method) -> None:
+    """The record has it, and the step goes on as if there were no held-out prompts."""
+    bare = Run(lr=0.05)
+    bare.step(), bare.step()
+    wanted = bare.bits()
+    run = Run(lr=0.05, held_out=ELSEWHERE, every=1)
+    run.optimizer._on_error = "reject"
+    run.step()
+
+    def fail(*_):
+        raise RuntimeError("no")
+
+    setattr(run.kl.held_out, method, fail)
+    last = run.step()
+    assert last.action is Action.COMMIT
+    assert last.held_out is None
+    assert last.error == "held-out audit: RuntimeError: no"
+    assert not last.success
+    assert same(run.bits(), wanted)
+
+
+def test_few_prompts_raise_no_alarm() -> None:
+    """From one distribution, a ratio above 1.5 happens; its interval says that it says nothing."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layer, inputs, there = nn.Linear(4, 3), torch.randn(2, 4), torch.randn(2, 4)
+        kl = PolicyKL(lambda: layer(inputs), noise_floor=False, held_out=lambda: layer(there), every=1)  # noqa: B023
+        optimizer = STEPOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), kl=kl, budget=Budget(mean=math.inf))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(4):
+                layer.weight.grad, layer.bias.grad = torch.randn(3, 4), torch.zeros(3)
+                optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"every": 5}, ValueError, "every=5 has no effect without held_out="),
         ({"held_out": CONTROL.select([1])}, ValueError, "prompt 0 of the held-out set is prompt 1 of the control set"),
         (
             {"held_out": POOL.select([2]), "pool": POOL},

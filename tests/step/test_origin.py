@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from step_optim import Budget, ControlSet, PolicyKL, STEPOptimizer, TokenKL
+from step_optim import Budget, ControlSet, PolicyKL, Steer, STEPOptimizer, TokenKL
 from tests import reference
 from tests.models import tiny_llama
 
@@ -22,6 +22,9 @@ def lora() -> nn.Module:
     return peft.get_peft_model(tiny_llama(), config)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:held-out prompts")
+
+
 class Run:
     """A model in training, with its drift by the oracle."""
 
@@ -29,7 +32,7 @@ class Run:
         torch.manual_seed(0)
         self.model = make()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.kl = TokenKL(self.model, ALL, noise_floor=False, **options)
+        self.kl = TokenKL(self.model, ALL, **{"noise_floor": False, **options})
         budget = budget or Budget(mean=math.inf)
         self.optimizer = STEPOptimizer(torch.optim.AdamW(trained, lr=0.01), kl=self.kl, budget=budget)
         self.start = copy.deepcopy(self.model)
@@ -72,7 +75,7 @@ def test_keep_refuses_what_nobody_knows() -> None:
     """With the remedies; the run goes on as before."""
     run = Run()
     run.steps()
-    with pytest.raises(ValueError, match="origin='keep': nothing knows what pi_ref said on these prompts"):
+    with pytest.raises(ValueError, match="origin='keep': nothing knows what pi_ref said on all of these"):
         run.optimizer.bind(TokenKL(run.model, FURTHER, noise_floor=False), origin="keep")
     other = TokenKL(run.model, ALL.select([0]), noise_floor=False, pool=FURTHER)
     with pytest.raises(ValueError, match="nothing knows"):
@@ -87,6 +90,65 @@ def test_keep_leaves_a_pi_ref_that_the_closure_brings_along() -> None:
     run.steps()
     run.optimizer.bind(later, origin="keep")
     assert run.steps().reference_drift.mean == reference.near(run.drift(FURTHER), 1e-3)
+
+
+def test_keep_prefers_what_the_run_knows() -> None:
+    """A closure that was used for one step has the policy of that day as pi_ref."""
+    run, fewer = Run(), ALL.select([0, 3])
+    run.steps()
+    kl = TokenKL(run.model, fewer, noise_floor=False)
+    kl.anchor()
+    run.steps()
+    run.optimizer.bind(kl, origin="keep")
+    assert run.steps().reference_drift.mean == reference.near(run.drift(fewer), 1e-3)
+
+
+@pytest.mark.parametrize("noise_floor", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_head_that_is_trained_later_moves_no_pi_ref(keep, noise_floor) -> None:
+    """Of the control set, the pool and the held-out set; also if another closure took them over."""
+    options = {"pool": FURTHER.select([0]), "held_out": FURTHER.select([1]), "every": 4, "noise_floor": noise_floor}
+    run = Run(**options)
+    head = run.model.get_output_embeddings().weight
+    head.requires_grad_(False)
+    run.steps()
+    if keep:
+        run.optimizer.bind(TokenKL(run.model, ALL, **options), origin="keep")
+    else:
+        state = copy.deepcopy(run.optimizer.state_dict())
+        run.optimizer.bind(TokenKL(run.model, ALL, **options), origin="now")
+        run.optimizer.load_state_dict(state)
+    head.requires_grad_(True)
+    last = run.steps(6)
+    kl = run.optimizer._run.kl
+    assert last.reference_drift.mean == reference.near(run.drift(ALL), 1e-3)
+    assert last.held_out_drift.mean == reference.near(run.drift(FURTHER.select([1])), 1e-3)
+    kl.pool.anchor()
+    assert kl.pool.drift().mean == reference.near(run.drift(FURTHER.select([0])), 1e-3)
+
+
+@pytest.mark.parametrize("origin", ["now", "adapter_off"])
+def test_a_resumed_run_may_go_on_with_other_prompts(origin) -> None:
+    """Pi_ref of the checkpoint is not needed then."""
+    run = Run(lora)
+    run.steps()
+    state = run.optimizer.state_dict()
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    optimizer = STEPOptimizer(torch.optim.AdamW(trained, lr=0.01), budget=Budget(mean=math.inf))
+    optimizer.load_state_dict(state)
+    optimizer.bind(TokenKL(run.model, FURTHER, noise_floor=False), origin=origin)
+    run.optimizer = optimizer
+    assert run.steps(1).reference_drift is not None
+
+
+def test_a_new_pi_ref_drops_what_steer_remembers_of_the_old_one() -> None:
+    """Its directions are of the drift from there."""
+    run = Run(lora, budget=Budget(drift=1e-4), pool=FURTHER)
+    run.optimizer.controller = Steer()
+    run.steps(3)
+    assert run.optimizer._run.memory["cuts"]
+    run.optimizer.bind(run.kl, origin="now")
+    assert not run.optimizer._run.memory.get("cuts")
 
 
 def test_adapter_off_is_the_base_model() -> None:
