@@ -18,13 +18,14 @@ SLICE = "slice:"
 """Before the name of a slice, where it is the name of a constraint; see `Verdict.ratios`."""
 
 LEAST = 3
-"""Steps that any number of them is taken to be worth. At 2, Student's quantile is 6.3: where movement falls by five
-times in the first steps, the budget came out 450 times the movement that followed, and at 3 four times."""
+"""Steps that any number of them is taken to be worth. At 2, Student's quantile is 6.3: where movement falls five times
+in the first steps, budgets from 8 steps came out at 40 times the movement that followed, and at 3 at 8 times."""
 
 BLOCKS = 5
 """Of neighbouring steps, that are left out in turn for an interval; with 8 it covered less (see `intervals_at`)."""
 
 LARGEST = math.log(sys.float_info.max)
+"""What the exponential function takes."""
 
 
 def figures(movement: Movement, confidence: float | None = None) -> dict[str, float]:
