@@ -1,4 +1,4 @@
-"""Command line: ``python -m step_optim summary run.jsonl`` and ``python -m step_optim integrity a.jsonl b.jsonl``."""
+"""Command line: ``python -m step_optim`` with ``summary``, ``integrity`` or ``suggest``, and logs."""
 
 from __future__ import annotations
 
@@ -10,26 +10,36 @@ from step_optim.host.paths import user_path
 from step_optim.telemetry.integrity import check
 from step_optim.telemetry.log import read_log
 from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.suggestion import suggest_budget
 from step_optim.telemetry.summary import lines, summarise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 1 if an integrity check fails, 2 if a log cannot be read."""
-    parser = argparse.ArgumentParser(prog="step_optim", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    summary = commands.add_parser("summary", help="trigger rate, alpha, overhead ... of logs")
-    integrity = commands.add_parser("integrity", help="which controllers never acted, which runs are identical")
-    for command in (summary, integrity):
-        command.add_argument("logs", nargs="+", metavar="[LABEL=]LOG", help="a JSONL log, with a label if you like")
-    options = parser.parse_args(arguments)
+    """Run a command; the exit code is 1 if an integrity check fails, 2 if a log cannot be read or says too little."""
+    options = _parser().parse_args(arguments)
     try:
         runs = {label: read_log(path) for label, path in map(_labelled, options.logs)}
         if len(runs) < len(options.logs):
             raise ValueError("two logs have the same label; give labels, LABEL=LOG")
+        if options.command == "suggest":
+            return _suggest(runs, options.trigger_rate, options.skip)
         return _integrity(runs) if options.command == "integrity" else _summary(runs)
     except (OSError, ValueError) as error:
         print(f"step_optim: {error}", file=sys.stderr)
         return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="step_optim", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    summary = commands.add_parser("summary", help="trigger rate, alpha, overhead ... of logs")
+    integrity = commands.add_parser("integrity", help="which controllers never acted, which runs are identical")
+    suggest = commands.add_parser("suggest", help="budgets that a wanted share of such steps would be over")
+    suggest.add_argument("--trigger-rate", type=float, default=0.05, help="that share (default: 0.05)")
+    suggest.add_argument("--skip", type=int, metavar="N", default=0, help="leave out the first N steps")
+    for command in (summary, integrity, suggest):
+        command.add_argument("logs", nargs="+", metavar="[LABEL=]LOG", help="a JSONL log, with a label if you like")
+    return parser
 
 
 def _labelled(argument: str) -> tuple[str, str]:
@@ -48,6 +58,16 @@ def _summary(runs: dict[str, list[StepRecord]]) -> int:
         print(label)
         for line in lines(summarise(records)):
             print(f"  {line}")
+    return 0
+
+
+def _suggest(runs: dict[str, list[StepRecord]], trigger_rate: float, skip: int) -> int:
+    for label, records in runs.items():
+        try:
+            suggestion = suggest_budget(records, trigger_rate, skip=skip)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+        print(label, *str(suggestion).splitlines(), sep="\n  ")
     return 0
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any
 
+from step_optim.bound import Bound as Bound
+from step_optim.bound import Bounds, check_bound, members, of_slice, resolved, resolved_slices
 from step_optim.limits import Limits as Limits
 from step_optim.limits import Verdict as Verdict
+from step_optim.movement import Movement
+from step_optim.trigger_rate import figures
+from step_optim.warm_up import WarmUp
 
-Bound: TypeAlias = "float | Callable[[int], float]"
-"""A number of nats per token, or a schedule: step index -> number."""
+FEW = 8
+"""Steps of a warm-up below which it is warned of."""
 
 
 @dataclass(frozen=True, init=False)
@@ -47,19 +54,19 @@ class Budget:
     """
 
     mean: Bound | None
-    slices: Bound | Mapping[str, Bound] | None
+    slices: Bounds
     drift: Bound | None
-    drift_slices: Bound | Mapping[str, Bound] | None
-    prompt: Bound | None = None
-    token: Bound | None = None
-    confidence: float | None = None
+    drift_slices: Bounds
+    prompt: Bound | None
+    token: Bound | None
+    confidence: float | None
 
     def __init__(
         self,
         mean: Bound | None = None,
-        slices: Bound | Mapping[str, Bound] | None = None,
+        slices: Bounds = None,
         drift: Bound | None = None,
-        drift_slices: Bound | Mapping[str, Bound] | None = None,
+        drift_slices: Bounds = None,
         *,
         prompt: Bound | None = None,
         token: Bound | None = None,
@@ -79,7 +86,7 @@ class Budget:
             )
         for name, bound in given.items():
             called = "reference" if name == "drift" and reference is not None else name
-            _check(bound, called, may_map="slices" in name)
+            check_bound(bound, called, may_map="slices" in name)
             object.__setattr__(self, name, bound)
         object.__setattr__(self, "confidence", _checked_confidence(confidence))
         if confidence is not None and all(bound is None for bound in (mean, slices, cap, drift_slices)):
@@ -91,7 +98,55 @@ class Budget:
     @classmethod
     def of(cls, value: Budget | Bound) -> Budget:
         """Read ``budget=0.03`` as ``Budget(mean=0.03)``."""
-        return value if isinstance(value, Budget) else cls(mean=value)
+        return value if isinstance(value, Budget) else Budget(mean=value)
+
+    @staticmethod
+    def auto(warmup: int = 20, trigger_rate: float = 0.05, *, ceiling: Budget | Bound | None = None) -> AutoBudget:
+        """Return a budget that measures the first steps, and then fixes itself.
+
+        The first ``warmup`` steps are not limited, but by ``ceiling``. Then the
+        mean and each slice (spans, too) get budgets that about this share of
+        steps like those would be over, whichever of them it is; see
+        `trigger_rate.budgets_at` for the method, and for how far it holds. The
+        first quarter of the warm-up is left out: movement often differs there.
+
+        Fixed budgets stay until `STEPOptimizer.set_budget`, and a checkpoint
+        keeps them. `logging` tells them ("step_optim"), and so do `summary()`,
+        the record of the step that fixed them, and all records after it.
+
+        A step counts if it moved the policy: not if it changed nothing, was
+        not finite, or ended in an error. A KL closure that is given for one
+        step (``step(kl=...)``) measures other prompts than the bound one, and
+        does not count beside it. Under torch.distributed the figures are those
+        of all processes, so all of them fix the same budgets.
+
+        The warm-up should be longer than that of the learning rate: movement
+        grows like the square of the rate, and budgets never loosen by
+        themselves.
+
+        Args:
+            warmup: how many steps to measure, at least 2; 20 or more are better.
+            trigger_rate: of the steps, about how many should be over budget.
+            ceiling: upper bounds, during the warm-up and afterwards. Its caps on the drift, its limits of the worst
+                prompt and token and its confidence are in force all the time.
+
+        Raises:
+            TypeError: a number of steps or a rate that is no number.
+            ValueError: fewer than 2 steps, a rate that is not between 0 and 1, a ceiling that is automatic itself.
+
+        >>> Budget.auto(warmup=50, trigger_rate=0.1)
+        Budget.auto(warmup=50, trigger_rate=0.1)
+        """
+        if not isinstance(ceiling, Budget):
+            check_bound(ceiling, "ceiling", may_map=False)
+        budget = AutoBudget(warmup, trigger_rate, None if ceiling is None else Budget.of(ceiling))
+        if warmup < FEW:
+            warnings.warn(
+                f"warmup={warmup}: so few steps say little about the next. Where 0.05 was asked, 0.05 to 0.3 of these "
+                f"were over budget in simulations; take {FEW} or more, better 20",
+                stacklevel=2,
+            )
+        return budget
 
     @property
     def reference(self) -> Bound | None:
@@ -100,7 +155,7 @@ class Budget:
 
     @property
     def _bounds(self) -> list[Bound | None]:
-        by_slice = (bound for part in (self.slices, self.drift_slices) for bound in _members(part))
+        by_slice = (bound for part in (self.slices, self.drift_slices) for bound in members(part))
         return [self.mean, self.drift, self.prompt, self.token, *by_slice]
 
     @property
@@ -111,7 +166,7 @@ class Budget:
     @property
     def caps_drift(self) -> bool:
         """Whether there is a cap on the drift, finite or a schedule."""
-        caps = [self.drift, *_members(self.drift_slices)]
+        caps = [self.drift, *members(self.drift_slices)]
         return any(bound is not None and bound != math.inf for bound in caps)
 
     @property
@@ -126,7 +181,7 @@ class Budget:
         ['safety']
         """
         parts = (self.slices, self.drift_slices)
-        return [name for name in slices if any(_of_slice(part, name) not in (None, math.inf) for part in parts)]
+        return [name for name in slices if any(of_slice(part, name) not in (None, math.inf) for part in parts)]
 
     def check_slices(self, names: Iterable[str] | None) -> None:
         """Refuse a budget for slices that the KL closure does not have.
@@ -148,18 +203,120 @@ class Budget:
             if unknown:
                 raise ValueError(f"budget.{part} names the unknown slice {unknown[0]!r}; known slices: {known}")
 
+    def check_measured(self, movement: Movement) -> None:
+        """Refuse a candidate's movement that an automatic budget cannot be told from."""
+
+    def seen(self, movement: Movement) -> Budget:
+        """Return the budget of the steps to come, after a candidate that moved the policy so far."""
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: of an automatic budget what it has seen, of others nothing."""
+        return {}
+
+    def loaded(self, state: Mapping[str, Any]) -> Budget:
+        """Return the budget of a run that is resumed: what was given stays, an automatic one goes on."""
+        return self
+
     def at(self, step: int, slices: Iterable[str] = ()) -> Limits:
         """Resolve schedules at a step index, for the slices that exist."""
         names = list(slices)
         return Limits(
-            _at(self.mean, step, "mean"),
-            _each_at(self.slices, step, "slices", names),
-            _at(self.drift, step, "drift"),
-            _each_at(self.drift_slices, step, "drift_slices", names),
-            _at(self.prompt, step, "prompt"),
-            _at(self.token, step, "token"),
+            resolved(self.mean, step, "mean"),
+            resolved_slices(self.slices, step, "slices", names),
+            resolved(self.drift, step, "drift"),
+            resolved_slices(self.drift_slices, step, "drift_slices", names),
+            resolved(self.prompt, step, "prompt"),
+            resolved(self.token, step, "token"),
             self.confidence,
         )
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class AutoBudget(Budget):
+    """A budget that fixes itself after the first steps: `Budget.auto`.
+
+    It is immutable, as every budget: `seen` returns the one for the steps to
+    come. ``mean``, ``slices``, ``drift`` and so on are the ceiling's; what is
+    in force says `at`. It has a budget for each slice that its first step
+    measured, so KL closures with others are refused.
+    """
+
+    ceiling: Budget | None
+    """Upper bounds, as they were given."""
+    warm_up: WarmUp
+    """What was seen so far, or what came out."""
+
+    def __init__(self, warmup: int, trigger_rate: float, ceiling: Budget | None = None) -> None:
+        if isinstance(ceiling, AutoBudget):
+            raise ValueError(f"ceiling={ceiling!r} is automatic itself; give numbers, such as Budget(mean=0.1)")
+        above = Budget(mean=math.inf) if ceiling is None else ceiling
+        super().__init__(
+            above.mean,
+            above.slices,
+            above.drift,
+            above.drift_slices,
+            prompt=above.prompt,
+            token=above.token,
+            confidence=above.confidence,
+        )
+        object.__setattr__(self, "ceiling", ceiling)
+        object.__setattr__(self, "warm_up", WarmUp(warmup, trigger_rate, above.confidence))
+
+    def _with(self, warm_up: WarmUp) -> AutoBudget:
+        other = copy.copy(self)
+        object.__setattr__(other, "warm_up", warm_up)
+        return other
+
+    @property
+    def fixed(self) -> Mapping[str, float]:
+        """The budgets that came out of the warm-up, by constraint; empty before its end."""
+        return self.warm_up.fixed
+
+    @property
+    def limits_anything(self) -> bool:
+        """It will: the optimizer keeps what it needs to take a step back from the start."""
+        return True
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Its limits are others after the warm-up."""
+        return True
+
+    def limited_slices(self, slices: Iterable[str]) -> list[str]:
+        """Return all of them: each gets a budget."""
+        return list(slices)
+
+    def check_slices(self, names: Iterable[str] | None) -> None:
+        """Refuse a KL closure with slices that the ceiling does not know, or the first steps did not measure."""
+        super().check_slices(names)
+        if names is not None:
+            self.warm_up.check_slices(names)
+
+    def check_measured(self, movement: Movement) -> None:
+        """Refuse a movement without the spread over prompts, where a confidence needs it."""
+        if movement.is_finite and not self.fixed:
+            figures(movement, self.confidence)
+
+    def seen(self, movement: Movement) -> AutoBudget:
+        """Return the budget of the steps to come; the last step of the warm-up fixes it."""
+        warm_up = self.warm_up.plus(movement)
+        return self if warm_up is self.warm_up else self._with(warm_up)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen, or what came out."""
+        return self.warm_up.state_dict()
+
+    def loaded(self, state: Mapping[str, Any]) -> AutoBudget:
+        """Go on from a checkpoint, or begin if that is of another budget."""
+        return self._with(self.warm_up.loaded(state))
+
+    def at(self, step: int, slices: Iterable[str] = ()) -> Limits:
+        """Return the ceiling's limits, after the warm-up no higher than the fixed ones."""
+        return self.warm_up.within(super().at(step, slices))
+
+    def __repr__(self) -> str:
+        return f"{self.warm_up}{'' if self.ceiling is None else f' below {self.ceiling!r}'}"
 
 
 def _checked_confidence(value: Any) -> float | None:
@@ -173,49 +330,3 @@ def _checked_confidence(value: Any) -> float | None:
             "prompts like these in 95 of 100 cases"
         )
     return float(value)
-
-
-def _of_slice(bounds: Bound | Mapping[str, Bound] | None, name: str) -> Bound | None:
-    return bounds.get(name) if isinstance(bounds, Mapping) else bounds
-
-
-def _members(bounds: Bound | Mapping[str, Bound] | None) -> list[Bound | None]:
-    return list(bounds.values()) if isinstance(bounds, Mapping) else [bounds]
-
-
-def _check(bound: Bound | Mapping[str, Bound] | None, name: str, *, may_map: bool) -> None:
-    """Refuse what is no number, no schedule, and no mapping of them."""
-    if may_map and isinstance(bound, Mapping):
-        if not bound:
-            raise ValueError(f"budget.{name}={{}} limits no slice; leave it out or name a slice")
-        for key, each in bound.items():
-            _check(each, f"{name}[{key!r}]", may_map=False)
-    elif bound is not None and not callable(bound):
-        _checked(bound, name)
-
-
-def _each_at(
-    bounds: Bound | Mapping[str, Bound] | None, step: int, name: str, slices: Sequence[str]
-) -> dict[str, float]:
-    """Resolve what limits slices: of those that a mapping names, else of all of them."""
-    if isinstance(bounds, Mapping):
-        return {key: _at(bound, step, f"{name}[{key!r}]") for key, bound in bounds.items()}
-    limit = _at(bounds, step, name)
-    return dict.fromkeys(slices, limit) if limit < math.inf else {}
-
-
-def _at(bound: Bound | None, step: int, name: str) -> float:
-    if bound is None:
-        return math.inf
-    return _checked(bound(step) if callable(bound) else bound, name)
-
-
-def _checked(value: object, name: str) -> float:
-    if isinstance(value, bool) or not (isinstance(value, Real) or hasattr(value, "__float__")):
-        raise TypeError(f"budget.{name}={value!r} is no number; give nats per token, or a callable of the step")
-    number = float(value)
-    if math.isnan(number) or number < 0:
-        raise ValueError(
-            f"budget.{name}={value!r} must be a KL >= 0 in nats per token (0.03, say; math.inf turns it off)"
-        )
-    return number

@@ -16,6 +16,8 @@ LAYERS = (
     ("host", "precision"),
     ("movement",),
     ("limits", "snapshot", "objective"),
+    ("trigger_rate", "bound"),
+    ("warm_up",),
     ("budget",),
     ("isolation",),
     ("control",),
@@ -88,7 +90,7 @@ def test_there_is_no_circle() -> None:
 
 def test_torch_is_not_needed_for_movement_and_budget() -> None:
     """Figures and limits are plain python."""
-    for name in ("precision", "movement", "limits", "budget"):
+    for name in ("precision", "movement", "limits", "trigger_rate", "warm_up", "bound", "budget"):
         source = (PACKAGE / f"{name}.py").read_text()
         assert "import torch" not in source
         assert "from torch" not in source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -17,6 +18,8 @@ from step_optim.movement import Unmeasured
 from step_optim.step.step import Step
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.trackers import Sink
+
+LOGGER = logging.getLogger("step_optim")
 
 
 class Atomic:
@@ -63,19 +66,23 @@ class Atomic:
             record = self._undo(error, fatal=not settled)
         notes, adaptive_rate = dict(run.notes), run.adaptive_rate and stands  # an exception says nothing about the rate
         now = time.perf_counter()
+        budget, fixed = run.seen(record, step.kl)
         elapsed = {} if run.ended is None else {"elapsed": now - run.ended}
         record = replace(
             record,
+            fixed_budget=fixed,
             seconds=step.clock.seconds | elapsed,
             reward=notes.pop("reward", None),
             success=notes.pop("success", True) and record.success,
             notes=notes,
         )
         progress = run.progress.after(record, adaptive_rate=adaptive_rate)
-        run.progress, run.open, run.notes, run.ended, step.ended = progress, None, {}, now, True
+        run.progress, run.budget, run.open, run.notes, run.ended, step.ended = progress, budget, None, {}, now, True
         if stands:
             step.remember()
         step.release()
+        if fixed and step.ranks.first:
+            LOGGER.info("step %d: %r", record.step, budget)
         # An error of the log must not take the place of the error that is being raised.
         with nullcontext() if error is None or settled else suppress(Exception):
             self._sink(record)

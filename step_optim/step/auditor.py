@@ -112,6 +112,7 @@ class Auditor:
         if self.kl.slices is None:  # a plain function says what its slices are by measuring them
             self._budget.check_slices(audit.movement.slices)
             self.resolve_budget(audit.movement.slices)
+        self._budget.check_measured(audit.movement)
         return self._judged(audit, alpha=1.0)
 
     def ratios(self, point: Point) -> Mapping[str, float]:

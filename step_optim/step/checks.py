@@ -141,8 +141,7 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
         )
     if pool is not None:
         _check_size(pool.prompts, getattr(kl, "prompts", 0), budget)
-        limits = budget.at(0, kl.slices or ())
-        missing = sorted({*limits.slices, *limits.drift_slices} - set(pool.slices))
+        missing = sorted(set(budget.limited_slices(kl.slices or ())) - set(pool.slices))
         if missing:
             raise ValueError(
                 f"the budget limits slice {missing[0]!r}, of which the pool has no prompts (its slices: "

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from step_optim.audit.closure import KLClosure
-from step_optim.budget import Budget
+from step_optim.budget import AutoBudget, Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
 from step_optim.step.origin import settle_origin
@@ -121,6 +121,22 @@ class Run:
         self.warned.fixed.forget(kl)
         self.warned.of_budget(self.budget, kl)
 
+    def seen(self, record: StepRecord, kl: KLClosure) -> tuple[Budget, Mapping[str, float]]:
+        """Return the budget of the steps to come, and what an automatic one was fixed at by this step.
+
+        All processes have the same pooled figures, and so the same budgets.
+
+        Args:
+            record: of this step.
+            kl: what measured it. One that was given for this step alone measures other prompts than the bound one.
+        """
+        if not record.shows_movement or (self.kl is not None and kl is not self.kl):
+            return self.budget, {}
+        budget = self.budget.seen(record.candidate)
+        if isinstance(budget, AutoBudget) and budget is not self.budget:
+            return budget, budget.fixed
+        return budget, {}
+
     def without_model(self) -> Run:
         """Return what a copy of the optimizer goes on with; the KL closure holds a model, so it stays behind."""
         return Run(
@@ -145,6 +161,7 @@ class Run:
             "summary": self.progress.summary.state_dict(),
             "controller": self.controller.copied(self.memory) | self.controller.state_dict(),
             "kl": self._kl_state(),
+            **({"budget": budget} if (budget := self.budget.state_dict()) else {}),
             **({"scale": self.progress.scale} if self.adaptive_rate else {}),
         }
 
@@ -154,14 +171,17 @@ class Run:
         Raises:
             ValueError: it cannot be read, or is of another run.
         """
-        progress, kl_state = (self.progress, self.kl_state) if state is None else _read(state, self.controller)
+        progress, kl_state, budget = self.progress, self.kl_state, self.budget
+        if state is not None:
+            progress, kl_state, budget = _read(state, self.controller, self.budget)
         if state is not None and self.kl is not None:
             self.kl.check_state_dict(kl_state)
+            budget.check_slices(self.kl.slices)
 
         remembered = {} if state is None else self.controller.copied(dict(state["controller"]))
 
         def take_over() -> None:
-            self.progress, self.kl_state, self.anchored = progress, kl_state, None
+            self.progress, self.kl_state, self.budget, self.anchored = progress, kl_state, budget, None
             if state is None:
                 return
             if self.kl is not None:
@@ -176,8 +196,10 @@ class Run:
         return take_over
 
 
-def _read(state: Mapping[str, Any], controller: Controller) -> tuple[Progress, Mapping[str, Any]]:
-    """Read how far a run was, and its KL closure's part of the checkpoint."""
+def _read(
+    state: Mapping[str, Any], controller: Controller, budget: Budget
+) -> tuple[Progress, Mapping[str, Any], Budget]:
+    """Read how far a run was, its KL closure's part of the checkpoint, and the budget that it goes on with."""
     try:
         version, kl_state = _count(state["version"]), {str(name): value for name, value in state["kl"].items()}
         summary = Summary({str(name): float(value) for name, value in state["summary"].items()})
@@ -186,6 +208,7 @@ def _read(state: Mapping[str, Any], controller: Controller) -> tuple[Progress, M
             _count(state["step"]), _count(state["rejected_in_a_row"]), summary, scale=_scale(state.get("scale", 1.0))
         )
         controller.check_state_dict(dict(state["controller"]))
+        budget = budget.loaded(state.get("budget", {}))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint's entry 'step_optim' is damaged ({type(error).__name__}: {error}); without that entry the "
@@ -193,7 +216,7 @@ def _read(state: Mapping[str, Any], controller: Controller) -> tuple[Progress, M
         ) from error
     if version != VERSION:
         raise ValueError(f"the checkpoint is of version {version}, this step_optim reads {VERSION}; upgrade it")
-    return progress, kl_state
+    return progress, kl_state, budget
 
 
 def _count(value: Any) -> int:

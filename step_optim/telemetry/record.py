@@ -19,6 +19,7 @@ MAPPINGS = (
     "steering",
     "pull",
     "generalisation",
+    "fixed_budget",
     "seconds",
 )
 """Fields of a record that are numbers by name."""
@@ -103,6 +104,8 @@ class StepRecord:
     """Held-out over control: ``step`` the ratio of the movements, ``drift`` that of the drifts; ``step_error`` and
     ``drift_error`` the standard errors of their logarithms, from the spread over prompts (wider for few of them: 1.96
     standard errors are Student's 95 % interval). 1 if the figures carry."""
+    fixed_budget: Mapping[str, float] = field(default_factory=dict)
+    """The budgets that `Budget.auto` was fixed at by this step, by constraint; in force from the next one on."""
     update_norm: float = 0.0
     """L2 norm of candidate - previous weights."""
     lr: tuple[float, ...] = ()
@@ -129,6 +132,11 @@ class StepRecord:
         if not self.triggered:
             return None
         return "not finite" if self.bound is None or not self.candidate.is_finite else self.bound
+
+    @property
+    def shows_movement(self) -> bool:
+        """Whether it says how far a step moves the policy: the candidate was measured, is finite, and moved it."""
+        return self.action is not Action.UNCHANGED and self.error is None and 0 < self.candidate.mean < math.inf
 
     @property
     def audits(self) -> int:

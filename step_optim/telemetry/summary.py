@@ -18,6 +18,9 @@ PHASES = ("inner", *OWN)
 BOUND = "bound:"
 """Before the name of a constraint, where steps are counted by what bound them."""
 
+FIXED = "fixed:"
+"""Before the name of a constraint, where an automatic budget was fixed."""
+
 
 class Summary:
     """Running totals of a run.
@@ -78,6 +81,9 @@ class Summary:
             add("generalisation_square_sum", ratios["step_error"] ** 2)
         if "drift" in ratios:
             sums |= {"generalisation_drift": ratios["drift"], "generalisation_drift_error": ratios["drift_error"]}
+        if record.fixed_budget:
+            sums = {name: value for name, value in sums.items() if not name.startswith(FIXED)}
+            sums |= {FIXED + name: limit for name, limit in record.fixed_budget.items()}
         return Summary(sums)
 
     def figures(self) -> dict[str, Any]:
@@ -85,7 +91,7 @@ class Summary:
 
         Audits per trigger are those beyond the candidate's: what a controller spends on one decision.
         ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, prompt, token, drift,
-        drift:<name> or "not finite".
+        drift:<name> or "not finite"; ``fixed_budget`` has what `Budget.auto` was last fixed at.
         Progress is the share of what the inner optimizer proposed that was kept, see `StepRecord.progress`; corrections
         are gradients that `Steer` measured; the pull rate is the share of steps at which it pulled. Generalisation is
         held-out over control, of steps and of the latest drift, with 95 % intervals over prompts. The overhead's
@@ -100,7 +106,8 @@ class Summary:
             "unchanged": int(total("unchanged", 0)),
             "errors": int(total("errors", 0)),
             "references_renewed": int(total("references_renewed", 0)),
-            "bound": {name.removeprefix(BOUND): int(n) for name, n in self._sums.items() if name.startswith(BOUND)},
+            "bound": {name: int(count) for name, count in self._by_constraint(BOUND)},
+            "fixed_budget": dict(self._by_constraint(FIXED)),
             "trigger_rate": _per(total("triggered", 0), steps),
             "rejection_rate": _per(total("reject", 0), steps),
             "mean_alpha": _per(total("alpha_sum", 0), total("alpha_count", 0)),
@@ -121,6 +128,9 @@ class Summary:
             "elapsed_seconds": total("elapsed_seconds", 0.0),
             "overhead_share": _per(total("own_of_elapsed_seconds", 0.0), total("elapsed_seconds", 0.0)),
         }
+
+    def _by_constraint(self, kind: str) -> Iterator[tuple[str, float]]:
+        return ((name.removeprefix(kind), value) for name, value in self._sums.items() if name.startswith(kind))
 
     def _generalisation(self) -> dict[str, float | None]:
         """Held-out over control, with 95 % intervals.
@@ -163,13 +173,14 @@ def summarise(records: Iterable[StepRecord]) -> dict[str, Any]:
 
 
 def lines(figures: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the figures of `summarise`, or of `STEPOptimizer.summary()`, as lines; counts by constraint are several.
+    """Yield the figures of `summarise`, or of `STEPOptimizer.summary()`, as lines; figures by constraint are several.
 
     >>> list(lines({"rejects": 3, "bound": {"mean": 2, "slice:math": 1}, "mean_alpha": None}))[1:]
     ['bound by mean              2', 'bound by slice:math        1', 'mean_alpha                 -']
     """
     for name, value in figures.items():
         if isinstance(value, Mapping):
-            yield from lines({f"{name} by {part}": count for part, count in value.items()})
+            joint = "by" if name == "bound" else "of"
+            yield from lines({f"{name} {joint} {part}": figure for part, figure in value.items()})
         else:
             yield f"{name:26} {'-' if value is None else f'{value:.4g}'}"

@@ -208,6 +208,14 @@ def unequal_budgets() -> str:
     return "no error"
 
 
+def chosen(kind: str, shard: bool) -> dict[str, float]:
+    """Train until the budgets are fixed, and on."""
+    run = Training(kind, budget=Budget.auto(8, 0.5), shard=shard, own=True)
+    for step in range(11):
+        run.step(step)
+    return dict(run.optimizer.budget.fixed)
+
+
 def refused(kind: str, shard: bool, controller: str = "Project") -> str:
     """Try a controller where it cannot be."""
     try:

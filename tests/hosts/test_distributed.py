@@ -124,6 +124,14 @@ def test_unequal_budgets_are_an_error_everywhere():
     assert "do not agree on their budgets" in same(on_ranks(jobs.unequal_budgets, 2))
 
 
+@pytest.mark.parametrize("shard", [True, False])
+def test_an_automatic_budget_is_fixed_alike_everywhere(shard):
+    """Each rank trains and measures its part, and all of them have the pooled figures; one process fixes the same."""
+    found = [same(on_ranks(jobs.chosen, size, kind="ddp", shard=shard)) for size in (2, 1)]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert list(found[0]) == ["mean", "slice:a", "slice:b"]
+
+
 def test_project_works_on_replicas():
     """Under DDP with the whole control set everywhere the replicas stay one."""
     results = on_ranks(jobs.train, 2, kind="ddp", own=True, budget={"slices": 2e-3}, controller="Project")
