@@ -216,6 +216,14 @@ def chosen(kind: str, shard: bool) -> dict[str, float]:
     return dict(run.optimizer.budget.fixed)
 
 
+def bounded(kind: str, shard: bool) -> dict[str, float]:
+    """Make a step that is judged by confidence bounds."""
+    run = Training(kind, budget=Budget(mean=1.0, confidence=0.95), shard=shard)
+    run.step(0)
+    moved = run.optimizer.last.accepted
+    return {"prompts": len(moved.prompts), "error": moved.precision.mean, **run.optimizer.last.accepted_bounds}
+
+
 def refused(kind: str, shard: bool, controller: str = "Project") -> str:
     """Try a controller where it cannot be."""
     try:

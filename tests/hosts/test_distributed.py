@@ -132,6 +132,17 @@ def test_an_automatic_budget_is_fixed_alike_everywhere(shard):
     assert list(found[0]) == ["mean", "slice:a", "slice:b"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_that_all_ranks_measure_count_once(kind):
+    """Confidence bounds and standard errors are those of one process, whole or in parts."""
+    alone, whole, parts = (
+        same(on_ranks(jobs.bounded, size, kind=kind, shard=shard))
+        for size, shard in ((1, False), (2, False), (2, True))
+    )
+    assert alone == pytest.approx(whole, rel=1e-3)
+    assert alone == pytest.approx(parts, rel=1e-3)
+
+
 def test_project_works_on_replicas():
     """Under DDP with the whole control set everywhere the replicas stay one."""
     results = on_ranks(jobs.train, 2, kind="ddp", own=True, budget={"slices": 2e-3}, controller="Project")
