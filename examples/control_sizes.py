@@ -2,9 +2,9 @@
 
 The 135M model of the demo learns a task inside a budget on its control set: with `Interpolate` under a budget on every
 step, and with `Steer` under a cap on the drift, directions from a pool. Control sets of 4 to 128 standard prompts
-judge, with confidence and without. 80 other prompts are measured, and decide nothing.
+judge, with confidence and without. 40 other prompts are measured, and decide nothing.
 
-    python examples/control_sizes.py                 # control_sizes.md: two hours on one core; resumable
+    python examples/control_sizes.py                 # control_sizes.md: an hour and a half on one core; resumable
     python examples/control_sizes.py --smoke         # tiny random weights: does it run?
 """
 
@@ -87,13 +87,13 @@ def run(setting: Setting, world: Chat, folder: Path) -> Result:
 
 
 def learn(setting: Setting, lesson: Any, sets: Sets) -> Result:
-    """Learn the task, and measure the held-out prompts at every second step."""
+    """Learn the task, and measure the held-out prompts at every third step."""
     kl = TokenKL(
         lesson.model,
         nested(sets.control, setting.size),
         pool=sets.pool if setting.arm == "steer" else None,
         held_out=sets.held_out,
-        every=2,
+        every=min(3, setting.steps),
         noise_floor=False,
     )
     trained = [p for p in lesson.model.parameters() if p.requires_grad]
@@ -149,23 +149,27 @@ def table(results: dict[Setting, Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def world_of(model: Any, tokenizer: Any, *, most: int, tokens: int) -> Chat:
-    """The task's world, with standard prompts."""
+def world_of(model: Any, tokenizer: Any, folder: Path, *, small: bool) -> Chat:
+    """The task's world, with standard prompts; the model's responses are kept in the folder."""
+    sizes = {"control": 8, "pool": 16, "held_out": 8} if small else {"control": 128, "pool": 96, "held_out": 40}
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for part, size in sizes.items():
+        file = folder / f"{part}.json"
+        if not file.exists():
+            tokens = 4 if small else 16
+            drawn = ControlSet.standard(model, tokenizer, size, part=part, max_new_tokens=tokens, progress=True)
+            drawn.save(file)
+        found[part] = ControlSet.load(file)
+    return Chat(model, tokenizer, Sets(**found))
 
-    def part(name: str, size: int) -> ControlSet:
-        return ControlSet.standard(model, tokenizer, size=size, part=name, max_new_tokens=tokens, progress=True)
 
-    small = most < max(SIZES)
-    sets = Sets(part("control", most), part("pool", 16 if small else 96), part("held_out", 8 if small else 80))
-    return Chat(model, tokenizer, sets)
-
-
-def settings(sizes: Sequence[int], seeds: int, steps: int) -> list[Setting]:
+def settings(sizes: Sequence[int], arms: Sequence[str], seeds: int, steps: int) -> list[Setting]:
     """All runs, the small ones first."""
     return [
         Setting(arm, size, confidence, seed, steps)
         for seed in range(seeds)
-        for arm in CONTROLLERS
+        for arm in arms
         for size in sizes
         for confidence in (None, 0.95)
     ]
@@ -176,6 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, two sizes, two steps")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--arms", choices=list(CONTROLLERS), nargs="+", default=list(CONTROLLERS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
@@ -189,9 +194,9 @@ def main() -> int:
     except ModelNotFound as error:
         print(error, file=sys.stderr)
         return 2
-    world = world_of(model, tokenizer, most=max(args.sizes), tokens=4 if args.smoke else 16)
+    world = world_of(model, tokenizer, args.runs, small=args.smoke)
     results = {}
-    for setting in settings(args.sizes, args.seeds, args.steps):
+    for setting in settings(args.sizes, args.arms, args.seeds, args.steps):
         result = results[setting] = run(setting, world, args.runs)
         print(f"{setting.name}: held out over control {result.ratio:.2f}", flush=True)
     path = (args.runs if args.smoke else HERE) / "control_sizes.md"
