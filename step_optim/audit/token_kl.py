@@ -84,7 +84,6 @@ class TokenKL(LogitKL):
         pool: further prompts with their responses, which no audit reads:
             `Steer` draws directions from them. Directions that come from the
             control set fit the control set: held-out drift was 3.6 times its.
-
         held_out: prompts that are measured, and decide nothing: the ratio of
             their movement and drift to the control set's tells how far the
             budgets carry to other prompts (`StepRecord.generalisation`).
@@ -95,10 +94,10 @@ class TokenKL(LogitKL):
         TypeError: ``model`` is no module; ``control``, ``pool`` or ``held_out`` is no ControlSet; ``audit_dtype`` is
             no floating-point dtype; spans that are none.
         ValueError: a pool or held-out set that shares a prompt with the
-            control set, or with the other; model
-            and control set on different devices; token ids outside the
-            vocabulary, or texts that are too long; fewer
-            micro-batches than processes; a model that is no causal language
+            control set, or with the other; model and control set on different
+            devices; token ids outside the vocabulary, or texts that are too
+            long; fewer micro-batches than processes; ``every`` without
+            ``held_out``; a model that is no causal language
             model, that does not return logits of all tokens, or whose forward
             leaves a trace that cannot be undone (see `module_state`); unmoved
             weights that do not read 0 (dropout in eval mode, say).

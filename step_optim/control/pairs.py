@@ -15,6 +15,8 @@ from step_optim.control.ids import check_responses, check_vocabulary
 from step_optim.control.slices import checked_indices
 from step_optim.control.splitting import held_out_prompts
 from step_optim.control.tokenizer import Tokenizer
+from step_optim.movement import Movement
+from step_optim.precision import Precision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -125,6 +127,25 @@ class Pairs:
             prompts=tuple(ids.to(device) for ids in self.prompts),
             responses=tuple(ids.to(device) for ids in self.responses),
         )
+
+    def precision(self, movement: Movement) -> Precision:
+        """Return how far a movement that was measured on these prompts carries to others like them.
+
+        >>> from step_optim import ControlSet
+        >>> control = ControlSet.from_ids([[1], [2]], [[3], [4]])
+        >>> str(control.precision(Movement.over([0.01, 0.03], control.slices)))
+        'mean ±50% (2 prompts)'
+
+        Args:
+            movement: of a candidate (`StepRecord.candidate`), or what a KL closure on this control set returned.
+
+        Raises:
+            ValueError: the KL of each prompt is not known, or they are other prompts.
+        """
+        found = movement.precision
+        if found.prompts != len(self):
+            raise ValueError(f"the movement is over {found.prompts} prompts, and the control set has {len(self)}")
+        return found
 
     def decode(self, tokenizer: Any) -> list[tuple[str, str]]:
         """Return the text of each prompt and of its response, as they are read: with all special tokens.

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_optim import ControlSet
+from step_optim import ControlSet, Movement
 from tests.models import control_sets, ragged_control, tiny_llama
 from tests.templates import STYLES
 
@@ -105,3 +105,15 @@ def test_parts_of_a_control_set_are_control_sets() -> None:
     made = [control.to("cpu"), control.select([0]), *control.split(0.5), control.select([0]) + control.select([1])]
     assert {type(part) for part in made} == {ControlSet}
     assert torch.equal(made[-1].prompts[1], control.prompts[1])
+
+
+def test_precision_is_that_of_a_movement_on_these_prompts() -> None:
+    """A movement over others is refused, and one that has means only."""
+    control = ControlSet.from_ids([[1], [2], [3]], [[4], [5], [6]], {"a": [0, 1]})
+    moved = Movement.over([0.1, 0.2, 0.3], control.slices)
+    assert control.precision(moved) == moved.precision
+    assert control.precision(moved).slice_prompts == {"a": 2}
+    with pytest.raises(ValueError, match="is over 3 prompts, and the control set has 2"):
+        control.select([0, 1]).precision(moved)
+    with pytest.raises(ValueError, match="this movement has means only"):
+        control.precision(Movement(0.1))
