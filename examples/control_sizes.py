@@ -71,11 +71,17 @@ class Result:
     """Of the ratio's 95 % interval over prompts."""
 
 
+def read(setting: Setting, folder: Path) -> Result | None:
+    """What a run ended with; None if it was not done yet."""
+    file = folder / f"{setting.name}.json"
+    return Result(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
 def run(setting: Setting, world: Chat, folder: Path) -> Result:
     """Do one run, or read what it ended with."""
+    if (done := read(setting, folder)) is not None:
+        return done
     file = folder / f"{setting.name}.json"
-    if file.exists():
-        return Result(**json.loads(file.read_text(encoding="utf-8")))
     with world.lesson("person", setting.seed) as lesson, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of small control sets: the table shows them
         result = learn(setting, lesson, world.sets)
@@ -175,6 +181,22 @@ def settings(sizes: Sequence[int], arms: Sequence[str], seeds: int, steps: int) 
     ]
 
 
+def finished(wanted: Sequence[Setting], folder: Path) -> dict[Setting, Result]:
+    """What the runs ended with that were done before."""
+    found = {setting: read(setting, folder) for setting in wanted}
+    return {setting: result for setting, result in found.items() if result is not None}
+
+
+def run_all(wanted: Sequence[Setting], folder: Path, *, small: bool) -> dict[Setting, Result]:
+    """Do the runs that were not done yet."""
+    model, tokenizer = tiny.load() if small else load(find(DEFAULT_MODEL))[:2]
+    world, results = world_of(model, tokenizer, folder, small=small), {}
+    for setting in wanted:
+        result = results[setting] = run(setting, world, folder)
+        print(f"{setting.name}: held out over control {result.ratio:.2f}", flush=True)
+    return results
+
+
 def main() -> int:
     """Do what is missing, then write the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,22 +205,22 @@ def main() -> int:
     parser.add_argument("--arms", choices=list(CONTROLLERS), nargs="+", default=list(CONTROLLERS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--report", action="store_true", help="of the runs that are finished; nothing is run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs") / "control_sizes", help="where finished runs are")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.smoke:
         args.sizes, args.steps, args.runs = [4, 8], 2, args.runs / "smoke"
+    wanted = settings(args.sizes, args.arms, args.seeds, args.steps)
     try:
-        model, tokenizer = tiny.load() if args.smoke else load(find(DEFAULT_MODEL))[:2]
+        results = finished(wanted, args.runs) if args.report else run_all(wanted, args.runs, small=args.smoke)
     except ModelNotFound as error:
         print(error, file=sys.stderr)
         return 2
-    world = world_of(model, tokenizer, args.runs, small=args.smoke)
-    results = {}
-    for setting in settings(args.sizes, args.arms, args.seeds, args.steps):
-        result = results[setting] = run(setting, world, args.runs)
-        print(f"{setting.name}: held out over control {result.ratio:.2f}", flush=True)
+    if not results:
+        print(f"no finished run in {args.runs}", file=sys.stderr)
+        return 2
     path = (args.runs if args.smoke else HERE) / "control_sizes.md"
     path.write_text(table(results), encoding="utf-8")
     print(table(results), path, sep="\n")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from step_optim import Budget, Gate, Interpolate, PolicyKL, Project, Steer, STEPOptimizer
+from step_optim.precision import student_quantile
 from tests.strategies import Policy, Problem, policy_problem, token_problem
 
 WARM = 1
@@ -153,6 +154,15 @@ def _steered(folder: Path) -> World:
     return _world(problem, folder, Budget(mean=1e-3, drift=1e-4), Steer(corrections=2))
 
 
+def _watched(folder: Path) -> World:
+    """Held-out observations at every step, beside budgets for the worst one and with confidence."""
+    problem = policy_problem(17)
+    model, observations, others = problem.model, torch.randn(6, 5), torch.randn(5, 5)
+    held_out = {"held_out": lambda: model(others), "every": 1}
+    problem.kl = PolicyKL(lambda: model(observations), noise_floor=False, **held_out)
+    return _world(problem, folder, Budget(mean=1e-4, prompt=2e-4, confidence=0.9))
+
+
 def _gaussian(folder: Path) -> World:
     """A policy that is a distribution object."""
     problem = policy_problem(8)
@@ -182,6 +192,8 @@ SCENARIOS: dict[str, Callable[[Path], World]] = {
     "on_shrink": lambda folder: _world(policy_problem(5), folder, 1e-4, Interpolate(on_shrink="restore")),
     "project": lambda folder: _world(token_problem(6), folder, Budget(mean=1e-4, slices=2e-4), Project(steps=1)),
     "steer": _steered,
+    "held out": _watched,
+    "automatic budget": lambda folder: _world(policy_problem(18), folder, Budget.auto(2, 0.5, ceiling=1e-4)),
     "window": lambda folder: _windowed(_world(policy_problem(6), folder, 1e-4)),
     "loss closure": lambda folder: _with_closure(_world(policy_problem(7), folder, 1e-4)),
     "copies": lambda folder: _followed(folder, Interpolate()),
@@ -202,6 +214,7 @@ SCENARIOS: dict[str, Callable[[Path], World]] = {
 def build(scenario: str, folder: Path, *, fresh: bool = True) -> World:
     """Build a run, from its start unless its log is there to be gone on with."""
     folder.mkdir(parents=True, exist_ok=True)
+    student_quantile.cache_clear()  # every run goes through the same lines
     if fresh:
         (folder / "run.jsonl").unlink(missing_ok=True)
     return SCENARIOS[scenario](folder)
