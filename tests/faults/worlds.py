@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from step_optim import Budget, Gate, Interpolate, PolicyKL, Project, Steer, STEPOptimizer
+from step_optim.budget import AutoBudget
 from step_optim.precision import student_quantile
 from tests.strategies import Policy, Problem, policy_problem, token_problem
 
@@ -193,7 +194,7 @@ SCENARIOS: dict[str, Callable[[Path], World]] = {
     "project": lambda folder: _world(token_problem(6), folder, Budget(mean=1e-4, slices=2e-4), Project(steps=1)),
     "steer": _steered,
     "held out": _watched,
-    "automatic budget": lambda folder: _world(policy_problem(18), folder, Budget.auto(2, 0.5, ceiling=1e-4)),
+    "automatic budget": lambda folder: _world(policy_problem(18), folder, AutoBudget(2, 0.5, Budget(1e-4))),
     "window": lambda folder: _windowed(_world(policy_problem(6), folder, 1e-4)),
     "loss closure": lambda folder: _with_closure(_world(policy_problem(7), folder, 1e-4)),
     "copies": lambda folder: _followed(folder, Interpolate()),
