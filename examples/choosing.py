@@ -24,7 +24,7 @@ from typing import Any
 import tiny
 import torch
 from smollm import DEFAULT_MODEL, ModelNotFound, find, load
-from steering.world import Chat, Sets, chat, loss
+from steering.world import Chat, Sets, chat, greedy, loss
 
 from step_optim import Budget, ControlSet, STEPOptimizer, TokenKL
 from step_optim.precision import upper_bound
@@ -84,19 +84,8 @@ def train(model: Any, tokenizer: Any, *, size: int, steps: int, tokens: int) -> 
 def answers(model: Any, tokenizer: Any, tokens: int) -> list[str]:
     """What the model says by itself, greedily."""
     model.eval()
-    found = []
-    for text in ASKED:
-        ids = chat(tokenizer, text)
-        with torch.no_grad():
-            out = model.generate(
-                ids[None],
-                attention_mask=torch.ones_like(ids[None]),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        found.append(" ".join(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).split()))
-    return found
+    said = [greedy(model, tokenizer, chat(tokenizer, text), tokens) for text in ASKED]
+    return [" ".join(tokenizer.decode(ids, skip_special_tokens=True).split()) for ids in said]
 
 
 @dataclass(frozen=True)

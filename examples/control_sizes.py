@@ -11,7 +11,6 @@ judge, with confidence and without. 40 other prompts are measured, and decide no
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import warnings
@@ -23,6 +22,7 @@ from typing import Any
 
 import tiny
 import torch
+from finished import finished, once
 from smollm import DEFAULT_MODEL, ModelNotFound, find, load
 from steering.world import Chat, Sets, loss
 
@@ -71,25 +71,15 @@ class Result:
     """Of the ratio's 95 % interval over prompts."""
 
 
-def read(setting: Setting, folder: Path) -> Result | None:
-    """What a run ended with; None if it was not done yet."""
-    file = folder / f"{setting.name}.json"
-    return Result(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
-
-
 def run(setting: Setting, world: Chat, folder: Path) -> Result:
-    """Do one run, or read what it ended with."""
-    if (done := read(setting, folder)) is not None:
-        return done
-    file = folder / f"{setting.name}.json"
-    with world.lesson("person", setting.seed) as lesson, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of small control sets: the table shows them
-        result = learn(setting, lesson, world.sets)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
-    partial.replace(file)
-    return result
+    """Do one run, or read what it ended with if it was done before."""
+
+    def do() -> Result:
+        with world.lesson("person", setting.seed) as lesson, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of small control sets: the table shows them
+            return learn(setting, lesson, world.sets)
+
+    return once(setting, folder, Result, do)
 
 
 def learn(setting: Setting, lesson: Any, sets: Sets) -> Result:
@@ -181,12 +171,6 @@ def settings(sizes: Sequence[int], arms: Sequence[str], seeds: int, steps: int) 
     ]
 
 
-def finished(wanted: Sequence[Setting], folder: Path) -> dict[Setting, Result]:
-    """What the runs ended with that were done before."""
-    found = {setting: read(setting, folder) for setting in wanted}
-    return {setting: result for setting, result in found.items() if result is not None}
-
-
 def run_all(wanted: Sequence[Setting], folder: Path, *, small: bool) -> dict[Setting, Result]:
     """Do the runs that were not done yet."""
     model, tokenizer = tiny.load() if small else load(find(DEFAULT_MODEL))[:2]
@@ -214,7 +198,7 @@ def main() -> int:
         args.sizes, args.steps, args.runs = [4, 8], 2, args.runs / "smoke"
     wanted = settings(args.sizes, args.arms, args.seeds, args.steps)
     try:
-        results = finished(wanted, args.runs) if args.report else run_all(wanted, args.runs, small=args.smoke)
+        results = finished(wanted, args.runs, Result) if args.report else run_all(wanted, args.runs, small=args.smoke)
     except ModelNotFound as error:
         print(error, file=sys.stderr)
         return 2

@@ -74,6 +74,16 @@ def widened(count: int) -> float:
     return math.inf if count < 2 else student_quantile(0.975, count - 1) / NORMAL_95
 
 
+def ratio_interval(ratio: float, error: float) -> tuple[float, float]:
+    """Return the ends of a ratio's 95 % interval.
+
+    Args:
+        ratio: above 0.
+        error: the standard error of its logarithm.
+    """
+    return ratio * math.exp(-NORMAL_95 * error), ratio * math.exp(NORMAL_95 * error)
+
+
 @dataclass(frozen=True)
 class Precision:
     """How far a movement carries beyond the prompts that it was measured on.

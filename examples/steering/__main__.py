@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # steering, smo
 
 import tiny
 import torch
+from finished import finished
 from smollm import DEFAULT_MODEL, ModelNotFound, find, load
 
 from steering.arms import ARMS, GRID
 from steering.counting import Counting
 from steering.report import draw, table
-from steering.run import Result, Setting, read, run
+from steering.run import Result, Setting, run
 from steering.tasks import TASKS
 from steering.world import Chat, World
 
@@ -64,12 +65,6 @@ def world_of(name: str) -> World:
     return Chat(model, tokenizer)
 
 
-def finished(settings: list[Setting], folder: Path) -> dict[Setting, Result]:
-    """What the runs ended with that were done before."""
-    found = {setting: read(setting, folder) for setting in settings}
-    return {setting: result for setting, result in found.items() if result is not None}
-
-
 def run_all(settings: list[Setting], name: str, folder: Path) -> dict[Setting, Result]:
     """Do the runs that were not done yet."""
     world, results, start = world_of(name), {}, time.monotonic()
@@ -100,7 +95,9 @@ def main() -> int:
         for arm in args.arms
     ]
     try:
-        results = finished(settings, args.runs / name) if args.report else run_all(settings, name, args.runs / name)
+        results = (
+            finished(settings, args.runs / name, Result) if args.report else run_all(settings, name, args.runs / name)
+        )
     except ModelNotFound as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from finished import once
 
 from steering.arms import arm_of
 from steering.world import Lesson, Sets, World, exact, loss
@@ -63,25 +63,15 @@ class Result:
     seconds: float
 
 
-def read(setting: Setting, folder: Path) -> Result | None:
-    """What a run ended with; None if it was not done yet."""
-    file = folder / f"{setting.name}.json"
-    return Result(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
-
-
 def run(setting: Setting, world: World, folder: Path) -> Result:
     """Do one run, or read what it ended with if it was done before."""
-    if (done := read(setting, folder)) is not None:
-        return done
-    file = folder / f"{setting.name}.json"
-    with world.lesson(setting.task, setting.seed) as lesson, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a missing pool, and of stalls: arms show them
-        result = _learn(setting, lesson, world.sets)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
-    partial.replace(file)
-    return result
+
+    def do() -> Result:
+        with world.lesson(setting.task, setting.seed) as lesson, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a missing pool, and of stalls: arms show them
+            return _learn(setting, lesson, world.sets)
+
+    return once(setting, folder, Result, do)
 
 
 def _learn(setting: Setting, lesson: Lesson, sets: Sets) -> Result:

@@ -112,18 +112,22 @@ def _with_responses(model: Any, tokenizer: Any, texts: list[str], labels: list[s
     """Take what the model says by itself, greedily."""
     prompts, responses = [], []
     for text in texts:
-        ids = chat(tokenizer, text)
-        with torch.no_grad():
-            out = model.generate(
-                ids[None],
-                attention_mask=torch.ones_like(ids[None]),
-                max_new_tokens=RESPONSE_TOKENS,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        prompts.append(ids)
-        responses.append(out[0, len(ids) :])
+        prompts.append(chat(tokenizer, text))
+        responses.append(greedy(model, tokenizer, prompts[-1], RESPONSE_TOKENS))
     return ControlSet.from_ids(prompts, responses, slices=labels)
+
+
+def greedy(model: Any, tokenizer: Any, ids: Tensor, tokens: int) -> Tensor:
+    """What the model says to one prompt, the likeliest token each time."""
+    with torch.no_grad():
+        out: Tensor = model.generate(
+            ids[None],
+            attention_mask=torch.ones_like(ids[None]),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return out[0, len(ids) :]
 
 
 def chat(tokenizer: Any, text: str) -> Tensor:

@@ -47,10 +47,10 @@ def checked_apart(
     if not isinstance(given, ControlBatches):  # their ids are perhaps no tokens that the model has logits of
         given.check_vocabulary(vocabulary)
     given.check_responses(vocabulary)
-    keys = _keys(given, control)
+    keys = keys_of(given, control)
     for known, called in ((control, "the control set"), *((other, "the pool") for other in others)):
         if known is not None:
-            _check_disjoint(name, keys, _keys(known, control), called)
+            _check_disjoint(name, keys, keys_of(known, control), called)
     return given
 
 
@@ -80,7 +80,7 @@ def checked_every(every: Any, *, held_out: bool) -> int:
     return every
 
 
-def _keys(prompts: ControlSet, control: ControlSet) -> list[Hashable]:
+def keys_of(prompts: ControlSet, control: ControlSet) -> list[Hashable]:
     """What each prompt is told by, to be compared with those of a control set."""
     if isinstance(prompts, ControlBatches) and isinstance(control, ControlBatches):
         return [*prompts.keys(shift=control.shift)]

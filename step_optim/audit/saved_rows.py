@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step_optim.audit.draws import keys_of
 from step_optim.audit.rows import Head, Rows
-from step_optim.control.control_set import ControlBatches, ControlSet
+from step_optim.control.control_set import ControlSet
 
 
 def state_of_rows(policy: Rows, live: Head | None) -> dict[str, Any]:
@@ -92,9 +93,7 @@ def rows_of_texts(control: ControlSet, known: Iterable[tuple[ControlSet, Tensor]
 def _texts(control: ControlSet) -> list[Hashable]:
     """What each prompt with its response is known by."""
     responses = [tuple(response.tolist()) for response in control.responses]
-    if isinstance(control, ControlBatches):  # pictures are no tokens
-        return list(zip(control.keys(shift=control.shift), responses, strict=True))
-    return [(tuple(p.tolist()), response) for p, response in zip(control.prompts, responses, strict=True)]
+    return list(zip(keys_of(control, control), responses, strict=True))
 
 
 def _shapes(head: Head) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
 from step_optim.movement import Movement
-from step_optim.precision import NORMAL_95
+from step_optim.precision import ratio_interval
 from step_optim.step.fixed_reference import FixedReference
 from step_optim.step.measurable import below_noise, few_prompts
 from step_optim.step.stall import Stall
@@ -88,7 +88,7 @@ class Warned:
             ratio, error = record.generalisation.get(name, 0.0), record.generalisation.get(f"{name}_error", 0.0)
             if ratio <= CARRIES or name in self._generalisation or not math.isfinite(error):
                 continue
-            low, high = (ratio * math.exp(sign * NORMAL_95 * error) for sign in (-1, 1))
+            low, high = ratio_interval(ratio, error)
             if low <= 1:  # so few prompts say nothing
                 continue
             self._generalisation.add(name)

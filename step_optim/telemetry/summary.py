@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from step_optim.controllers.base import Action
-from step_optim.precision import NORMAL_95 as NORMAL_95
+from step_optim.precision import ratio_interval
 from step_optim.telemetry.record import StepRecord
 
 OWN = ("snapshot", "audit", "search")
@@ -152,7 +152,7 @@ class Summary:
 
 def _interval(name: str, ratio: float | None, error: float) -> dict[str, float | None]:
     """A ratio and the ends of its 95 % interval; ``error`` is the standard error of its logarithm."""
-    low, high = (None if ratio is None else ratio * math.exp(sign * NORMAL_95 * error) for sign in (-1, 1))
+    low, high = (None, None) if ratio is None else ratio_interval(ratio, error)
     return {name: ratio, f"{name}_low": low, f"{name}_high": high}
 
 
