@@ -185,6 +185,9 @@ def test_now_begins_anew() -> None:
         run.optimizer.bind(run.kl, origin="now")
         run.optimizer.bind(later, origin="now")
     assert run.steps().reference_drift.mean == reference.near(run.drift(FURTHER, start), 1e-3)
+    start = copy.deepcopy(run.model)
+    run.optimizer.bind(later, origin="now")  # it has a pi_ref by now
+    assert run.steps().reference_drift.mean == reference.near(run.drift(FURTHER, start), 1e-3)
 
 
 def test_without_a_word_a_cap_that_begins_anew_is_told_of() -> None:
