@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -66,6 +66,22 @@ class Layout:
         if isinstance(control, ControlBatches):
             return cls(control.batches[0].labels[:1, :0], tuple(_given(control)))
         return cls(control.prompts[0][None, :prefix], tuple(_batches(control, micro_batch, prefix)))
+
+
+def layouts_of(
+    control: ControlSet, prompts: Sequence[int], slices: Sequence[Sequence[int]], at_once: int
+) -> Iterator[tuple[Layout, Tensor]]:
+    """Cut some prompts into micro-batches that few slices share: each costs one backward pass a slice.
+
+    Returns:
+        A layout of each, without a prefix; and the rows of the control set that its rows are.
+    """
+    first = _first_rows(control)
+    ordered = sorted(prompts, key=lambda i: [i in members for members in slices])
+    for start in range(0, len(ordered), at_once):
+        part = ordered[start : start + at_once]
+        rows = [row for i in part for row in range(first[i], first[i + 1])]
+        yield Layout.of(control.select(part), len(part)), torch.tensor(rows, device="cpu").to(control.device)
 
 
 def micro_batch_of(control: ControlSet, wanted: int | None) -> int:

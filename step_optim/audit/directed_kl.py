@@ -224,11 +224,11 @@ class DirectedKL(ReferenceKL):
         """Evaluate prompts batch by batch, with a graph: features and their head if that is frozen, else logits."""
         head = self._head(live=True)
         trained = head is not None and any(p is not None and p.requires_grad for p in (head.weight, head.bias))
-        for rows, x in self._batches() if draw is None else self._drawn(draw):
+        for rows, x in self._drawn(draw):
             yield (rows, Rows(x, head).logits(), None) if trained else (rows, x, head)
 
-    def _drawn(self, draw: Draw) -> Iterable[tuple[Tensor, Tensor]]:
-        """`_batches` of the prompts that were drawn; rows of others may come along, and count nothing."""
+    def _drawn(self, draw: Draw | None) -> Iterable[tuple[Tensor, Tensor]]:
+        """`_batches` of the prompts that were drawn, or of all; rows of others may come along, and count nothing."""
         return self._batches()
 
     def penalty(self, prompts: int = 4) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -151,6 +152,16 @@ def read_ladder(
         left = sum(_squared_distance(moved[key], weight) for key, weight in start.items())
         readings.append((NOWHERE if now is None else kl(now, there), left))
     return Ladder(readings, largest.mean)
+
+
+def warn_of_still(weights: int, model: str, *, stacklevel: int) -> None:
+    """Warn of a model whose trained weights the control set does not reach."""
+    warnings.warn(
+        f"no movement of the {weights} weights that are trained changes what {model} says on the control set: K would "
+        "read 0 whatever training does. Train weights that the policy reads, or measure on prompts that reach them "
+        "(images, for a vision tower: ControlSet.from_batches)",
+        stacklevel=stacklevel,
+    )
 
 
 def trained_weights(parameters: Iterable[Tensor]) -> list[Tensor]:

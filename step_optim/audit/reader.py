@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from step_optim.audit.batches import Batch
 from step_optim.audit.given_models import logits_beside
 from step_optim.audit.language_models import accepted_arguments, logits_of, output_head
+from step_optim.audit.recompute import checked_recompute, checkpoints, recomputed
 from step_optim.audit.rows import Head
 from step_optim.host.modules import has_fsdp, plain, reshard
 from step_optim.host.undo import inserted
@@ -41,10 +42,15 @@ class Reading:
         model: a causal language model.
         dtype: that its weights are cast to meanwhile; None leaves them.
         state: what its modules held at first; every forward begins with that.
+        recompute: whether backward passes compute again what layers did; None
+            lets the model decide.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, state: ModuleState) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, state: ModuleState, recompute: bool | None = None
+    ) -> None:
         self.model, self.dtype, self._state = model, dtype, state
+        self._recompute = checked_recompute(plain(model), recompute)
         self.readout = "full"
         """"hidden" (plain linear head), "rows" (the model's own head on response rows) or "full"."""
         self.sharded = has_fsdp(model)
@@ -57,6 +63,15 @@ class Reading:
     def takes_past(self) -> bool:
         """Whether the model goes on from what it remembers of earlier tokens."""
         return "past_key_values" in self._arguments
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward passes compute again what layers did, as the model perhaps does while it trains."""
+        return checkpoints(plain(self.model)) if self._recompute is None else self._recompute
+
+    def recomputed(self) -> AbstractContextManager[None]:
+        """Have it so, if it is to be; both passes are inside."""
+        return recomputed(plain(self.model)) if self.recomputes else nullcontext()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, D] and bias [V] of the output head, as they are trained."""

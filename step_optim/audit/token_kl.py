@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from step_optim.audit.batches import Layout, Shard, micro_batch_of, prefix_of
-from step_optim.audit.closure import Audit, Draw, KLClosure
+from step_optim.audit import noise
+from step_optim.audit.batches import Layout, Shard, layouts_of, micro_batch_of, prefix_of
+from step_optim.audit.closure import Audit, Draw, KLClosure, Normal
 from step_optim.audit.draws import checked_apart, checked_every
 from step_optim.audit.given_models import as_read_by
 from step_optim.audit.given_ways import find_given_ways
@@ -25,9 +25,9 @@ from step_optim.audit.language_models import (
     vocab_size_of,
 )
 from step_optim.audit.logit_kl import LogitKL
-from step_optim.audit.noise import NoiseFloor, is_narrow, moved_away, narrowest, read_ladder, trained_weights
 from step_optim.audit.readable import read_checked
 from step_optim.audit.reader import Reading
+from step_optim.audit.recompute import FEWER_AT_ONCE
 from step_optim.audit.rows import Head, Rows, Scratch
 from step_optim.audit.saved_rows import rows_from_state, state_of_rows, take_origins
 from step_optim.audit.shortcuts import Ways, find_ways
@@ -73,6 +73,10 @@ class TokenKL(LogitKL):
             evaluations of the control set.
         check_parameters: refuse an optimizer with parameters that the model
             does not have. False for a value head that the policy does not read.
+        recompute: whether gradients (`Steer`'s) keep each layer's input alone,
+            a quarter of a micro-batch at once, and compute the rest again: much
+            less memory, and more time. By default if the model does so itself
+            in training (gradient checkpointing).
         shard: under torch.distributed, let every process evaluate a part of
             the control set: True for all processes, or a ProcessGroup. Every
             process is given the whole set; the KLs are put together before
@@ -92,12 +96,12 @@ class TokenKL(LogitKL):
 
     Raises:
         TypeError: ``model`` is no module; ``control``, ``pool`` or ``held_out`` is no ControlSet; ``audit_dtype`` is
-            no floating-point dtype; spans that are none.
+            no floating-point dtype; spans or ``recompute`` that are none.
         ValueError: a pool or held-out set that shares a prompt with the
             control set, or with the other; model and control set on different
             devices; token ids outside the vocabulary, or texts that are too
             long; fewer micro-batches than processes; ``every`` without
-            ``held_out``; a model that is no causal language
+            ``held_out``; ``recompute`` without layers; a model that is no causal language
             model, that does not return logits of all tokens, or whose forward
             leaves a trace that cannot be undone (see `module_state`); unmoved
             weights that do not read 0 (dropout in eval mode, say).
@@ -122,6 +126,7 @@ class TokenKL(LogitKL):
         audit_dtype: torch.dtype | None = None,
         noise_floor: bool = True,
         check_parameters: bool = True,
+        recompute: bool | None = None,
         shard: Any = False,
         spans: Mapping[str, tuple[int | None, int | None]] | None = None,
         pool: ControlSet | None = None,
@@ -149,7 +154,7 @@ class TokenKL(LogitKL):
         self.fallbacks: tuple[str, ...] = ()
         """Which of the short ways this model does not allow, and why."""
         self._micro_batch, self._shared = micro_batch, prefix_of(control, prefix)
-        self._reading = Reading(model, audit_dtype, self._state)
+        self._reading = Reading(model, audit_dtype, self._state, recompute)
         self._layout = Layout.of(self.control, micro_batch)
         self._measured(self._first_forward)
         own = {id(module) for module in model.modules()}
@@ -180,16 +185,18 @@ class TokenKL(LogitKL):
     def _spans_of(self, control: ControlSet) -> dict[str, Span]:
         return find_spans(self._positions, control.response_lengths, control.device)
 
-    def _drawn(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
-        """Evaluate what was drawn, in micro-batches that few slices share: each costs one backward pass a slice."""
-        prompts, slices = list(draw.prompts), list(self.members.values())
-        prompts.sort(key=lambda i: [i in members for members in slices])
-        first = torch.cumsum(torch.bincount(self._prompt_of_row), 0).tolist()
-        rows_of = {i: range(first[i - 1] if i else 0, first[i]) for i in prompts}
-        for start in range(0, len(prompts), self._at_once):
-            part = prompts[start : start + self._at_once]
-            layout = Layout.of(self.control.select(part), len(part))
-            own = torch.tensor([row for i in part for row in rows_of[i]], device=self._prompt_of_row.device)
+    def _normals(self, *args: Any) -> list[Normal]:
+        with self._reading.recomputed():
+            return super()._normals(*args)
+
+    def _drawn(self, draw: Draw | None) -> Iterator[tuple[Tensor, Tensor]]:
+        fewer = self._reading.recomputes and torch.is_grad_enabled()
+        if draw is None and not fewer:
+            yield from self._batches()
+            return
+        prompts = range(self.prompts) if draw is None else draw.prompts  # without a prefix, whose cache layers write to
+        at_once = max(1, self._at_once // FEWER_AT_ONCE) if fewer else self._at_once
+        for layout, own in layouts_of(self.control, prompts, list(self.members.values()), at_once):
             for rows, x in self._batches(layout=layout):
                 yield own[rows], x
 
@@ -227,7 +234,7 @@ class TokenKL(LogitKL):
     def _find_ways(self) -> None:
         """Find the shortest way to read the model that agrees with its own logits, wherever training may lead it."""
         self._modules = self._structure()
-        moved = {} if self._reading.sharded else moved_away(self._moving)
+        moved = {} if self._reading.sharded else noise.moved_away(self._moving)
         self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
         ways = self._measured(lambda: self._ways(moved))
         self._layout, self._at_once, self.fallbacks = ways.layout, ways.at_once, ways.fallbacks
@@ -244,7 +251,7 @@ class TokenKL(LogitKL):
     @property
     def _moving(self) -> list[Tensor]:
         """What training will move, but for weights that forwards write: a stand-in would be written over and over."""
-        return trained_weights(p for p in self.model.parameters() if not self._state.writes(p))
+        return noise.trained_weights(p for p in self.model.parameters() if not self._state.writes(p))
 
     def _structure(self) -> list[int]:
         """What the comparison of ways holds for: modules, and what is trained."""
@@ -261,7 +268,7 @@ class TokenKL(LogitKL):
         for part in self._parts:
             part._detach_origin()
 
-    def _measure_noise(self) -> NoiseFloor | None:
+    def _measure_noise(self) -> noise.NoiseFloor | None:
         here = self._policy()
         (still,) = self._movements(self._policy(), here)
         if still.mean != 0:
@@ -277,27 +284,22 @@ class TokenKL(LogitKL):
         def moved(now: Rows, before: Rows) -> Movement:
             return self._movements(now, before)[0]
 
-        ladder = read_ladder(weights, self._policy, moved, here, self._reading.dtype)
+        ladder = noise.read_ladder(weights, self._policy, moved, here, self._reading.dtype)
         if ladder.is_still:
-            warnings.warn(
-                f"no movement of the {len(weights)} weights that are trained changes what {type(self.model).__name__} "
-                "says on the control set: K would read 0 whatever training does. Train weights that the policy reads, "
-                "or measure on prompts that reach them (images, for a vision tower: ControlSet.from_batches)",
-                stacklevel=4,
-            )
+            noise.warn_of_still(len(weights), type(self.model).__name__, stacklevel=5)
         return ladder.floor(self._computed_in(here))
 
     def _computed_in(self, policy: Rows) -> torch.dtype:
         """The narrowest dtype of an audit, as far as weights and rows tell."""
         own = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
-        return narrowest([policy.x.dtype, *([self._reading.dtype] if self._reading.dtype else own)])
+        return noise.narrowest([policy.x.dtype, *([self._reading.dtype] if self._reading.dtype else own)])
 
     @property
     def noise_remedy(self) -> str:
         """An audit in float32, if this one is in narrower numbers by its own choice or the model's."""
         chosen = self._reading.dtype
-        narrow = self.noise_floor is not None and is_narrow(self.noise_floor.dtype)
-        helps = narrow and (chosen is None or is_narrow(chosen)) and not self._reading.sharded
+        narrow = self.noise_floor is not None and noise.is_narrow(self.noise_floor.dtype)
+        helps = narrow and (chosen is None or noise.is_narrow(chosen)) and not self._reading.sharded
         return "audit in float32: TokenKL(..., audit_dtype=torch.float32)" if helps else ""
 
     def describe(self) -> dict[str, Any]:

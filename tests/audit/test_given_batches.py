@@ -92,10 +92,11 @@ def test_labels_never_reach_the_model(name) -> None:
     assert len(calls) == len(KINDS[name].batches())
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["t5", "whisper", "bert", "tagger", "llava", "gemma2"])
-def test_gradients_equal_autograd_in_float64(name) -> None:
+def test_gradients_equal_autograd_in_float64(name, recompute) -> None:
     """Of the mean, a slice, and the drift of a slice; through every readout."""
-    kind, (model, kl) = KINDS[name], measured(name, noise_floor=False)
+    kind, (model, kl) = KINDS[name], measured(name, noise_floor=False, recompute=recompute)
     origin = log_probs(model, kind)
     nudge(model, 0.2, seed=3)
     kl.anchor()

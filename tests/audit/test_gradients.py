@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from step_optim import ControlSet, PolicyKL, TokenKL
 from step_optim.audit.draws import drawn
+from step_optim.audit.recompute import layers_of
 from tests.audit.test_token_kl import MODELS, build
 from tests.models import VOCAB, nudge, ragged_control, tiny_llama
 
@@ -60,11 +61,13 @@ def trained_names(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_gradients_equal_the_oracle(name) -> None:
+def test_gradients_equal_the_oracle(name, recompute) -> None:
     """Every readout, head, and constraint: values and gradients to 1e-4, from pi_ref and from theta_t."""
     model, control = build(name), ragged_control()
-    kl = TokenKL(model, control, noise_floor=False, micro_batch=2)
+    recompute = recompute and any(layers_of(model))
+    kl = TokenKL(model, control, noise_floor=False, micro_batch=2, recompute=recompute)
     kl.anchor()
     origin = policy(model, control)
     nudge(model, 0.4, seed=3)
@@ -96,8 +99,9 @@ def test_one_slice_alone() -> None:
     assert relative(normal.gradient, wanted) <= 1e-4
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_draws_from_a_pool(micro_batch) -> None:
+def test_draws_from_a_pool(micro_batch, recompute) -> None:
     """The prompts that were drawn, in any batches and slices; theta_t's policy is read when they are drawn."""
     model, control = build("lora"), ragged_control()
     pool = ControlSet.from_ids(
@@ -105,7 +109,7 @@ def test_draws_from_a_pool(micro_batch) -> None:
         [[20], [21, 22], [23, 24, 25], [26, 27], [28, 29, 30, 31]],
         {"early": [0, 1], "late": [2, 3]},
     )
-    kl = TokenKL(model, control, noise_floor=False, micro_batch=micro_batch, pool=pool)
+    kl = TokenKL(model, control, noise_floor=False, micro_batch=micro_batch, pool=pool, recompute=recompute)
     kl.anchor()
     origin = policy(model, pool)
     nudge(model, 0.4, seed=3)

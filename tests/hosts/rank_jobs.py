@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL
 from step_optim.host import watchdog
 from step_optim.host.ranks import Ranks
 from step_optim.step import step as step_module
-from tests.hosts.rank_training import INF, Training, local, story
+from tests.hosts.rank_training import INF, Training, control_set, local, story
+from tests.models import tiny_llama
 from tests.strategies import Policy
 
 
@@ -246,6 +248,25 @@ def gradients_aside() -> bool:
     assert all(p.grad is gradient for p, gradient in zip(run.plain.parameters(), own, strict=True))
     assert not any(group.reduce_grads for group in run.plain._get_fsdp_state()._fsdp_param_groups)
     return run.picture() == before
+
+
+def gradient_of_layers(recompute: bool) -> tuple[list[float], int]:
+    """Differentiate the drift of a Llama in pieces, layer by layer; how often layers were run for it."""
+    model, calls = tiny_llama(layers=2), []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+        fully_shard(layer)
+    fully_shard(model)
+    kl = TokenKL(model, control_set(), noise_floor=False, micro_batch=4, recompute=recompute)
+    kl.anchor()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.sign(p))
+    calls.clear()
+    (normal,) = kl.gradients(["drift"], list(model.parameters()))
+    total = torch.tensor([float(g.double().square().sum()) for g in normal.gradient])
+    dist.all_reduce(total)
+    return [normal.value, *total.tolist()], len(calls)
 
 
 def windowed(kind: str, budget: float) -> dict[str, Any]:

@@ -182,6 +182,13 @@ def test_gradients_of_pieces_leave_the_loops_own():
     assert same(on_ranks(jobs.gradients_aside, 2)) is True
 
 
+def test_gradients_of_pieces_may_compute_layers_again():
+    """Under FSDP2 too they are what they are without."""
+    (plain, _), (again, calls) = (same(on_ranks(jobs.gradient_of_layers, 2, recompute=r)) for r in (False, True))
+    assert again == pytest.approx(plain, rel=1e-5)
+    assert calls == 2 * (8 + 8)  # forward and backward of both layers, of each of eight prompts alone
+
+
 def test_steer_is_refused_where_weights_and_control_set_are_in_pieces():
     """The error says what to use."""
     assert "shard=False" in same(on_ranks(jobs.refused, 2, kind="fsdp", shard=True, controller="Steer"))
