@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from step_optim.audit.closed_forms import log_probabilities
 from step_optim.audit.closure import Draw, Normal
 from step_optim.audit.distributions import Kept, same_constants
 from step_optim.audit.draws import checked_every
 from step_optim.audit.logit_kl import LogitKL
 from step_optim.audit.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
 from step_optim.audit.parameters import tensors_of
-from step_optim.audit.policy_output import Output, same_mask
+from step_optim.audit.policy_output import Output, same_mask, with_rows
 from step_optim.audit.reference_kl import Incomparable
 from step_optim.audit.rows import Rows
 from step_optim.control.control_set import checked_slices
@@ -348,7 +347,7 @@ class PolicyKL(LogitKL):
             output = self._evaluate()
             now = self._kept(output)
         wanted = {"x": now.x} if isinstance(now, Rows) else now.tensors
-        saved = {"x": state["x"]} if "x" in state else _with_rows(state["tensors"], output)
+        saved = {"x": state["x"]} if "x" in state else with_rows(state["tensors"], output)
         if any(name not in saved or saved[name].shape != tensor.shape for name, tensor in wanted.items()):
             raise ValueError(
                 f"the checkpoint's pi_ref does not have the shape of this policy over {self.prompts} observations; "
@@ -366,17 +365,6 @@ class PolicyKL(LogitKL):
     def __repr__(self) -> str:
         kind = "logits" if self.has_logits else "distribution"
         return f"PolicyKL({self.prompts} observations, {kind}, slices={list(self.members)})"
-
-
-def _with_rows(saved: Mapping[str, Tensor], output: Output) -> dict[str, Tensor]:
-    """Tensors of a checkpoint; of older ones, that kept a categorical distribution as it was, rows are made."""
-    found = dict(saved)
-    if output.leaf is not None and output.leaf.is_categorical:
-        ((name, given),) = output.leaf.odds.items()
-        if name in found and found[name].shape == given.shape:
-            logits = log_probabilities(found[name]) if name.endswith("probs") else found[name]
-            found["x"] = logits.reshape(-1, given.shape[-1])
-    return found
 
 
 def _warn_of_rest(weights: Sequence[Tensor]) -> None:

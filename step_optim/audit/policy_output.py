@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from step_optim.audit.closed_forms import log_probabilities
 from step_optim.audit.distributions import Kept, Leaf, find_leaf
 from step_optim.audit.rows import Rows
 from step_optim.control.listing import shown
@@ -154,3 +156,14 @@ def _checked_logits(out: Tensor, *, several: bool) -> Tensor:
         "action, whose KLs add up, return Independent(Categorical(logits=z), 1), or give PolicyKL(..., "
         "reduction='sum'); for texts of several tokens, [observations, tokens, actions], reduction='mean'"
     )
+
+
+def with_rows(saved: Mapping[str, Tensor], output: Output) -> dict[str, Tensor]:
+    """Tensors of a checkpoint; of older ones, that kept a categorical distribution as it was, rows are made."""
+    found = dict(saved)
+    if output.leaf is not None and output.leaf.is_categorical:
+        ((name, given),) = output.leaf.odds.items()
+        if name in found and found[name].shape == given.shape:
+            logits = log_probabilities(found[name]) if name.endswith("probs") else found[name]
+            found["x"] = logits.reshape(-1, given.shape[-1])
+    return found
