@@ -210,15 +210,19 @@ class DirectedKL(ReferenceKL):
         self, kind: str, counts: Tensor, policy: Any, parameters: Sequence[Tensor], draw: Draw | None
     ) -> Normal:
         """One constraint under FSDP2, which reduces the gradients of one backward pass for each forward."""
-        total = 0.0
         (model,) = self.modules()
         quiet = isolated([model], grad=True, watch=self._watch, state=self._state)
         with quiet, set_aside(model, parameters):
-            for rows, x, head in self._graded(draw):  # in every process as often: they wait for each other
-                kls, (begin,) = self._row_gradients(Rows(x.detach(), head), [policy[rows]])
-                total += float((kls[0] * counts[rows]).sum())
-                torch.autograd.backward(x, (begin * counts[rows, None].to(begin.dtype)).to(x.dtype))
-            return Normal(total, shards(parameters))
+            return Normal(self._backward(counts, policy, draw), shards(parameters))
+
+    def _backward(self, counts: Tensor, policy: Any, draw: Draw | None) -> float:
+        """Add the gradient of a constraint to `.grad`, and return its value."""
+        total = 0.0
+        for rows, x, head in self._graded(draw):  # in every process as often: they wait for each other
+            kls, (begin,) = self._row_gradients(Rows(x.detach(), head), [policy[rows]])
+            total += float((kls[0] * counts[rows]).sum())
+            torch.autograd.backward(x, (begin * counts[rows, None].to(begin.dtype)).to(x.dtype))
+        return total
 
     def _graded(self, draw: Draw | None) -> Iterator[tuple[Tensor, Tensor, Head | None]]:
         """Evaluate prompts batch by batch, with a graph: features and their head if that is frozen, else logits."""

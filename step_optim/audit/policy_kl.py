@@ -53,7 +53,8 @@ class PolicyKL(LogitKL):
         slices: observation indices, or a boolean mask [N], by slice name; or
             one label per observation.
         model: the module behind ``fn``. Needed only if ``fn`` calls its
-            methods rather than ``model(...)`` and it has dropout or BatchNorm.
+            methods rather than ``model(...)`` and it has dropout or BatchNorm;
+            and under FSDP2, if steps are steered.
         reduction: what becomes of the batch dimensions behind the first: their
             KLs are factors of one action and add up, ``"sum"``; or they are
             tokens of one text, and their ``"mean"`` is taken. Dimensions inside
@@ -133,6 +134,11 @@ class PolicyKL(LogitKL):
             self.pool = self._elsewhere("pool", pool)
         if held_out is not None:
             self.held_out = self._elsewhere("held_out", held_out)
+
+    @property
+    def reduces_gradients(self) -> bool:  # type: ignore[override]
+        """Whether FSDP2 shards the ``model`` that was given."""
+        return self._model is not None and has_fsdp(self._model)
 
     @property
     def has_gradients(self) -> bool:  # type: ignore[override]
@@ -239,10 +245,17 @@ class PolicyKL(LogitKL):
         parameters: Sequence[Tensor],
         draw: Draw | None,
     ) -> list[Normal]:
-        if self.has_logits:
+        if self.has_logits or self.reduces_gradients:
             return super()._normals(wanted, policies, parameters, draw)
         with isolated(self.modules(), grad=True, watch=self._watch, state=self._state):
             return [Normal.of(self._live_kl(policies[kind], counts), parameters) for kind, counts in wanted]
+
+    def _backward(self, counts: Tensor, policy: Any, draw: Draw | None) -> float:
+        if self.has_logits:
+            return super()._backward(counts, policy, draw)
+        value = self._live_kl(policy, counts)
+        torch.autograd.backward(value)
+        return float(value.detach())
 
     def _live_kl(self, reference: Any, counts: Tensor) -> Tensor:
         """A weighted sum of the observations' KLs from a reference, with a graph; the policy is no categorical one."""

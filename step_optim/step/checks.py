@@ -118,7 +118,7 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
     if _split(optimizer) and not kl.reduces_gradients:
         raise ValueError(
             f"{controller!r}: FSDP2 has split the weights, and {kl!r} has no gradients then; use TokenKL with "
-            "shard=False, Interpolate(), or DistributedDataParallel"
+            "shard=False, PolicyKL(..., model=), Interpolate(), or DistributedDataParallel"
         )
     if controller.pull:
         _check_pull(controller, optimizer, budget)

@@ -14,11 +14,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributions import Normal
 from torch.nn.parallel import DistributedDataParallel
 
-from step_optim import Budget, PolicyKL, STEPOptimizer, TokenKL
+from step_optim import Budget, PolicyKL, Steer, STEPOptimizer, TokenKL
 from step_optim.host import watchdog
 from step_optim.host.ranks import Ranks
 from step_optim.step import step as step_module
@@ -267,6 +269,31 @@ def gradient_of_layers(recompute: bool) -> tuple[list[float], int]:
     total = torch.tensor([float(g.double().square().sum()) for g in normal.gradient])
     dist.all_reduce(total)
     return [normal.value, *total.tolist()], len(calls)
+
+
+def policy_in_pieces(kind: str, output: str) -> dict[str, Any]:
+    """Steer a policy of logits, or of a normal distribution, whose weights FSDP2 has split or DDP copied."""
+    torch.manual_seed(0)
+    plain: nn.Module = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
+    if kind == "fsdp":
+        fully_shard(plain)
+    model = DistributedDataParallel(plain) if kind == "ddp" else plain
+    observations, others, batch = torch.randn(3, 6, 5)
+
+    def policy(x: torch.Tensor) -> Any:
+        return model(x) if output == "logits" else Normal(model(x), 1.0)
+
+    kl = PolicyKL(lambda: policy(observations), model=model, pool=lambda: policy(others), reduction="sum")
+    inner = torch.optim.AdamW(model.parameters(), lr=0.05)
+    optimizer = STEPOptimizer(inner, kl, budget=Budget(drift=1e-2), controller=Steer())
+    actions = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        (model(batch) - 3).square().mean().backward()
+        optimizer.step()
+        actions.append(str(optimizer.last.action))
+    with torch.no_grad():
+        return {"values": model(batch).flatten().tolist(), "actions": actions}
 
 
 def windowed(kind: str, budget: float) -> dict[str, Any]:

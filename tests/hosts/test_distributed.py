@@ -189,6 +189,16 @@ def test_gradients_of_pieces_may_compute_layers_again():
     assert calls == 2 * (8 + 8)  # forward and backward of both layers, of each of eight prompts alone
 
 
+@pytest.mark.parametrize("output", ["logits", "normal"])
+def test_steer_works_on_policies_in_pieces(output):
+    """A PolicyKL that knows its model; it ends where one process ends."""
+    parts = same(on_ranks(jobs.policy_in_pieces, 2, kind="fsdp", output=output))
+    alone = same(on_ranks(jobs.policy_in_pieces, 1, kind="plain", output=output))
+    assert "steer" in parts["actions"]
+    assert parts["actions"] == alone["actions"]
+    assert parts["values"] == pytest.approx(alone["values"], rel=1e-3, abs=1e-4)
+
+
 def test_steer_is_refused_where_weights_and_control_set_are_in_pieces():
     """The error says what to use."""
     assert "shard=False" in same(on_ranks(jobs.refused, 2, kind="fsdp", shard=True, controller="Steer"))
