@@ -1,9 +1,9 @@
-"""How many prompts does a budget need, and what does a nat per token look like? Figures from one real run.
+"""How many prompts does a budget need, and what does a nat per token look like? Figures from real runs.
 
-The 135M model of the demo learns a task without any budget, and every step is audited on all prompts of the standard
-control set (its parts control and held out). From the KLs of these prompts follows what smaller control sets would have
-read, and how often confidence bounds are above the mean of all. On the way the model answers a few prompts, so that one
-can read what a drift of so many nats per token is.
+The 135M model of the demo learns a task, three times. Once without any budget, every step audited on 160 prompts of the
+standard control set: from their KLs follows what smaller control sets would have read, and how often confidence bounds
+are above the mean of all. Once without any budget at a higher rate: on the way it answers a few prompts, so that one
+can read what a drift of so many nats per token is. And once under a budget that chooses itself.
 
     python examples/choosing.py                # choosing.md and choosing.png: half an hour on one core; resumable
     python examples/choosing.py --smoke        # tiny random weights, in seconds: does it run?
@@ -16,7 +16,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,50 +35,96 @@ SAMPLES = 2000
 CONFIDENCE = 0.95
 ASKED = ("Tell me something about the sea.", "How do I sleep better?")
 """Prompts that are answered on the way."""
-AT = (0.0, 0.02, 0.1, 0.5, 2.0)
+AT = (0.02, 0.1, 0.3, 1.0, 2.0)
 """Drifts [nats per token] at which they are; the first step beyond each."""
+WARMUP, TRIGGER_RATE = 20, 0.1
+"""Of the budget that chooses itself."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One of the three runs."""
+
+    name: str
+    size: int
+    """Prompts of the control set; and of the held-out set, if those are audited too."""
+    held_out: bool
+    rate: float
+    steps: int
+    tokens: int = 16
+    """Of a response."""
+    automatic: bool = False
+    """Whether its budget chooses itself; there is none otherwise."""
+
+    @property
+    def file(self) -> str:
+        """Where it is kept when it is finished."""
+        return f"{self.name}-{self.size}-{self.rate:g}-{self.steps}.json"
+
+
+REAL = (
+    Plan("measured", 80, held_out=True, rate=3e-3, steps=12),
+    Plan("told", 16, held_out=False, rate=1e-2, steps=20),
+    Plan("automatic", 40, held_out=False, rate=1e-3, steps=60, automatic=True),
+)
+SMOKE = (
+    Plan("measured", 8, held_out=True, rate=3e-3, steps=2, tokens=4),
+    Plan("told", 8, held_out=False, rate=1e-2, steps=2, tokens=4),
+    Plan("automatic", 8, held_out=False, rate=1e-3, steps=WARMUP + 2, tokens=4, automatic=True),
+)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One step, on every prompt."""
+    """One step."""
 
     movement: list[float]
-    """KL of each prompt from the step before [nats per token]."""
+    """KL of each prompt between the weights before and after what the inner optimizer proposed [nats per token]."""
     drift: list[float]
     """KL of each prompt from the model before training."""
-    answers: list[str] | None
+    answers: list[str] | None = None
     """What the model says to `ASKED`, greedily; None if it was not asked."""
+    over: bool = False
+    """Whether the proposal was over budget."""
+    budgets: dict[str, float] | None = None
+    """Budgets that chose themselves, from the step that fixed them on."""
 
 
-def train(model: Any, tokenizer: Any, *, size: int, steps: int, tokens: int) -> list[Seen]:
-    """Learn without a budget, and look at every step."""
-    parts = [
-        ControlSet.standard(model, tokenizer, size=size, part=part, max_new_tokens=tokens, progress=True)
-        for part in ("control", "held_out")
-    ]
-    every = parts[0] + parts[1]
-    seen, asked = [], list(AT)
+def train(model: Any, tokenizer: Any, plan: Plan) -> list[Seen]:
+    """Learn, and look at every step."""
+    every = standard(model, tokenizer, plan, "control")
+    if plan.held_out:
+        every += standard(model, tokenizer, plan, "held_out")
     with Chat(model, tokenizer, Sets(every, every, every)).lesson("person", seed=0) as lesson:
-        seen.append(Seen([0.0] * len(every), [0.0] * len(every), answers(lesson.model, tokenizer, tokens)))
-        asked.pop(0)
-        kl = TokenKL(lesson.model, every, noise_floor=False)
+        seen = [Seen([0.0] * len(every), [0.0] * len(every), answers(lesson.model, tokenizer, plan.tokens))]
+        asked = list(AT)
         trained = [p for p in lesson.model.parameters() if p.requires_grad]
-        inner = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.0)
-        optimizer, rng = STEPOptimizer(inner, kl=kl, budget=Budget(mean=math.inf)), random.Random(0)
-        for step in range(steps):
+        optimizer = STEPOptimizer(
+            torch.optim.AdamW(trained, lr=plan.rate, weight_decay=0.0),
+            kl=TokenKL(lesson.model, every, noise_floor=False),
+            budget=Budget.auto(WARMUP, TRIGGER_RATE) if plan.automatic else Budget(mean=math.inf),
+        )
+        rng = random.Random(0)
+        for step in range(plan.steps):
             lesson.model.train()
             loss(lesson.model, lesson.draw(rng)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            drift, moved = optimizer.last.reference_drift, optimizer.last.accepted
-            told = None
-            while asked and drift.mean >= asked[0]:
+            last, told = optimizer.last, None
+            while asked and last.reference_drift.mean >= asked[0]:
                 asked.pop(0)
-                told = answers(lesson.model, tokenizer, tokens)
-            seen.append(Seen(list(moved.prompts), list(drift.prompts), told))
-            print(f"step {step + 1}/{steps}: movement {moved.mean:.4f}, drift {drift.mean:.4f}", flush=True)
+                told = answers(lesson.model, tokenizer, plan.tokens)
+            fixed = dict(optimizer.budget.fixed) if plan.automatic else None
+            moved, drift = list(last.candidate.prompts), list(last.reference_drift.prompts)
+            seen.append(Seen(moved, drift, told, last.triggered, fixed))
+            figures = f"movement {last.candidate.mean:.4f}, drift {last.reference_drift.mean:.4f}"
+            print(f"{plan.name}: step {step + 1}/{plan.steps}: {figures}", flush=True)
     return seen
+
+
+def standard(model: Any, tokenizer: Any, plan: Plan, part: str) -> ControlSet:
+    """The standard prompts of one part, answered by the model."""
+    return ControlSet.standard(model, tokenizer, plan.size, part=part, max_new_tokens=plan.tokens, progress=True)
 
 
 def answers(model: Any, tokenizer: Any, tokens: int) -> list[str]:
@@ -129,31 +175,62 @@ def rows(kls: Sequence[float], sizes: Sequence[int], samples: int = SAMPLES) -> 
     return found
 
 
-def report(seen: Sequence[Seen], sizes: Sequence[int]) -> str:
-    """Tables, and what the model said."""
+def report(runs: Mapping[Plan, Sequence[Seen]], sizes: Sequence[int]) -> str:
+    """Tables, what the model said, and the budgets that chose themselves."""
+    (measured, seen), (told, answered), (automatic, chosen) = runs.items()
     last = seen[-1]
     prompts = len(last.drift)
-    told = (
-        f"{prompts} prompts of the standard control set, {len(seen) - 1} steps of AdamW (LoRA, rate 3e-3, task person)"
-    )
-    lines = [f"{told} without a budget; `python examples/choosing.py`."]
+    shown = f"{prompts} prompts of the standard control set, {measured.steps} steps at a rate of {measured.rate:g}"
+    lines = [
+        "All of this: `python examples/choosing.py`; AdamW, LoRA, task person.",
+        "",
+        "## How many prompts",
+        "",
+        f"{shown} without a budget.",
+    ]
     for name, kls in (("The movement of the last step", last.movement), ("The drift after it", last.drift)):
         spread = float(torch.tensor(kls).std() / torch.tensor(kls).mean())
         mean = f"{sum(kls) / prompts:.4f} nats per token"
         lines += ["", f"**{name}**: mean {mean}, standard deviation over prompts {spread:.2f} of it.", "", HEAD, RULE]
         lines += [row.line for row in rows(kls, sizes)]
+    way = f"Greedy answers on the way, {told.steps} steps at a rate of {told.rate:g} without a budget"
     lines += [
         "",
-        "**What it says**, greedily, on the way:",
+        "## What a nat per token looks like",
+        "",
+        f"{way}; drift on {told.size} other prompts [nats per token].",
         "",
         f"| drift | {' | '.join(ASKED)} |",
         "| --- | --- | --- |",
     ]
-    for each in seen:
+    for each in answered:
         if each.answers is not None:
             mean = sum(each.drift) / len(each.drift)
             lines.append(f"| {mean:.3f} | " + " | ".join(text.replace("|", "/") for text in each.answers) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *self_chosen(automatic, chosen)]) + "\n"
+
+
+def self_chosen(plan: Plan, seen: Sequence[Seen]) -> list[str]:
+    """What came out of a warm-up, and how many of the steps after it were over these budgets."""
+    after = seen[1 + WARMUP :]
+    fixed = seen[-1].budgets or {}
+    during, later = (
+        " to ".join(f"{f(sum(s.movement) / len(s.movement) for s in part):.4f}" for f in (min, max))
+        for part in (seen[1 + WARMUP // 4 : 1 + WARMUP], after)
+    )
+    over = sum(step.over for step in after)
+    run = f"`Budget.auto(warmup={WARMUP}, trigger_rate={TRIGGER_RATE})`, {plan.steps} steps at a rate of {plan.rate:g}"
+    movement = f"{during} in the warm-up, whose first quarter is left out, and {later} after it"
+    return [
+        "## A budget that chooses itself",
+        "",
+        f"{run}, {plan.size} prompts. Movement of a step [nats per token]: {movement}.",
+        f"Over one of the budgets: {over} of {len(after)} steps.",
+        "",
+        "| budget | nats per token |",
+        "| --- | --- |",
+        *(f"| {name} | {value:.4f} |" for name, value in fixed.items()),
+    ]
 
 
 def draw(seen: Sequence[Seen], sizes: Sequence[int], path: Path) -> None:
@@ -183,33 +260,31 @@ def draw(seen: Sequence[Seen], sizes: Sequence[int], path: Path) -> None:
 
 
 def main() -> int:
-    """Train once, then report; return the exit code."""
+    """Train three times, then report; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model")
-    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=Path, default=Path("runs") / "choosing", help="where the finished run is")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "choosing", help="where finished runs are")
     parser.add_argument("--out", type=Path, help="folder of table and picture (default: examples; smoke: --runs)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.runs.mkdir(parents=True, exist_ok=True)
-    file = args.runs / ("smoke.json" if args.smoke else f"{args.steps}.json")
-    if not file.exists():
-        try:
-            model, tokenizer = tiny.load() if args.smoke else load(find(DEFAULT_MODEL))[:2]
-        except ModelNotFound as error:
-            print(error, file=sys.stderr)
-            return 2
-        options = (
-            {"size": 8, "steps": 2, "tokens": 4} if args.smoke else {"size": 80, "steps": args.steps, "tokens": 16}
-        )
-        seen = train(model, tokenizer, **options)
-        file.write_text(json.dumps([asdict(each) for each in seen]), encoding="utf-8")
-    seen = [Seen(**each) for each in json.loads(file.read_text(encoding="utf-8"))]
+    plans, runs = SMOKE if args.smoke else REAL, dict[Plan, list[Seen]]()
+    for plan in plans:
+        file = args.runs / plan.file
+        if not file.exists():
+            try:
+                model, tokenizer = tiny.load() if args.smoke else load(find(DEFAULT_MODEL))[:2]
+            except ModelNotFound as error:
+                print(error, file=sys.stderr)
+                return 2
+            file.write_text(json.dumps([asdict(each) for each in train(model, tokenizer, plan)]), encoding="utf-8")
+        runs[plan] = [Seen(**each) for each in json.loads(file.read_text(encoding="utf-8"))]
     out, sizes = args.out or (args.runs if args.smoke else HERE), SIZES[:2] if args.smoke else SIZES
-    (out / "choosing.md").write_text(report(seen, sizes), encoding="utf-8")
-    draw(seen, sizes, out / "choosing.png")
-    print(report(seen, sizes))
+    text = report(runs, sizes)
+    (out / "choosing.md").write_text(text, encoding="utf-8")
+    draw(runs[plans[0]], sizes, out / "choosing.png")
+    print(text)
     return 0
 
 
