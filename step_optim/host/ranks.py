@@ -70,6 +70,15 @@ class Ranks:
         """Begin a new step: an earlier failure is over."""
         self._failed = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether all processes know of a failure with which this step cannot go on."""
+        return self._failed is not None
+
+    def recover(self) -> None:
+        """Go on all the same: nothing that is decided has to do with the failure that all processes know of."""
+        self._failed = None
+
     def _members(self) -> Any:
         """The group of all members, whatever its backend; None if there are no others."""
         if self._given is None or not dist.is_available() or not dist.is_initialized():

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from step_optim.audit.closure import KLClosure
-from step_optim.host.ranks import Ranks
+from step_optim.host.ranks import PeerFailed, Ranks
 from step_optim.movement import Movement
 from step_optim.precision import widened
 from step_optim.snapshot.snapshot import Snapshot
@@ -42,9 +42,12 @@ class HeldOut:
         """Audit the weights that stand, and add what it says to the record."""
         if self._kl is None or not self._due:
             return record
+        measured = record
         if self._error is None:
             with self._noting_errors():
-                return self._measured(self._kl, record)
+                measured = self._measured(self._kl, record)
+        if self._error is None:
+            return measured
         return replace(record, error=record.error or f"held-out audit: {self._error}", success=False)
 
     def _measured(self, kl: KLClosure, record: StepRecord) -> StepRecord:
@@ -57,11 +60,15 @@ class HeldOut:
     @contextmanager
     def _noting_errors(self) -> Iterator[None]:
         """Held-out prompts decide nothing: where errors of audits are no reason to stop, theirs are not either."""
+        over = self._ranks.failed
         try:
             yield
+            self._ranks.exchange(None)  # all have come so far
         except Exception as error:
-            if self._raises or self._ranks.size > 1:  # several processes have to do the same: all of them reject
+            if self._raises or over or (isinstance(error, PeerFailed) and error.fatal):
                 raise
+            self._ranks.announce_failure(error, fatal=False)
+            self._ranks.recover()
             self._error = f"{type(error).__name__}: {error}"
 
 

@@ -24,7 +24,7 @@ from step_optim import Budget, PolicyKL, Steer, STEPOptimizer, TokenKL
 from step_optim.host import watchdog
 from step_optim.host.ranks import Ranks
 from step_optim.step import step as step_module
-from tests.hosts.rank_training import INF, Training, control_set, local, story
+from tests.hosts.rank_training import INF, Training, control_set, local, pool, story
 from tests.models import tiny_llama
 from tests.strategies import Policy
 
@@ -294,6 +294,32 @@ def policy_in_pieces(kind: str, output: str) -> dict[str, Any]:
         actions.append(str(optimizer.last.action))
     with torch.no_grad():
         return {"values": model(batch).flatten().tolist(), "actions": actions}
+
+
+def held_out_failing(kind: str, where: str, fails: bool) -> dict[str, Any]:
+    """Train four steps with held-out audits; in the third one rank's fails, before or after its forward."""
+    now = -1
+
+    def measured(kl: TokenKL) -> TokenKL:
+        kl.held_out, kl.every = kl._on(pool()), 1
+        method = getattr(kl.held_out, where)
+
+        def guarded() -> Any:
+            if fails and now == 2 and dist.get_rank() == 1:
+                raise RuntimeError("as planned")
+            return method()
+
+        setattr(kl.held_out, where, guarded)
+        return kl
+
+    run = Training(kind, budget=INF, own=True, measure=measured, on_error="reject")
+    records = []
+    for now in range(4):
+        run.step(now)
+        last = run.optimizer.last
+        told = (str(last.action), last.held_out is not None, last.error or "")
+        records.append((*told, last.success, last.accepted.mean))
+    return {"records": records, "weights": run.weights()}
 
 
 def windowed(kind: str, budget: float) -> dict[str, Any]:

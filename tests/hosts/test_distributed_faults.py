@@ -128,3 +128,21 @@ def test_the_harness_tells_what_was_raised():
     assert on_ranks(idle, 2) == [0, 1]
     with pytest.raises(RuntimeError, match=r"(?s)rank 0:.*rank 1:.*TypeError"):
         on_ranks(idle, 2, unknown=1)
+
+
+@pytest.mark.parametrize("where", ["anchor", "audit_with_drift"])
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp"])
+def test_a_held_out_audit_that_fails_on_one_rank_decides_nothing(kind, where):
+    """All of them record it, and go on as if there were no held-out prompts in that step."""
+    broken = on_ranks(jobs.held_out_failing, 2, kind=kind, where=where, fails=True)
+    sound = on_ranks(jobs.held_out_failing, 2, kind=kind, where=where, fails=False)
+    assert [each["weights"] for each in broken] == [each["weights"] for each in sound]
+    for rank, (found, wanted) in enumerate(zip(broken, sound, strict=True)):
+        *first, third, fourth = found["records"]
+        assert [*first, fourth] == [*wanted["records"][:2], wanted["records"][3]]
+        action, measured, error, success, moved = third
+        assert (action, measured, success) == ("commit", False, False)
+        assert error.startswith(
+            "held-out audit: " + ("RuntimeError" if rank == 1 else "PeerFailed: rank 1: RuntimeError")
+        )
+        assert moved == wanted["records"][2][-1]
