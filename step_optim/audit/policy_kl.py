@@ -154,6 +154,11 @@ class PolicyKL(LogitKL):
         if not isinstance(other, PolicyKL):
             if not callable(other):
                 raise TypeError(f"{name}={other!r:.60} is neither a function like fn nor a PolicyKL of one")
+            if self._mask is not None:
+                raise ValueError(
+                    f"mask= says which of fn's tokens count, and not which of {name}'s; give {name}=PolicyKL(function, "
+                    "reduction='mean', mask=its mask)"
+                )
             other = PolicyKL(other, model=self._model, reduction=self._reduction, noise_floor=False)
         other.forget_origin()  # of another run
         if other._kind[0] != self._kind[0]:

@@ -171,6 +171,8 @@ class _Steering:
         self._part = self._reached = 1.0
         """Which part of the step is tried; which one was, before the last resort."""
         self._multipliers: dict[str, float] = {}
+        self._on_pool: dict[str, float] = {}
+        """Constraints on the prompts that were drawn last."""
 
     def outcome(self) -> Outcome:
         """Decide; what was learned of the caps is for the next steps, too."""
@@ -181,6 +183,7 @@ class _Steering:
         memory["cuts"] = [cut.to_plain() for cut in self._bundle.lasting]
         record = {"corrections": float(self._corrections), "remembered": float(remembered), "part": self._part}
         record |= {f"multiplier/{name}": value for name, value in self._multipliers.items()}
+        record |= {f"pool/{name}": value for name, value in self._on_pool.items()}
         return self._trial.reject(steering=record) if found is None else self._trial.accept(found, steering=record)
 
     def _find(self) -> Point | None:
@@ -265,6 +268,8 @@ class _Steering:
         """
         self._corrections += 1
         for (name, root), normal in zip(roots.items(), self._trial.normals(list(roots), weights, draw), strict=True):
+            if draw is not None:
+                self._on_pool[name] = normal.value
             if 0 < normal.value < math.inf:
                 scale = root / (2 * normal.value)
                 direction = [scale * wide(part) for part in normal.gradient]

@@ -151,6 +151,15 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("name", ["pool", "held_out"])
+def test_other_observations_need_a_mask_of_their_own(name) -> None:
+    """Their padding would count, in silence."""
+    model = net()
+    options = {"reduction": "mean", "mask": MASK, "noise_floor": False}
+    with pytest.raises(ValueError, match=f"mask= says which of fn's tokens count, and not which of {name}'s"):
+        PolicyKL(lambda: model(X), **options, **{name: lambda: model(X + 1)})
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_mask_that_does_not_fit_is_refused(what) -> None:
     """By name, with what it needs."""

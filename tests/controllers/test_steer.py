@@ -142,6 +142,21 @@ def test_one_linear_constraint_is_the_projection() -> None:
     assert optimizer.last.audits == 2
 
 
+@pytest.mark.filterwarnings("ignore:PolicyKL has no pool")
+def test_the_record_tells_what_was_measured_on_the_pool() -> None:
+    """Of a pool that has the control set's observations it is the candidate's own drift; of none there is nothing."""
+    for pool in (True, False):
+        world = World(pool=pool)
+        if pool:
+            world.kl.pool = PolicyKL(lambda: world.layer(INPUTS), SLICES, noise_floor=False)  # noqa: B023
+        last = world.step(world.optimizer(Budget(drift=0.005, drift_slices={"a": 0.004}), lr=0.2))
+        assert (last.action, last.steering["corrections"]) == (Action.STEER, 1)
+        assert last.steering["multiplier/drift"] >= 0
+        told = {name: value for name, value in last.steering.items() if name.startswith("pool/")}
+        wanted = {"pool/drift": last.candidate_drift.mean, "pool/drift:a": last.candidate_drift.slices["a"]}
+        assert told == (pytest.approx(wanted, rel=1e-6) if pool else {})
+
+
 def test_nothing_violated_nothing_done() -> None:
     """Infinite budgets: the bare run, bit for bit, and no draw."""
     world, twin = World(3), World(3)
