@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from step_optim.limits import Limits
@@ -48,11 +50,13 @@ class WarmUp:
 
     def __post_init__(self) -> None:
         """Refuse a warm-up that cannot end, or says nothing."""
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
+        steps: Any = self.steps
+        if isinstance(steps, bool) or not isinstance(steps, Integral):
             raise TypeError(f"warmup={self.steps!r} is no number of steps; give 20, say")
         if self.steps < 2:
             raise ValueError(f"warmup={self.steps} must be at least 2: one step shows no spread. 20 is a good start")
-        checked_rate(self.trigger_rate)
+        object.__setattr__(self, "steps", int(steps))  # checkpoints hold plain numbers
+        object.__setattr__(self, "trigger_rate", checked_rate(self.trigger_rate))
 
     def plus(self, movement: Movement) -> WarmUp:
         """Count a step; with the last one the budgets are fixed, and later steps change nothing.
@@ -66,7 +70,8 @@ class WarmUp:
         if len(counted) < self.steps:
             return replace(self, counted=counted)
         found = budgets_at(counted[len(counted) // BEGINNING :], self.trigger_rate)
-        return replace(self, counted=(), fixed={name: rounded_up(kl, DIGITS) for name, kl in found.items()})
+        fixed = {name: min(rounded_up(kl, DIGITS), sys.float_info.max) for name, kl in found.items()}
+        return replace(self, counted=(), fixed=fixed)
 
     def within(self, limits: Limits) -> Limits:
         """Return limits that are lowered to the fixed budgets; during the warm-up they stay."""
@@ -111,6 +116,8 @@ class WarmUp:
         """
         new = replace(self, counted=(), fixed={})
         if not state:
+            if self.counted or self.fixed:
+                LOGGER.warning("%s begins anew: the checkpoint is of a run with another budget", new)
             return new
         asked = {name: state[name] for name in self._asked}
         if asked != self._asked:

@@ -46,6 +46,8 @@ class Normal:
     """[nats per token], on the prompts that it was measured on."""
     gradient: list[Tensor]
     """A tensor for each parameter."""
+    count: int = 1
+    """How many prompts it is the mean over, in this process."""
 
     @staticmethod
     def of(total: Tensor, parameters: Sequence[Tensor], *, again: bool = False) -> Normal:

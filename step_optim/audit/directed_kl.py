@@ -113,7 +113,15 @@ class DirectedKL(ReferenceKL):
         assert source is not None
         previous = self._reference if draw is None else draw.previous
         wanted = [source._sum(name, previous, draw) for name in names]
-        return source._normals(wanted, {"previous": previous, "origin": source._origin}, parameters, draw)
+        normals = source._normals(wanted, {"previous": previous, "origin": source._origin}, parameters, draw)
+        counts = [source._count(name, draw) for name in names]
+        return [replace(normal, count=count) for normal, count in zip(normals, counts, strict=True)]
+
+    def _count(self, name: str, draw: Draw | None) -> int:
+        """How many prompts a constraint is the mean over; one, if it is the worst of them."""
+        kind, _, part = name.partition(":")
+        chosen = range(self.prompts) if draw is None else draw.prompts
+        return 1 if kind in ("prompt", "token") else len(set(chosen).intersection(self._prompts_of(part)))
 
     def _sum(self, name: str, previous: Any, draw: Draw | None) -> tuple[str, Tensor]:
         """What a constraint is the sum of: KLs from which policy, and what each row counts, [R].
@@ -221,7 +229,8 @@ class DirectedKL(ReferenceKL):
         for rows, x, head in self._graded(draw):  # in every process as often: they wait for each other
             kls, (begin,) = self._row_gradients(Rows(x.detach(), head), [policy[rows]])
             total += float((kls[0] * counts[rows]).sum())
-            torch.autograd.backward(x, (begin * counts[rows, None].to(begin.dtype)).to(x.dtype))
+            if x.requires_grad:  # not where all that the policy reads is frozen for now
+                torch.autograd.backward(x, (begin * counts[rows, None].to(begin.dtype)).to(x.dtype))
         return total
 
     def _graded(self, draw: Draw | None) -> Iterator[tuple[Tensor, Tensor, Head | None]]:

@@ -259,7 +259,8 @@ class PolicyKL(LogitKL):
         if self.has_logits:
             return super()._backward(counts, policy, draw)
         value = self._live_kl(policy, counts)
-        torch.autograd.backward(value)
+        if value.requires_grad:
+            torch.autograd.backward(value)
         return float(value.detach())
 
     def _live_kl(self, reference: Any, counts: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from step_optim.audit.batches import Batch
 from step_optim.audit.given_models import logits_beside
 from step_optim.audit.language_models import accepted_arguments, logits_of, output_head
-from step_optim.audit.recompute import checked_recompute, checkpoints, recomputed
+from step_optim.audit.recompute import check_recomputed, checked_recompute, checkpoints, recomputed
 from step_optim.audit.rows import Head
 from step_optim.host.modules import has_fsdp, plain, reshard
 from step_optim.host.undo import inserted
@@ -57,6 +57,8 @@ class Reading:
         """Whether a forward gathers weights from other processes."""
         self._inference = not self.sharded and all(_library(module) in KEEP_NOTHING for module in model.modules())
         self._arguments = accepted_arguments(model)
+        self.recomputing = False
+        """Whether it is so now."""
         self._originals: Mapping[int, Mapping[str, Any]] = {}
 
     @property
@@ -69,9 +71,21 @@ class Reading:
         """Whether backward passes compute again what layers did, as the model perhaps does while it trains."""
         return checkpoints(plain(self.model)) if self._recompute is None else self._recompute
 
-    def recomputed(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def recomputed(self) -> Iterator[None]:
         """Have it so, if it is to be; both passes are inside."""
-        return recomputed(plain(self.model)) if self.recomputes else nullcontext()
+        self.recomputing = self.recomputes
+        try:
+            with recomputed(plain(self.model)) if self.recomputing else nullcontext():
+                yield
+        finally:
+            self.recomputing = False
+
+    def check_recomputed(self, batch: Batch, weights: Sequence[Tensor]) -> None:
+        """Refuse layers that cannot be computed again, if it was asked for; see `check_recomputed`."""
+        if self._recompute and weights and not self.sharded:
+            with torch.enable_grad(), self.cast():
+                check_recomputed(plain(self.model), lambda: self.rows(batch), weights)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, D] and bias [V] of the output head, as they are trained."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from step_optim.host.undo import undone
+
+TOLERANCE = 1e-2
+"""Largest relative difference of gradients that counts as rounding, in narrow numbers too."""
 
 FEWER_AT_ONCE = 4
 """By how much a micro-batch is smaller then: what a layer makes in a backward pass is more than in an audit."""
@@ -27,7 +31,7 @@ def checked_recompute(model: nn.Module, recompute: bool | None) -> bool | None:
         TypeError: it is none of True, False and None.
         ValueError: it is True, and the model has no layers.
     """
-    if recompute not in (True, False, None):
+    if not isinstance(recompute, (bool, type(None))):
         raise TypeError(f"recompute={recompute!r} is none of True, False, and None (as the model does in training)")
     if recompute and next(layers_of(model), None) is None:
         raise ValueError(
@@ -41,9 +45,46 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
     """The modules of the outermost `nn.ModuleList`s, which is where models have their layers."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            yield from child
+            for layer in child:
+                yield from layers_of(nn.ModuleDict({"list": layer})) if isinstance(layer, nn.ModuleList) else (layer,)
         else:
             yield from layers_of(child)
+
+
+def check_recomputed(model: nn.Module, read: Callable[[], Tensor], weights: Sequence[Tensor]) -> None:
+    """Refuse a model whose layers compute something else the second time: those that keep a state.
+
+    Args:
+        model: has the layers.
+        read: a forward of it.
+        weights: that are trained.
+
+    Raises:
+        ValueError: gradients differ by more than rounding, or a layer overwrites what it was given.
+    """
+
+    def gradients() -> list[Tensor]:
+        found = torch.autograd.grad(read().float().square().mean(), weights, allow_unused=True)
+        return [gradient for gradient in found if gradient is not None]
+
+    plain = gradients()
+    try:
+        with recomputed(model):
+            again = gradients()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"recompute=True: layers of {type(model).__name__} cannot run again in the backward pass ({error}); leave "
+            "recompute out"
+        ) from error
+    off = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(plain, again, strict=True))
+    size = sum(float(a.double().square().sum()) for a in plain)
+    if off > TOLERANCE**2 * size:
+        raise ValueError(
+            f"recompute=True: layers of {type(model).__name__} compute something else when they run again (they keep "
+            "a state, or draw random numbers), so gradients would be wrong; leave recompute out"
+        )
 
 
 @contextmanager

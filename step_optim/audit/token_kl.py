@@ -190,7 +190,7 @@ class TokenKL(LogitKL):
             return super()._normals(*args)
 
     def _drawn(self, draw: Draw | None) -> Iterator[tuple[Tensor, Tensor]]:
-        fewer = self._reading.recomputes and torch.is_grad_enabled()
+        fewer = self._reading.recomputing
         if draw is None and not fewer:
             yield from self._batches()
             return
@@ -225,6 +225,7 @@ class TokenKL(LogitKL):
         batch = self._layout.batches[-1]  # the shortest prompts
         with self._reading.cast():
             truth = read_checked(self._reading, self.control, batch)
+        self._reading.check_recomputed(batch, self._moving)
         check_logits(truth)
         self._vocabulary = truth.shape[-1]
         if vocab_size_of(self.model) is None and not isinstance(self.control, ControlBatches):

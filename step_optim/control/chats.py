@@ -53,7 +53,7 @@ class Chats:
             return ids
         if last is None:
             raise ValueError(f"the chat template writes no token after the answer of conversation {i}, and {NO_END}")
-        return [*ids, last]
+        return ids if ids[-1:] == [last] else [*ids, last]  # the answer may have it in its text
 
     def _rendered(self, i: int, messages: Sequence[Message], *, answered: bool = False) -> str:
         tools = self._conversations[i].tools
@@ -83,17 +83,15 @@ def _only_text(answer: Message, i: int) -> str:
     return text
 
 
-def check_arguments(
-    model: Any, end_of_turn: bool, max_response_tokens: int | None, generate: Mapping[str, Any]
-) -> None:
-    """Refuse arguments that would have no effect.
+def check_arguments(model: Any, end_of_turn: bool, max_response_tokens: int | None, draw: Mapping[str, Any]) -> None:
+    """Refuse arguments that would have no effect; ``draw`` has those of a draw that were given.
 
     Raises:
         TypeError: arguments of a draw without a model.
         ValueError: arguments of given responses for drawn ones.
     """
-    if model is None and generate:
-        raise TypeError(f"{sorted(generate)} are arguments of a draw; give model=, or leave them out")
+    if model is None and draw:
+        raise TypeError(f"{sorted(draw)} are arguments of a draw; give model=, or leave them out")
     if model is not None and not end_of_turn:
         raise ValueError("end_of_turn=False with model=: a drawn response keeps the token that ended it; leave it out")
     if model is not None and max_response_tokens is not None:

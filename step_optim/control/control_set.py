@@ -104,8 +104,8 @@ class ControlSet(Pairs):
         tools: Sequence[Any] | None = None,
         end_of_turn: bool = True,
         max_response_tokens: int | None = None,
-        max_new_tokens: int = 32,
-        seed: int = 0,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
         progress: Progress = None,
         device: torch.device | str | None = None,
         **generate: Any,
@@ -136,8 +136,8 @@ class ControlSet(Pairs):
                 template writes after an answer (the end of the sequence, if it
                 writes none). A drawn one keeps what ended it.
             max_response_tokens: cut longer given responses here, their end too.
-            max_new_tokens: longest drawn response.
-            seed: of the draw.
+            max_new_tokens: longest drawn response, 32 by default.
+            seed: of the draw, 0 by default.
             progress: of the draw, as for `resample`.
             device: where the tensors live. If None, the model's device, or the CPU.
             **generate: of the draw, as for `resample`, ``temperature`` too.
@@ -150,7 +150,10 @@ class ControlSet(Pairs):
                 two, with other content than text, or that the template
                 refuses; the message names it. Or arguments that a draw does not have.
         """
-        check_arguments(model, end_of_turn, max_response_tokens, generate)
+        asked = {
+            name: value for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)) if value is not None
+        }
+        check_arguments(model, end_of_turn, max_response_tokens, asked | generate)
         read = read_conversations(conversations, tools=tools)
         read = with_answers(read, responses, drawn=model is not None)
         labels = labels_of(read) if slices is None else slices
@@ -158,8 +161,8 @@ class ControlSet(Pairs):
         if model is None:
             answers = shortened(chats.response_ids(end=end_of_turn), max_response_tokens)
             return cls.from_ids(chats.prompt_ids(), answers, labels, device=device)
-        draw = {"max_new_tokens": max_new_tokens, "seed": seed, "progress": progress, **generate}
-        return cls._drawn(model, chats.prompt_ids(), labels, device=device, **draw)
+        draw = {"max_new_tokens": 32, "seed": 0} | asked | generate
+        return cls._drawn(model, chats.prompt_ids(), labels, device=device, progress=progress, **draw)
 
     @classmethod
     def from_texts(

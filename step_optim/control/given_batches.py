@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +142,9 @@ class GivenBatches:
             shift: whether labels are a response to the tokens before them.
         """
         return [self.batches[number].key(row, shift=shift) for number, row in self.places]
+
+    def _prompt_keys(self) -> list[Hashable]:
+        return [*self.keys(shift=self.shift)]
 
     def resolved(self: S, shift: bool, decoders: Sequence[Tensor | None], *, aligned: bool) -> S:
         """Return what one model reads.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,10 @@ class Pairs:
         return replace(
             self, prompts=self.prompts + other.prompts, responses=self.responses + other.responses, slices=slices
         )
+
+    def _prompt_keys(self) -> list[Hashable]:
+        """What each prompt is told by, whatever its response."""
+        return [tuple(prompt.tolist()) for prompt in self.prompts]
 
     def _ids(self) -> list[list[list[int]]]:
         """Prompt and response of each prompt, as plain ids."""
@@ -189,6 +193,14 @@ class Pairs:
                 prompts or more as far as overlaps allow; or prompt indices;
                 or names of slices to hold out whole.
             seed: of the draw.
+
+        A prompt that is there more than once, with other responses, is in one
+        part only.
+
+        Raises:
+            TypeError: none of these forms.
+            ValueError: an unknown slice or prompt, a fraction out of range, a
+                part without prompts, or one prompt in both.
         """
-        out = held_out_prompts(held_out, self.slices, len(self), seed)
+        out = held_out_prompts(held_out, self.slices, self._prompt_keys(), seed)
         return self.select(i for i in range(len(self)) if i not in out), self.select(sorted(out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,41 +15,54 @@ FAIR_DRAWS = 100
 
 
 def held_out_prompts(
-    held_out: float | Sequence[int] | Sequence[str], slices: Mapping[str, Sequence[int]], count: int, seed: int
+    held_out: float | Sequence[int] | Sequence[str],
+    slices: Mapping[str, Sequence[int]],
+    keys: Sequence[Hashable],
+    seed: int,
 ) -> set[int]:
-    """Return the prompts that are held out, some but not all.
+    """Return the prompts that are held out, some but not all; equal ones, with other responses, stay together.
 
-    >>> sorted(held_out_prompts(["b"], {"a": [0, 1], "b": [2]}, 3, seed=0))
+    >>> sorted(held_out_prompts(["b"], {"a": [0, 1], "b": [2]}, "xyz", seed=0))
     [2]
 
     Args:
         held_out: a fraction, drawn within every slice (and among the prompts
             in none); or prompt indices; or names of slices.
         slices: prompt indices by name.
-        count: C, the number of prompts.
+        keys: what each of the C prompts is told by.
         seed: of the draw.
 
     Raises:
         TypeError: none of these forms.
-        ValueError: a fraction out of range, an unknown slice or prompt, or a part without prompts.
+        ValueError: a fraction out of range, an unknown slice or prompt, a part without prompts, or one prompt in both.
     """
-    fraction = plain(held_out)
+    count, fraction = len(keys), plain(held_out)
+    firsts: dict[Hashable, int] = {}
+    first = [firsts.setdefault(key, i) for i, key in enumerate(keys)]
     if isinstance(fraction, (int, float)):
-        out = _drawn(fraction, slices, count, seed)
+        alone = {name: list(dict.fromkeys(first[i] for i in members)) for name, members in slices.items()}
+        drawn = _drawn(fraction, alone, sorted(set(first)), seed)
+        out = {i for i in range(count) if first[i] in drawn}
     else:
         out = _named([held_out] if isinstance(held_out, str) else held_out, slices, count)
+        torn = [i for i in range(count) if (i in out) != (first[i] in out)]
+        if torn:
+            raise ValueError(
+                f"held_out={held_out!r:.80} puts one prompt into both parts: {first[torn[0]]} and {torn[0]} are the "
+                "same, with two responses; name both, or neither"
+            )
     if not out or len(out) == count:
         raise ValueError(f"held_out={held_out!r} leaves one part of {count} prompts empty")
     return out
 
 
-def _drawn(fraction: float, slices: Mapping[str, Sequence[int]], count: int, seed: int) -> set[int]:
+def _drawn(fraction: float, slices: Mapping[str, Sequence[int]], prompts: Sequence[int], seed: int) -> set[int]:
     """A fraction of every slice, and of the prompts in none."""
     if not 0 < fraction < 1:
         raise ValueError(f"held_out={fraction} must lie between 0 and 1, or list prompts or slices")
     generator = torch.Generator(device="cpu").manual_seed(seed)
     covered = {i for members in slices.values() for i in members}
-    rest = [i for i in range(count) if i not in covered]
+    rest = [i for i in prompts if i not in covered]
     parts = [list(members) for members in slices.values()] + ([rest] if rest else [])
     for _ in range(FAIR_DRAWS):
         drawn = _draw(parts, fraction, generator)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from step_optim.control.listing import is_list, listed, shown
-from step_optim.control.messages import Message, check_written
+from step_optim.control.messages import Message, check_written, in_text, is_printed
 
 
 class Tokenizer:
@@ -50,18 +50,30 @@ class Tokenizer:
 
         Raises:
             TypeError: the tokenizer knows no chat templates.
-            ValueError: the template leaves out the last message.
+            ValueError: the template leaves out a message.
         """
         if not self._templates:
             raise TypeError(
                 f"a prompt is a list of chat messages, but {type(self._inner).__name__} has no "
                 "apply_chat_template(); give texts, or a tokenizer with a chat template"
             )
+        plain = in_text(messages)
+        try:
+            text = self._written(messages, tools, answered)
+            if is_printed(messages, text):
+                text = self._written(plain, tools, answered)
+        except TypeError:  # a template that adds texts up
+            if plain == list(messages):
+                raise
+            text = self._written(plain, tools, answered)
+        check_written(messages, tools, text)
+        return text
+
+    def _written(self, messages: Sequence[Message], tools: Any, answered: bool) -> str:
         options = {} if tools is None else {"tools": tools}
         text: str = self._templates[0].apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not answered, **options
         )
-        check_written(messages[-1], text)
         return text
 
     def text(self, ids: Sequence[int]) -> str:

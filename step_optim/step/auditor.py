@@ -242,7 +242,7 @@ class Auditor:
         self._current = None
         with self._ranks.together():
             found = self.kl.gradients(names, self._snapshot.parameters, draw)
-        return [self._pooled_normal(name, normal, draw) for name, normal in zip(names, found, strict=True)]
+        return [self._pooled_normal(name, normal) for name, normal in zip(names, found, strict=True)]
 
     def pulled(self, shares: Mapping[str, float], turn: int) -> Pulled | None:
         """What caps add to the gradient at the current weights, each as long as its share; None if nothing."""
@@ -257,7 +257,7 @@ class Auditor:
         pulling, total = dict[str, float](), [wide(torch.zeros_like(weight)) for weight in self._snapshot.previous]
         read = [False] * len(total)
         for (name, share), normal in zip(shares.items(), found, strict=True):
-            gradient = self._pooled_normal(name, normal, draw).gradient
+            gradient = self._pooled_normal(name, normal).gradient
             squares = self._squares(gradient)
             length = math.sqrt(sum(squares))
             if 0 < length < math.inf:
@@ -283,9 +283,9 @@ class Auditor:
         every = self._ranks.exchange(found)
         return [sum(parts) / len(every) for parts in zip(*every, strict=True)]
 
-    def _pooled_normal(self, name: str, normal: Normal, draw: Draw | None) -> Normal:
-        """The mean over processes, if each has measured prompts of its own; else what all of them have measured."""
-        weight = self._weight(name, normal) if self.kl.sharded and draw is None else 1.0
+    def _pooled_normal(self, name: str, normal: Normal) -> Normal:
+        """The mean over the prompts of all processes; where all have the same, what each of them has measured."""
+        weight = self._weight(name, normal)
         parts = self._ranks.exchange((normal.value, weight))
         value = sum(v * w for v, w in parts) / sum(w for _, w in parts)
         if self.kl.reduces_gradients:  # that is done; these are this process's shards
@@ -293,10 +293,10 @@ class Auditor:
         return Normal(value, self._ranks.average(normal.gradient, weight))
 
     def _weight(self, name: str, normal: Normal) -> float:
-        """What this process's normal counts in the mean over processes that have prompts of their own."""
+        """What this process's normal counts in the mean over all prompts."""
         if name in ("prompt", "token"):  # the worst is in one of them
             return float(normal.value == max(self._ranks.exchange(normal.value)))
-        return float((self.kl.counts or {}).get(name.partition(":")[2] or "mean", 1))
+        return float(normal.count)
 
     def go(self, point: Point | None, *, restore_state: bool = False) -> None:
         """Leave a point in the weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -99,6 +100,7 @@ def check_measures(kl: KLClosure, controller: Controller, optimizer: Optimizer, 
         controller.check_names(list(named_parameters(modules)))
     if controller.follows_gradients:
         _check_directions(kl, controller, optimizer, budget)
+        _check_reduced(kl, controller, ranks, budget)
     if not controller.needs_logits:
         return
     if not kl.has_logits:
@@ -148,6 +150,26 @@ def _check_directions(kl: KLClosure, controller: Controller, optimizer: Optimize
                 f"{sorted(pool.slices)}): {type(controller).__name__} would have no direction for it. Give the pool "
                 "some, under that name"
             )
+
+
+def _check_reduced(kl: KLClosure, controller: Controller, ranks: Ranks, budget: Budget) -> None:
+    """Refuse what FSDP2, whose gradients are plain means over processes, would weigh in another way than audits do."""
+    if not kl.reduces_gradients or ranks.size == 1:
+        return
+    same = ranks.exchange(kl.replica)
+    if same[0] is not None and all(other == same[0] for other in same):
+        return
+    counts = ranks.exchange(dict(kl.counts or {}))
+    if any(other != counts[0] for other in counts):
+        raise ValueError(
+            f"{controller!r}: under FSDP2 every process needs as many observations as the others, in all and of each "
+            f"slice, and they have {counts}; give each as many, or use DistributedDataParallel"
+        )
+    if any(bound is not None and bound != math.inf for bound in (budget.prompt, budget.token)):
+        raise ValueError(
+            f"{controller!r}: under FSDP2 it cannot steer by the worst of observations that each process has for "
+            "itself; leave out prompt= and token=, or use Interpolate() or DistributedDataParallel"
+        )
 
 
 def _check_size(pool: int, control: int, budget: Budget) -> None:

@@ -23,7 +23,7 @@ class HeldOut:
         step: the step index.
         snapshot: has the weights.
         ranks: who reads them together.
-        raises: whether an error there is raised; if not, the record has it, and the step goes on.
+        raises: whether an error there is raised; if not, the record has it, and the step is as if it had not been.
     """
 
     def __init__(self, kl: KLClosure, step: int, snapshot: Snapshot, ranks: Ranks, *, raises: bool) -> None:
@@ -48,7 +48,7 @@ class HeldOut:
                 measured = self._measured(self._kl, record)
         if self._error is None:
             return measured
-        return replace(record, error=record.error or f"held-out audit: {self._error}", success=False)
+        return replace(record, held_out_error=self._error)
 
     def _measured(self, kl: KLClosure, record: StepRecord) -> StepRecord:
         with self._snapshot.watch_groups(), self._ranks.together():

@@ -104,6 +104,8 @@ class StepRecord:
     """Held-out over control: ``step`` the ratio of the movements, ``drift`` that of the drifts; ``step_error`` and
     ``drift_error`` the standard errors of their logarithms, from the spread over prompts (wider for few of them: 1.96
     standard errors are Student's 95 % interval). 1 if the figures carry."""
+    held_out_error: str | None = None
+    """What went wrong in a held-out audit that was due; the step has nothing to do with it."""
     fixed_budget: Mapping[str, float] = field(default_factory=dict)
     """The budgets that `Budget.auto` was fixed at by this step, by constraint; in force from the next one on."""
     update_norm: float = 0.0

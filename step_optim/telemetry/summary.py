@@ -45,7 +45,7 @@ class Summary:
         add("steps", 1)
         add(str(record.action), 1)
         add("triggered", record.triggered)
-        add("errors", record.error is not None)
+        add("errors", record.error is not None or record.held_out_error is not None)
         add("references_renewed", record.reference_renewed)
         if record.constraint is not None:
             add(BOUND + record.constraint, 1)

@@ -124,18 +124,45 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize("by_position", [True, False])
 def test_a_layer_that_overwrites_its_input_is_refused(by_position) -> None:
-    """Computed again from what it wrote it would be another, in silence."""
-    model = Stack(by_position=by_position)
-    kl = TokenKL(model, ragged_control(), noise_floor=False, recompute=True)
+    """At construction: computed again from what it wrote it would be another."""
+    with pytest.raises(ValueError, match=r"layers of Stack cannot run again.*modified by an inplace operation"):
+        TokenKL(Stack(by_position=by_position), ragged_control(), noise_floor=False, recompute=True)
+
+
+class Counting(nn.Module):
+    """A layer that counts its calls, and computes with the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + n tanh(W x), with n = 1, 2, 1, 2, ..."""
+        self.calls += 1
+        return x + (2 - self.calls % 2) * torch.tanh(self.linear(x))
+
+
+def test_a_layer_that_keeps_a_state_is_refused() -> None:
+    """At construction: it would have been run an odd number of times when it runs again."""
+    model = Stack(by_position=True)
+    model.layers = nn.ModuleList([Counting()])
+    with pytest.raises(ValueError, match="layers of Stack compute something else when they run again"):
+        TokenKL(model, ragged_control(), noise_floor=False, recompute=True)
+
+
+def test_a_penalty_is_made_of_one_forward_as_ever() -> None:
+    """Its graph is kept whole for the user's backward pass: nothing is computed again, and batches are not cut."""
+    model = tiny_llama(layers=2).train()
+    model.gradient_checkpointing_enable()
+    kl = TokenKL(model, ragged_control(), noise_floor=False)
     kl.anchor()
-    nudge(model, 0.1, seed=3)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        kl.gradients(["drift"], list(model.parameters()))
-    assert all("forward" not in vars(layer) for layer in model.layers)
+    calls = Calls(next(next(layers_of(model)).children()))
+    kl.penalty(prompts=len(kl.control)).backward()
+    assert calls.count == 1
 
 
 def test_patched_forwards_come_back() -> None:
-    """A layer whose forward was replaced by somebody else keeps that one; layers in layers belong to their own."""
+    """A layer whose forward was replaced by somebody else keeps that one; a list in a list is opened, too."""
     model = tiny_llama(layers=2)
     mine = model.model.layers[1].forward
     model.model.layers[1].forward = mine
@@ -144,7 +171,7 @@ def test_patched_forwards_come_back() -> None:
     assert "forward" not in vars(model.model.layers[0])
     assert vars(model.model.layers[1])["forward"] is mine
     inner = nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)]), nn.Linear(1, 1)])
-    assert list(layers_of(nn.ModuleDict({"stack": inner}))) == list(inner)
+    assert list(layers_of(nn.ModuleDict({"stack": inner}))) == [inner[0][0], inner[1]]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,45 @@ def policy_in_pieces(kind: str, output: str) -> dict[str, Any]:
         return {"values": model(batch).flatten().tolist(), "actions": actions}
 
 
+def normal_of_parts(name: str, sizes: Sequence[int]) -> tuple[list[float], list[float]]:
+    """The gradient of a constraint where every process has observations of its own; and of one that has them all."""
+    observations = 2 * torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(1))
+    first = sum(sizes[: dist.get_rank()])
+    mine = observations[first : first + sizes[dist.get_rank()]]
+
+    def moved(inputs: torch.Tensor, group: Any) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
+        kl = PolicyKL(lambda: model(inputs), {"even": range(0, len(inputs), 2)}, noise_floor=False)
+        kl.anchor()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.3 * torch.sign(p))
+        inner = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = STEPOptimizer(inner, kl, budget=Budget(mean=1.0), process_group=group)
+        auditor = optimizer._new_step(None, may_wait=False).auditor
+        (normal,) = kl.gradients([name], list(model.parameters()))
+        pooled = auditor._pooled_normal(name, normal)
+        return [pooled.value, *(value for part in pooled.gradient for value in part.flatten().tolist())]
+
+    return moved(mine, "world"), moved(observations, None)
+
+
+def steer_on_pieces(sizes: Sequence[int], budget: dict[str, float]) -> str:
+    """What is said of a policy in pieces whose observations differ between processes."""
+    torch.manual_seed(dist.get_rank())
+    model = nn.Linear(5, 4)
+    fully_shard(model)
+    observations = torch.randn(sizes[dist.get_rank()], 5)
+    kl = PolicyKL(lambda: model(observations), model=model)
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    try:
+        STEPOptimizer(inner, kl, budget=Budget(**budget), controller=Steer())
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
 def held_out_failing(kind: str, where: str, fails: bool) -> dict[str, Any]:
     """Train four steps with held-out audits; in the third one rank's fails, before or after its forward."""
     now = -1
@@ -317,8 +357,8 @@ def held_out_failing(kind: str, where: str, fails: bool) -> dict[str, Any]:
     for now in range(4):
         run.step(now)
         last = run.optimizer.last
-        told = (str(last.action), last.held_out is not None, last.error or "")
-        records.append((*told, last.success, last.accepted.mean))
+        told = (str(last.action), last.held_out is not None, last.held_out_error or "")
+        records.append((*told, last.error, last.accepted.mean))
     return {"records": records, "weights": run.weights()}
 
 

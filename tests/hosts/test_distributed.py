@@ -199,6 +199,27 @@ def test_steer_works_on_policies_in_pieces(output):
     assert parts["values"] == pytest.approx(alone["values"], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mean", "slice:even", "drift", "prompt"])
+def test_gradients_of_own_observations_are_those_of_all(name):
+    """Processes with two and six of them: the mean over eight, and the worst of eight, as audits read it."""
+    for pooled, whole in on_ranks(jobs.normal_of_parts, 2, name=name, sizes=[2, 6]):
+        assert pooled == pytest.approx(whole, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:PolicyKL has no pool")
+@pytest.mark.parametrize(
+    ("sizes", "budget", "message"),
+    [
+        ([4, 4], {"drift": 0.1}, "taken"),
+        ([2, 6], {"drift": 0.1}, "every process needs as many observations as the others"),
+        ([4, 4], {"drift": 0.1, "prompt": 0.1}, "it cannot steer by the worst of observations"),
+    ],
+)
+def test_observations_that_differ_between_processes_in_pieces(sizes, budget, message):
+    """FSDP2's gradients are plain means over processes, and what they would weigh otherwise is refused."""
+    assert message in same(on_ranks(jobs.steer_on_pieces, 2, sizes=sizes, budget=budget))
+
+
 def test_steer_is_refused_where_weights_and_control_set_are_in_pieces():
     """The error says what to use."""
     assert "shard=False" in same(on_ranks(jobs.refused, 2, kind="fsdp", shard=True, controller="Steer"))
