@@ -7,7 +7,9 @@ import json
 import logging
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -211,6 +213,31 @@ def test_a_damaged_checkpoint_is_refused(damage) -> None:
     state = after(Budget.auto(8), KNOWN).state_dict() | damage
     with pytest.raises((LookupError, TypeError, ValueError, AttributeError)):
         Budget.auto(8).loaded(state)
+
+
+def test_numbers_of_other_libraries_leave_plain_ones_in_a_checkpoint() -> None:
+    """torch.load takes no others by default."""
+    budget = Budget.auto(np.int64(20), np.float64(0.05))
+    assert budget == Budget.auto(20, 0.05)
+    assert [type(value) for value in (budget.warm_up.steps, budget.warm_up.trigger_rate)] == [int, float]
+    assert type(Budget.auto(20, Fraction(1, 20)).warm_up.trigger_rate) is float
+
+
+def test_a_checkpoint_of_another_budget_begins_anew_and_says_so(caplog) -> None:
+    fixed = after(Budget.auto(8), *(Movement(0.01 * i) for i in range(1, 9)))
+    assert fixed.fixed
+    assert not fixed.loaded({}).fixed
+    assert "begins anew: the checkpoint is of a run with another budget" in caplog.text
+    caplog.clear()
+    assert not Budget.auto(8).loaded({}).fixed
+    assert not caplog.text
+
+
+def test_enormous_movements_are_fixed_at_finite_budgets() -> None:
+    """So that the checkpoint can be loaded."""
+    budget = after(Budget.auto(8), *(Movement(10.0 ** (300 * (-1) ** i)) for i in range(8)))
+    assert budget.fixed["mean"] < math.inf
+    assert Budget.auto(8).loaded(budget.state_dict()) == budget
 
 
 def test_its_kind_is_a_budget() -> None:

@@ -16,7 +16,7 @@ from step_optim.control.given_batches import GivenBatches, batches_and_rows
 from step_optim.control.ids import checked_ids, rows_of_ids, shortened
 from step_optim.control.pairs import Pairs
 from step_optim.control.progress import Progress
-from step_optim.control.resampling import device_of, draw_responses
+from step_optim.control.resampling import check_model, device_of, draw_responses
 from step_optim.control.saved_batches import is_batches, read_batches
 from step_optim.control.slices import Slices as Slices
 from step_optim.control.slices import by_text
@@ -84,6 +84,7 @@ class ControlSet(Pairs):
             ValueError: an unknown slice or part; a size below one prompt a
                 slice, or beyond what there is; what `resample` refuses.
         """
+        check_model(model)
         chosen = standard_prompts(size, slices, part)
         texts = [text for prompts in chosen.values() for text in prompts]
         labels = [name for name, prompts in chosen.items() for _ in prompts]

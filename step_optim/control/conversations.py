@@ -133,7 +133,7 @@ def _from_file(path: Path) -> list[Any]:
     """Records of a JSON file, which is one list, or of a JSON Lines file, one a line."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give a JSON Lines file of conversations, or a list of them")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")  # with the mark that some editors put in front, or without
     if path.suffix == ".json":
         records = _parsed(text, str(path))
         if not isinstance(records, list):
@@ -168,6 +168,8 @@ def _read(record: Any, what: str, tools: Any) -> Conversation:
 def _messages(fields: Mapping[str, Any], what: str) -> list[Message]:
     """The messages of a record, the answer at their end if it has one."""
     given = {key: value for key, value in fields.items() if value is not None}
+    if "messages" in given and isinstance(given.get("prompt"), str):  # the first message once more, as text
+        del given["prompt"]
     found, answers = ([key for key in keys if key in given] for keys in (MESSAGES, ANSWERS))
     if len(found) != 1:
         raise ValueError(

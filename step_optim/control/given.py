@@ -46,7 +46,7 @@ class GivenBatch:
     @property
     def is_plain(self) -> bool:
         """Whether there is nothing but texts and sound: among ids, pictures have placeholders that are no tokens."""
-        return all(name in ROW_WISE for name in self.inputs)
+        return all(name in (*ROW_WISE, "position_ids") for name in self.inputs)
 
     def measured(self, row: int) -> Tensor:
         """[T_x] labels of a row's measured positions."""

@@ -43,7 +43,7 @@ def draw_responses(
             of a prompt than one sequence that goes on from it; or a token id
             that the model does not have.
     """
-    _check_model(model)
+    check_model(model)
     _check_prompts(model, prompts)
     options = _options(max_new_tokens, temperature, options)
     remaining, responses = reported(prompts, progress), []
@@ -58,7 +58,7 @@ def draw_responses(
     return responses
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
     """Refuse what cannot go on from a prompt."""
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise TypeError(f"responses are drawn from a model with generate(), not {type(model).__name__}")
@@ -75,7 +75,7 @@ def device_of(model: Any) -> torch.device:
     Raises:
         TypeError: no model that responses can be drawn from.
     """
-    _check_model(model)
+    check_model(model)
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 

@@ -86,16 +86,25 @@ def _by_name(slices: Any, count: int) -> Mapping[Any, Any]:
             raise TypeError(f"slices: the label of prompt {i} is {shown(label)}, and labels are texts; {_BOTH_FORMS}")
     if labels and len(labels) != count:
         raise ValueError(f"slices has {len(labels)} labels for {count} prompts; {_BOTH_FORMS}")
-    return {name: [i for i, label in enumerate(labels) if label == name] for name in dict.fromkeys(labels)}
+    members: dict[Any, list[int]] = {}
+    for i, label in enumerate(labels):
+        members.setdefault(label, []).append(i)
+    return members
 
 
 def _places(members: Any, prompts: Sequence[Any], name: Any) -> list[Any]:
-    places = []
+    places, texts = [], dict[str, list[int]]()
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            texts.setdefault(prompt, []).append(i)
     for member in listed(members):
         if not isinstance(member, (str, Mapping, list, tuple)):
             places.append(member)
             continue
-        found = [i for i, prompt in enumerate(prompts) if prompt == member]
+        if isinstance(member, str):
+            found = texts.get(member, [])
+        else:
+            found = [i for i, prompt in enumerate(prompts) if prompt == member]
         if not found:
             raise ValueError(
                 f"slice {name!r} names {shown(member)}, which is none of the prompts; repeat its whole text"

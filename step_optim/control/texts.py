@@ -72,7 +72,7 @@ class Texts:
         That is one number, unless the text is made of nothing but such tokens.
         """
         whole, bare = self._tokenizer.ids(text, special=True), self._tokenizer.ids(text)
-        tails = [_common_tail(whole, end, bare) for end in range(len(whole), -1, -1)]
+        tails = _common_tails(whole, bare)
         longest = max(tails)
         behind = [count for count, tail in enumerate(tails) if tail == longest]
         whole_text_found = longest == len(bare)  # otherwise the tokenizer puts something into the text, too
@@ -108,9 +108,21 @@ def _check_prompt(prompt: Any, i: int) -> None:
         )
 
 
-def _common_tail(whole: Sequence[int], end: int, bare: Sequence[int]) -> int:
-    """How many tokens before ``end`` equal the last ones of the bare text."""
-    length = 0
-    while length < min(end, len(bare)) and whole[end - 1 - length] == bare[-1 - length]:
-        length += 1
-    return length
+def _common_tails(whole: Sequence[int], bare: Sequence[int]) -> list[int]:
+    """How many ids before each end of ``whole`` equal the last ones of ``bare``: of no ids left out, of one, of all.
+
+    The Z-algorithm on the reversed ids, in linear time.
+
+    >>> _common_tails([9, 1, 2, 7], [1, 2])
+    [0, 2, 0, 0, 0]
+    """
+    ids: list[Any] = [*reversed(bare), None, *reversed(whole)]
+    lengths, low, high = [0] * len(ids), 0, 0
+    for i in range(1, len(ids)):
+        length = min(high - i, lengths[i - low]) if i < high else 0
+        while i + length < len(ids) and ids[length] == ids[i + length]:
+            length += 1
+        lengths[i] = length
+        if i + length > high:
+            low, high = i, i + length
+    return [*lengths[len(bare) + 1 :], 0]

@@ -68,7 +68,7 @@ def suggest_budget(records: Iterable[StepRecord], trigger_rate: float = 0.05, *,
     Args:
         records: of a run, in order; steps that changed nothing, or ended in an error, say nothing.
         trigger_rate: of steps, not of steps and constraints.
-        skip: how many of the steps to leave out, the first ones.
+        skip: how many of the records to leave out, the first ones.
 
     Raises:
         TypeError: a rate that is no number.
@@ -83,13 +83,13 @@ def suggest_budget(records: Iterable[StepRecord], trigger_rate: float = 0.05, *,
     'Budget(mean=0.0508)'
     """
     rate, records = checked_rate(trigger_rate), list(records)
-    moved = [record for record in records if record.shows_movement]
-    if skip < 0 or len(moved) - skip < 2:
+    moved = [record for record in records[max(skip, 0) :] if record.shows_movement]
+    if skip < 0 or len(moved) < 2:
         raise ValueError(
-            f"{len(moved)} of {len(records)} records have a candidate that moved the policy, and skip={skip}; a budget "
-            "takes at least two of them, better 20"
+            f"{len(moved)} of {len(records)} records, skip={skip} left out, have a candidate that moved the policy; a "
+            "budget takes at least two of them, better 20"
         )
-    steps = [figures(record.candidate) for record in moved[skip:]]
+    steps = [figures(record.candidate) for record in moved]
     budgets = {name: rounded_up(kl, DIGITS) for name, kl in budgets_at(steps, rate, ahead=False).items()}
     over = [[name for name, kl in budgets.items() if step[name] > kl] for step in steps]
     return Suggestion(

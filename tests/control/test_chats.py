@@ -16,6 +16,13 @@ TOKENIZERS = {name: style.tokenizer() for name, style in STYLES.items()}
 PLAIN = ("thinking, asked for", "headings")
 """Styles in which an answer is read as plain text: another place than was asked for, and no end."""
 
+CHATML = ("<|im_start|>", "<|im_end|>")
+PRINTED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A template that prints what a content is."""
+
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 
 styles = st.sampled_from(sorted(STYLES))
@@ -134,8 +141,52 @@ def test_system_prompts_and_tools() -> None:
 def test_a_call_that_cannot_be_found_is_refused() -> None:
     """Where the answer is read as plain text, a call would be lost."""
     call = {"role": "assistant", "content": "Yo", "tool_calls": [{"function": {"name": "look"}}]}
-    with pytest.raises(ValueError, match=r"the answer of conversation 1 is not found .*\['tool_calls'\] cannot be"):
+    with pytest.raises(ValueError, match=r"conversation 1 .*the chat template leaves out the call of 'look'"):
         ControlSet.from_messages(TOKENIZERS["thinking, asked for"], [CHAT, [USER, call]])
+
+
+@pytest.mark.parametrize("content", ["Yo", "", None])
+@pytest.mark.parametrize("form", [{"function": {"name": "look"}}, {"name": "look"}])
+def test_a_call_that_no_template_writes_is_refused(content, form) -> None:
+    """Beside a text or alone: an answer without it would be measured, in silence."""
+    call = {"role": "assistant", "content": content, "tool_calls": [form]}
+    with pytest.raises(ValueError, match="the chat template leaves out the call of 'look'"):
+        ControlSet.from_messages(byte_tokenizer(PRINTED, CHATML), [[USER, call]])
+
+
+def test_what_a_template_leaves_out_is_told_of() -> None:
+    """A system message, and tools: the model is not told either."""
+    quiet = PRINTED.replace("in messages", "in messages if m.role != 'system'")
+    tokenizer = byte_tokenizer(quiet, CHATML)
+    with pytest.warns(UserWarning, match="leaves out the system message 'Be brief'"):
+        ControlSet.from_messages(tokenizer, [[{"role": "system", "content": "Be brief"}, *CHAT]])
+    with pytest.warns(UserWarning, match=r"writes nothing of tools=\['look'\]"):
+        ControlSet.from_messages(tokenizer, [CHAT], tools=TOOLS)
+
+
+@pytest.mark.parametrize("user", ["Hi", [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]])
+@pytest.mark.parametrize("said", ["Yo", [{"type": "text", "text": "Yo"}]])
+@pytest.mark.parametrize("name", [*STYLES, "printed"])
+def test_contents_in_parts_become_texts_where_a_template_wants_those(name, user, said) -> None:
+    """Whether it would print the list, or fail to add it to a text; also where only one message is in parts."""
+    tokenizer = byte_tokenizer(PRINTED, CHATML) if name == "printed" else TOKENIZERS[name]
+    chat = [{"role": "user", "content": user}, {"role": "assistant", "content": said}]
+    found = ControlSet.from_messages(tokenizer, [chat])
+    assert found == ControlSet.from_messages(tokenizer, [CHAT])
+    assert ControlSet.from_texts(tokenizer, [chat[:1]], ["Yo"]).prompts[0].tolist() == found.prompts[0].tolist()
+
+
+def test_no_parts_are_an_empty_text() -> None:
+    tokenizer = byte_tokenizer(PRINTED, CHATML)
+    chats = ([{"role": "user", "content": content}, CHAT[1]] for content in ([], ""))
+    assert ControlSet.from_messages(tokenizer, [next(chats)]) == ControlSet.from_messages(tokenizer, [next(chats)])
+
+
+def test_an_answer_that_has_its_end_in_the_text_has_one_end() -> None:
+    """As `decode` returns them."""
+    tokenizer = byte_tokenizer(PRINTED, CHATML)
+    once = ControlSet.from_messages(tokenizer, [[USER]], ["Yo"])
+    assert ControlSet.from_messages(tokenizer, [[USER]], [once.decode(tokenizer)[0][1]]) == once
 
 
 def test_contents_in_parts() -> None:

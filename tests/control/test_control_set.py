@@ -197,6 +197,21 @@ def test_split_of_overlapping_slices_keeps_what_it_promises() -> None:
         assert set(kept.slices) == set(out.slices) == set(slices)
 
 
+@given(seed=st.integers(0, 99), held_out=st.sampled_from([0.3, 0.5, 0.8]), labelled=st.booleans())
+def test_a_prompt_with_two_responses_is_in_one_part(seed, held_out, labelled) -> None:
+    """In whichever slices they are; a split by hand that tears them is refused."""
+    prompts = [[1], [2], [3], [1], [2], [4]]
+    slices = ["a", "a", "b", "b", "b", "a"] if labelled else None
+    control = ControlSet.from_ids(prompts, [[i + 5] for i in range(6)], slices)
+    parts = control.split(held_out, seed=seed)
+    first, second = ({tuple(prompt.tolist()) for prompt in part.prompts} for part in parts)
+    assert not first & second
+    assert sum(map(len, parts)) == 6
+    assert len(control.split([0, 3])[1]) == 2
+    with pytest.raises(ValueError, match="puts one prompt into both parts: 0 and 3 are the same"):
+        control.split([3])
+
+
 def test_split_by_indices_and_by_names() -> None:
     """Indices and slice names say exactly what is held out."""
     kept, out = ragged_control().split([3, 0])

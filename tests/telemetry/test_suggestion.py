@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -75,12 +76,18 @@ def test_steps_that_say_nothing_are_left_out() -> None:
     assert suggest_budget([*silent, *RUN]) == suggest_budget(RUN)
 
 
+def test_skipped_records_are_the_first_ones_also_those_that_say_nothing() -> None:
+    silent = [replace(record, error="no") for record in RUN[:5]]
+    assert suggest_budget([*silent, *RUN[5:]], skip=5) == replace(suggest_budget(RUN[5:]), skipped=5)
+    assert suggest_budget([*silent, *RUN[5:]], skip=8) == replace(suggest_budget(RUN[8:]), skipped=8)
+
+
 @pytest.mark.parametrize(
     ("records", "options", "message"),
     [
-        ([], {}, "0 of 0 records have a candidate that moved the policy"),
-        (RUN[:1], {}, "1 of 1 records .* a budget takes at least two"),
-        (RUN, {"skip": 59}, "60 of 60 records .* and skip=59"),
+        ([], {}, "0 of 0 records, skip=0 left out, have a candidate that moved the policy"),
+        (RUN[:1], {}, "1 of 1 records, .* a budget takes at least two"),
+        (RUN, {"skip": 59}, "1 of 60 records, skip=59"),
         (RUN, {"skip": -1}, "skip=-1"),
         (RUN, {"trigger_rate": 0.0}, "trigger_rate=0.0"),
     ],
@@ -126,9 +133,9 @@ def test_the_command_has_defaults(logs, capsys) -> None:
 @pytest.mark.parametrize(
     ("log", "options", "message"),
     [
-        ("one", [], "one.jsonl: 1 of 1 records have a candidate"),
+        ("one", [], "one.jsonl: 1 of 1 records, skip=0"),
         ("run", ["--trigger-rate", "2"], "run.jsonl: trigger_rate=2.0 must be above 0 and below 1"),
-        ("run", ["--skip", "60"], "run.jsonl: 60 of 60 records"),
+        ("run", ["--skip", "60"], "run.jsonl: 0 of 60 records, skip=60"),
     ],
 )
 def test_the_command_says_what_is_missing(logs, capsys, log, options, message) -> None:
