@@ -117,7 +117,9 @@ class Budget:
         A step counts if it moved the policy: not if it changed nothing, was
         not finite, or ended in an error. A KL closure that is given for one
         step (``step(kl=...)``) measures other prompts than the bound one, and
-        does not count beside it. Under torch.distributed the figures are those
+        does not count beside it. A closure that is bound during the warm-up
+        counts together with the one before: if it measures other prompts,
+        begin anew with `STEPOptimizer.set_budget`. Under torch.distributed the figures are those
         of all processes, so all of them fix the same budgets.
 
         The warm-up should be longer than that of the learning rate: movement
