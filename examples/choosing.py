@@ -193,20 +193,23 @@ def report(runs: Mapping[Plan, Sequence[Seen]], sizes: Sequence[int]) -> str:
         mean = f"{sum(kls) / prompts:.4f} nats per token"
         lines += ["", f"**{name}**: mean {mean}, standard deviation over prompts {spread:.2f} of it.", "", HEAD, RULE]
         lines += [row.line for row in rows(kls, sizes)]
-    way = f"Greedy answers on the way, {told.steps} steps at a rate of {told.rate:g} without a budget"
+    way = f"Greedy answers on the way of this run, and of {told.steps} steps at a rate of {told.rate:g}"
     lines += [
         "",
         "## What a nat per token looks like",
         "",
-        f"{way}; drift on {told.size} other prompts [nats per token].",
+        f"{way}; drift on the {prompts}, and on {told.size}, prompts of the control sets [nats per token].",
         "",
         f"| drift | {' | '.join(ASKED)} |",
         "| --- | --- | --- |",
     ]
-    for each in answered:
-        if each.answers is not None:
-            mean = sum(each.drift) / len(each.drift)
-            lines.append(f"| {mean:.3f} | " + " | ".join(text.replace("|", "/") for text in each.answers) + " |")
+    told_at = {
+        sum(each.drift) / len(each.drift): each.answers for each in (*seen, *answered) if each.answers is not None
+    }
+    lines += [
+        f"| {drift:.3f} | " + " | ".join(text.replace("|", "/") for text in told_at[drift]) + " |"
+        for drift in sorted(told_at)
+    ]
     return "\n".join([*lines, "", *self_chosen(automatic, chosen)]) + "\n"
 
 
