@@ -1,4 +1,4 @@
-"""Command line: ``python -m step_optim`` with ``summary``, ``integrity`` or ``suggest``, and logs."""
+"""Command line: ``step-optim`` with ``report``, ``summary``, ``integrity`` or ``suggest``, and logs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 1 if an integrity check fails, 2 if a log cannot be read or says too little."""
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "report":
+            return _report(dict(map(_labelled, options.logs)), len(options.logs), options.out)
         runs = {label: read_log(path) for label, path in map(_labelled, options.logs)}
         if len(runs) < len(options.logs):
             raise ValueError("two logs have the same label; give labels, LABEL=LOG")
         if options.command == "suggest":
             return _suggest(runs, options.trigger_rate, options.skip)
         return _integrity(runs) if options.command == "integrity" else _summary(runs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"step_optim: {error}", file=sys.stderr)
         return 2
 
@@ -37,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     suggest = commands.add_parser("suggest", help="budgets that a wanted share of such steps would be over")
     suggest.add_argument("--trigger-rate", type=float, default=0.05, help="that share (default: 0.05)")
     suggest.add_argument("--skip", type=int, metavar="N", default=0, help="leave out the first N steps")
-    for command in (summary, integrity, suggest):
+    report = commands.add_parser("report", help="one HTML page about runs: movement, slices, drift, overhead ...")
+    report.add_argument("-o", "--out", default="report.html", help="the page (default: report.html)")
+    for command in (summary, integrity, suggest, report):
         command.add_argument("logs", nargs="+", metavar="[LABEL=]LOG", help="a JSONL log, with a label if you like")
     return parser
 
@@ -58,6 +62,15 @@ def _summary(runs: dict[str, list[StepRecord]]) -> int:
         print(label)
         for line in lines(summarise(records)):
             print(f"  {line}")
+    return 0
+
+
+def _report(logs: dict[str, str], count: int, out: str) -> int:
+    from step_optim.report import write_report
+
+    if len(logs) < count:
+        raise ValueError("two logs have the same label; give labels, LABEL=LOG")
+    print(write_report(logs, out))
     return 0
 
 

@@ -1,0 +1,74 @@
+"""The figures of a run for a table, and what they say in a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from step_optim.telemetry.columns import Columns
+
+ACTIONS = ("commit", "shrink", "steer", "project", "reject", "unchanged")
+
+
+def figures(run: Columns) -> dict[str, str]:
+    """What a table says of a run, by heading."""
+    column, steps, counts = run.figures, len(run.action), Counter(run.action)
+    acted = run.triggered
+    drift = _last(column["drift"])
+    return {
+        "steps": f"{steps:,}",
+        "actions": ", ".join(f"{counts[name]:,} {name}" for name in ACTIONS if counts[name]),
+        "triggered": _share(int(acted.sum()), steps),
+        "rejected": _share(counts["reject"], steps),
+        "mean alpha of triggered steps": _number(column["alpha"][acted]),
+        "mean progress": _number(column["progress"]),
+        "audits a step": _number(column["audits"]),
+        "movement accepted: mean": _number(column["accepted"]),
+        "movement accepted: largest": _text(float(_finite(column["accepted"]).max())),
+        "drift at the end": _text(drift),
+        "path length": _text(float(run.path[-1])),
+        "overhead": "-" if math.isnan(run.overhead_share) else f"{run.overhead_share:.1%} of the time",
+    }
+
+
+def bounds(run: Columns) -> str:
+    """What bound the triggered steps, most frequent first."""
+    pairs = zip(run.bound, run.triggered.tolist(), strict=True)
+    counts = Counter(bound or "not finite" for bound, triggered in pairs if triggered)
+    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "nothing"
+
+
+def worst_slice(run: Columns) -> str:
+    """Name the slice that was asked to move farthest, when, and how far over its budget."""
+    moved = _finite(run.slices["candidate"])
+    if moved.numel() == 0 or float(moved.max()) <= 0:
+        return "no slice moved"
+    position, place = divmod(int(moved.argmax()), len(run.names))
+    kl, budget = float(moved[position, place]), float(run.slices["budget"][position, place])
+    times = f", {kl / budget:.2g} times its budget" if 0 < budget < math.inf else ""
+    return f"{run.names[place]}: {kl:.3g} nats per token at step {int(run.step[position])}{times}"
+
+
+def _finite(column: Tensor) -> Tensor:
+    return torch.where(column.isfinite(), column, 0.0)
+
+
+def _last(column: Tensor) -> float:
+    known = column[~column.isnan()]
+    return float(known[-1]) if len(known) else math.nan
+
+
+def _number(column: Tensor) -> str:
+    known = column[column.isfinite()]
+    return _text(float(known.mean()) if len(known) else math.nan)
+
+
+def _text(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count / of:.1%} ({count:,})"
