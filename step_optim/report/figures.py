@@ -36,8 +36,9 @@ def figures(run: Columns) -> dict[str, str]:
 
 def bounds(run: Columns) -> str:
     """What bound the triggered steps, most frequent first."""
-    pairs = zip(run.bound, run.triggered.tolist(), strict=True)
-    counts = Counter(bound or "not finite" for bound, triggered in pairs if triggered)
+    finite = run.figures["candidate"].isfinite().tolist()
+    steps = zip(run.bound, finite, run.triggered.tolist(), strict=True)
+    counts = Counter(bound if bound and known else "not finite" for bound, known, triggered in steps if triggered)
     return ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "nothing"
 
 

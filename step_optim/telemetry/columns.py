@@ -142,7 +142,7 @@ class _Table:
         self._limited: list[bool] = []
         self._bound: list[str | None] = []
         self._figures = array("d")
-        self._names: dict[str, int] = {}
+        self._names: dict[str, None] = {}
         self._slices: list[list[array[float]]] = [[] for _ in SLICED]
         """By kind and step: values of the slices that were known then."""
 
@@ -154,8 +154,9 @@ class _Table:
         self._limited.append(row.limited)
         self._bound.append(row.bound)
         self._figures.extend(row.figures)
-        for name in row.slices[0]:
-            self._names.setdefault(name, len(self._names))
+        for measured in row.slices[:2]:
+            if not measured.keys() <= self._names.keys():
+                self._names.update(dict.fromkeys(measured))
         for known, values in zip(self._slices, row.slices, strict=True):
             same = len(values) == len(self._names) and all(map(str.__eq__, values, self._names))
             found = values.values() if same else (values.get(name, math.nan) for name in self._names)
