@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
 from step_optim.host.paths import user_path
 from step_optim.telemetry.integrity import check
 from step_optim.telemetry.log import read_log
-from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.record import StepRecord, jsonable
 from step_optim.telemetry.suggestion import suggest_budget
 from step_optim.telemetry.summary import lines, summarise
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("two logs have the same label; give labels, LABEL=LOG")
         if options.command == "suggest":
             return _suggest(runs, options.trigger_rate, options.skip)
-        return _integrity(runs) if options.command == "integrity" else _summary(runs)
+        return _integrity(runs) if options.command == "integrity" else _summary(runs, as_json=options.json)
     except (OSError, ValueError, ImportError) as error:
         print(f"step_optim: {error}", file=sys.stderr)
         return 2
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="step_optim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     summary = commands.add_parser("summary", help="trigger rate, alpha, overhead ... of logs")
+    summary.add_argument("--json", action="store_true", help="as one JSON object, by label")
     integrity = commands.add_parser("integrity", help="which controllers never acted, which runs are identical")
     suggest = commands.add_parser("suggest", help="budgets that a wanted share of such steps would be over")
     suggest.add_argument("--trigger-rate", type=float, default=0.05, help="that share (default: 0.05)")
@@ -57,10 +59,14 @@ def _integrity(runs: dict[str, list[StepRecord]]) -> int:
     return 0 if report.ok else 1
 
 
-def _summary(runs: dict[str, list[StepRecord]]) -> int:
-    for label, records in runs.items():
+def _summary(runs: dict[str, list[StepRecord]], *, as_json: bool) -> int:
+    figures = {label: summarise(records) for label, records in runs.items()}
+    if as_json:
+        print(json.dumps(jsonable(figures), indent=2, allow_nan=False))
+        return 0
+    for label, found in figures.items():
         print(label)
-        for line in lines(summarise(records)):
+        for line in lines(found):
             print(f"  {line}")
     return 0
 
