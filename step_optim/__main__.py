@@ -1,4 +1,4 @@
-"""Command line: ``step-optim`` with ``report``, ``summary``, ``integrity`` or ``suggest``, and logs."""
+"""Command line: ``step-optim`` with ``watch``, ``report``, ``summary``, ``integrity`` or ``suggest``, and logs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from step_optim.host.paths import user_path
 from step_optim.telemetry.integrity import check
@@ -19,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 1 if an integrity check fails, 2 if a log cannot be read or says too little."""
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "watch":
+            return _watch(options.log, once=options.once)
         if options.command == "report":
             return _report(dict(map(_labelled, options.logs)), len(options.logs), options.out)
         runs = {label: read_log(path) for label, path in map(_labelled, options.logs)}
@@ -43,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     suggest.add_argument("--skip", type=int, metavar="N", default=0, help="leave out the first N steps")
     report = commands.add_parser("report", help="one HTML page about runs: movement, slices, drift, overhead ...")
     report.add_argument("-o", "--out", default="report.html", help="the page (default: report.html)")
+    watch = commands.add_parser("watch", help="a run on the terminal, while it goes on")
+    watch.add_argument("log", metavar="LOG", help="its JSONL log, which need not be there yet")
+    watch.add_argument("--once", action="store_true", help="show what there is, and return")
     for command in (summary, integrity, suggest, report):
         command.add_argument("logs", nargs="+", metavar="[LABEL=]LOG", help="a JSONL log, with a label if you like")
     return parser
@@ -68,6 +74,16 @@ def _summary(runs: dict[str, list[StepRecord]], *, as_json: bool) -> int:
         print(label)
         for line in lines(found):
             print(f"  {line}")
+    return 0
+
+
+def _watch(log: str, *, once: bool) -> int:
+    try:
+        from step_optim.report.terminal import watch
+    except ImportError as error:
+        raise ImportError("watch needs rich: pip install 'step-optim[report]'") from error
+    with suppress(KeyboardInterrupt):
+        watch(log, once=once)
     return 0
 
 

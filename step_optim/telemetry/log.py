@@ -74,7 +74,7 @@ def _mend(file: FileIO) -> None:
     file.seek(0)
     data = file.read()
     start = data.rfind(b"\n") + 1
-    if _parses(data[start:].decode(errors="replace")) is None:
+    if parsed(data[start:].decode(errors="replace")) is None:
         file.truncate(start)
     else:
         _append(file, b"\n")
@@ -177,7 +177,7 @@ def read_lines(
     header: Mapping[str, Any] = {}
     with user_path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            plain = _parses(line)
+            plain = parsed(line)
             if plain is None:
                 if not line.endswith("\n"):  # torn
                     return
@@ -185,7 +185,7 @@ def read_lines(
                     f"{path}, line {number} is no JSON object: {line.rstrip()[:60]!r}; only the last line may be torn"
                 )
             if "step_optim" in plain:
-                header = _checked(plain, path)
+                header = checked_header(plain, path)
                 yield header, None
                 continue
             try:
@@ -198,14 +198,20 @@ def read_lines(
             header = {}
 
 
-def _checked(header: Mapping[str, Any], path: str | Path) -> Mapping[str, Any]:
+def checked_header(header: Mapping[str, Any], path: str | Path) -> Mapping[str, Any]:
+    """Refuse the first line of a segment of a newer version.
+
+    Raises:
+        ValueError: it is.
+    """
     schema = header["step_optim"]
     if not isinstance(schema, int) or schema > SCHEMA:
         raise ValueError(f"{path} has schema {schema!r:.60}, this version reads up to {SCHEMA}; upgrade")
     return header
 
 
-def _parses(line: str) -> dict[str, Any] | None:
+def parsed(line: str) -> dict[str, Any] | None:
+    """Return the object of a line; None if it holds none."""
     try:
         plain = json.loads(line)
     except (ValueError, RecursionError):
