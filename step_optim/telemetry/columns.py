@@ -142,44 +142,54 @@ class _Table:
         self._limited: list[bool] = []
         self._bound: list[str | None] = []
         self._figures = array("d")
-        self._names: dict[str, None] = {}
-        self._slices: list[list[array[float]]] = [[] for _ in SLICED]
-        """By kind and step: values of the slices that were known then."""
+        self._names: list[str] = []
+        self._slices = [array("d") for _ in SLICED]
+        """Values of each kind, a row of all slices for each step."""
 
     def append(self, row: _Row) -> None:
         """Add a step."""
+        for measured in row.slices[:2]:
+            if [*measured] != self._names:
+                self._widen([name for name in measured if name not in self._names])
         self.steps.append(row.step)
         self._actions.append(row.action)
         self._triggered.append(row.triggered)
         self._limited.append(row.limited)
         self._bound.append(row.bound)
         self._figures.extend(row.figures)
-        for measured in row.slices[:2]:
-            if not measured.keys() <= self._names.keys():
-                self._names.update(dict.fromkeys(measured))
         for known, values in zip(self._slices, row.slices, strict=True):
-            same = len(values) == len(self._names) and all(map(str.__eq__, values, self._names))
-            found = values.values() if same else (values.get(name, math.nan) for name in self._names)
-            known.append(array("d", map(float, found)))
+            if [*values] == self._names:
+                known.extend(map(float, values.values()))
+            else:
+                known.extend(float(values.get(name, math.nan)) for name in self._names)
+
+    def _widen(self, new: list[str]) -> None:
+        """Give slices that come up later a place in the rows before."""
+        if not new:
+            return
+        width, more = len(self._names), [math.nan] * len(new)
+        for i, known in enumerate(self._slices):
+            rows = (known[start : start + width] for start in range(0, len(self.steps) * width, width or 1))
+            wide = array("d")
+            for row in rows if width else (array("d") for _ in self.steps):
+                wide.extend(row)
+                wide.extend(more)
+            self._slices[i] = wide
+        self._names += new
 
     def cut(self, step: int) -> None:
         """Drop this step and all after it."""
         stay = bisect_left(self.steps, step)
-        for column in (self.steps, self._actions, self._triggered, self._limited, self._bound, *self._slices):
-            del column[stay:]  # type: ignore[attr-defined]
+        for column in (self.steps, self._actions, self._triggered, self._limited, self._bound):
+            del column[stay:]
         del self._figures[stay * len(FIGURES) :]
+        for known in self._slices:
+            del known[stay * len(self._names) :]
 
     def columns(self, header: Mapping[str, Any]) -> Columns:
         """Return all of them."""
         count, width = len(self.steps), len(self._names)
         figures = _tensor(self._figures).view(count, len(FIGURES)).T
-        sliced = dict[str, Tensor]()
-        for kind, rows in zip(SLICED, self._slices, strict=True):
-            flat = array("d")
-            for row in rows:
-                flat.extend(row)
-                flat.extend([math.nan] * (width - len(row)))  # slices that came later
-            sliced[kind] = _tensor(flat).view(count, width)
         return Columns(
             header=header,
             step=torch.tensor(self.steps, device="cpu"),
@@ -188,7 +198,9 @@ class _Table:
             limited=torch.tensor(self._limited, device="cpu"),
             bound=self._bound,
             figures=dict(zip(FIGURES, figures, strict=True)),
-            slices=sliced,
+            slices={
+                kind: _tensor(values).view(count, width) for kind, values in zip(SLICED, self._slices, strict=True)
+            },
             names=tuple(self._names),
         )
 

@@ -15,7 +15,15 @@ from step_optim.host.paths import user_path
 from step_optim.telemetry.record import StepRecord, jsonable
 from step_optim.telemetry.trackers import Sink, takes, tracker_sink
 
+try:
+    import orjson
+except ImportError:
+    orjson = None  # type: ignore[assignment]
+
 T = TypeVar("T")
+
+_loads: Callable[[str], Any] = json.loads if orjson is None else orjson.loads
+"""orjson is three times as fast, which a log of 100,000 steps is worth; both read the same."""
 
 SCHEMA = 1
 """Version of the log format; it stands in the first line of every segment."""
@@ -213,7 +221,7 @@ def checked_header(header: Mapping[str, Any], path: str | Path) -> Mapping[str, 
 def parsed(line: str) -> dict[str, Any] | None:
     """Return the object of a line; None if it holds none."""
     try:
-        plain = json.loads(line)
+        plain = _loads(line)
     except (ValueError, RecursionError):
         return None
     return plain if isinstance(plain, dict) else None

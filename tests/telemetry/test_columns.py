@@ -16,7 +16,7 @@ from step_optim.limits import Limits
 from step_optim.movement import Movement
 from step_optim.telemetry.columns import FIGURES, SLICED, read_columns
 from step_optim.telemetry.integrity import check, check_columns
-from step_optim.telemetry.log import JSONLWriter, read_trace
+from step_optim.telemetry.log import JSONLWriter, parsed, read_trace
 from step_optim.telemetry.record import StepRecord, TrialRecord
 from step_optim.telemetry.summary import summarise
 
@@ -152,6 +152,13 @@ def test_the_integrity_verdict_is_that_of_records(tmp_path) -> None:
     assert found == check(runs)
     assert found.identical == (("one", "same"),)
     assert found.never_acted == ("idle", "slices")
+
+
+@given(record=records(3))
+def test_both_readers_of_json_read_the_same(record) -> None:
+    """To the bit, whichever is installed."""
+    line = json.dumps(record.to_dict())
+    assert repr(json.loads(line)) == repr(parsed(line))
 
 
 def test_old_and_damaged_logs(tmp_path) -> None:
