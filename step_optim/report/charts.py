@@ -135,7 +135,7 @@ def audits(run: Columns, top: float) -> Chart:
 def rates(run: Columns) -> Chart:
     """Triggered and rejected steps, as shares of a sliding window."""
     rejected = torch.tensor([action == "reject" for action in run.action], device="cpu")
-    window = max(1, len(run.action) // 20)
+    window = min(max(10, len(run.action) // 20), len(run.action))
     bins = Bins.of(len(run.action))
     series = {
         name: bins.final(_sliding(flags.double(), window))
@@ -257,6 +257,7 @@ def _drawn(
     points: bool = False,
 ) -> Chart:
     """Lines by name; those that come later are dashed, so that they can be told apart without colours."""
+    series = {name: values for name, values in series.items() if bool(values.isfinite().any())}
     rows = [
         {"step": step, "of": name, "value": _short(value)}
         for name, values in series.items()
