@@ -18,7 +18,7 @@ from step_optim.telemetry.columns import FIGURES, SLICED, read_columns
 from step_optim.telemetry.integrity import check, check_columns
 from step_optim.telemetry.log import JSONLWriter, parsed, read_trace
 from step_optim.telemetry.record import StepRecord, TrialRecord
-from step_optim.telemetry.summary import summarise
+from step_optim.telemetry.summary import Summary, summarise
 
 FIGURE = st.one_of(st.floats(0, 10), st.sampled_from([0.0, math.inf, math.nan]))
 KNOWN = st.floats(0, 1)
@@ -135,6 +135,14 @@ def test_path_length_is_the_sum_of_what_was_committed(tmp_path) -> None:
     columns = read_columns(written(tmp_path / "run.jsonl", [steps]))
     torch.testing.assert_close(columns.path, torch.tensor([0.01, 0.01, 0.01, 0.03], dtype=torch.float64))
     torch.testing.assert_close(columns.slice_paths[:, 0], 2 * columns.path)
+    finite = [steps[i] for i in (0, 1, 3)]
+    half = Summary()
+    for each in finite[:2]:
+        half = half.plus(each)
+    resumed = Summary(half.state_dict()).plus(replace(finite[2], reference_drift=Movement(0.02, {"a": 0.05})))
+    assert resumed.figures()["path_length"] == pytest.approx(float(columns.path[-1]))
+    assert resumed.figures()["path_length_by_slice"] == {"a": pytest.approx(float(columns.slice_paths[-1, 0]))}
+    assert resumed.figures()["reference_drift_by_slice"] == {"a": 0.05}
 
 
 def test_the_integrity_verdict_is_that_of_records(tmp_path) -> None:
