@@ -14,6 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from step_optim.limits import Limits
+from step_optim.movement import Movement
 from step_optim.report.follow import Follower
 from step_optim.telemetry.record import StepRecord
 
@@ -62,8 +64,8 @@ def view(follower: Follower, width: int, height: int) -> RenderableType:
     parts += [
         _bars(name, records[-bars:], of, top)
         for name, of, top in (
-            ("candidate / budget", lambda record: _over(record.candidate.mean, record.budget.mean), 2.0),
-            ("committed / budget", lambda record: _over(record.accepted.mean, record.budget.mean), 2.0),
+            ("candidate / budget", lambda record: _largest(record.candidate, record.budget), 2.0),
+            ("committed / budget", lambda record: _largest(record.accepted, record.budget), 2.0),
             ("drift / cap", _drift, 1.0),
             ("alpha", lambda record: record.alpha, 1.0),
         )
@@ -93,6 +95,13 @@ def _bars(name: str, records: Sequence[StepRecord], of: Callable[[StepRecord], f
         block = BLOCKS[max(round(level * (len(BLOCKS) - 1)), value > 0)]
         text.append(block, style="red" if value > 1 else "green")
     return text
+
+
+def _largest(moved: Movement, limits: Limits) -> float | None:
+    """The movement over its budget: of the mean, or of the slice that is nearest to its own."""
+    pairs = [(moved.mean, limits.mean), *((kl, limits.slices.get(name, math.inf)) for name, kl in moved.slices.items())]
+    ratios = [ratio for kl, budget in pairs if (ratio := _over(kl, budget)) is not None]
+    return max(ratios, default=None)
 
 
 def _over(kl: float, budget: float) -> float | None:

@@ -90,6 +90,14 @@ def test_it_fits(tmp_path, width, height) -> None:
     assert "triggered 20.0%" in text
 
 
+def test_bars_are_of_the_constraint_that_is_nearest_to_its_budget(tmp_path) -> None:
+    """Also where only a slice is limited; what is above 1 is as high as twice the budget."""
+    moved = [Movement(0.01, {"a": kl}) for kl in (0.0, 0.025, 0.05, 0.2)]
+    steps = [record(i, candidate=kl, budget=Limits(slices={"a": 0.05})) for i, kl in enumerate(moved)]
+    bars = next(line for line in shown(log(tmp_path / "run.jsonl", steps)).splitlines() if "candidate /" in line)
+    assert bars.rstrip().endswith("  ▂▄█")
+
+
 def test_figures_that_are_missing_or_not_finite(tmp_path) -> None:
     """A run that only measures has no budget to compare with."""
     steps = [
