@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,42 @@ def worst_slice(run: Columns) -> str:
     kl, budget = float(moved[position, place]), float(run.slices["budget"][position, place])
     times = f", {kl / budget:.2g} times its budget" if 0 < budget < math.inf else ""
     return f"{run.names[place]}: {kl:.3g} nats per token at step {int(run.step[position])}{times}"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One of the steps that were asked to move farthest."""
+
+    step: int
+    action: str
+    candidate: str
+    worst: str
+    """The slice that would have moved farthest."""
+    notes: str
+    """What the training loop noted: the batch, say."""
+
+
+def largest_steps(run: Columns, count: int = 8) -> list[Moved]:
+    """The steps with the largest candidates, the largest first; what is not finite is larger than all."""
+    candidate = run.figures["candidate"].nan_to_num(math.inf, math.inf)
+    moved = torch.tensor([action != "unchanged" for action in run.action], device="cpu")
+    order = (
+        torch.where(moved, candidate, -1.0).sort(descending=True, stable=True).indices[: min(count, int(moved.sum()))]
+    )
+    found = []
+    for position in order.tolist():
+        slices = dict(zip(run.names, run.slices["candidate"][position].tolist(), strict=True))
+        known = {name: kl for name, kl in slices.items() if not math.isnan(kl)}
+        worst = max(known, key=known.__getitem__, default=None)
+        step = int(run.step[position])
+        notes = ", ".join(f"{name}: {_noted(value)}" for name, value in run.notes.get(step, {}).items())
+        told = "-" if worst is None else f"{worst} {_text(known[worst])}"
+        found.append(Moved(step, run.action[position], _text(float(candidate[position])), told, notes))
+    return found
+
+
+def _noted(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _finite(column: Tensor) -> Tensor:

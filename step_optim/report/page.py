@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from step_optim.host.paths import user_path
-from step_optim.report.figures import bounds, figures, worst_slice
+from step_optim.report.figures import bounds, figures, largest_steps, worst_slice
 from step_optim.telemetry.columns import Columns, read_columns
 from step_optim.telemetry.integrity import check_columns
 
@@ -114,7 +114,8 @@ def _bundle() -> str:
 def _page(runs: Mapping[str, Columns], bundle: str) -> str:
     """Put the page together."""
     specs: dict[str, Any] = {}
-    body = [_head(runs), *(_section(section, runs, specs) for section in _sections(list(runs.values()))), _foot(runs)]
+    charts = [_section(section, runs, specs) for section in _sections(list(runs.values()))]
+    body = [_head(runs), *charts[:2], _largest(runs), *charts[2:], _foot(runs)]
     title = "STEP: " + ", ".join(runs)
     parts = [
         "<!doctype html>",
@@ -266,6 +267,21 @@ def _section(section: Section, runs: Mapping[str, Columns], specs: dict[str, Any
         f"<section><h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>"
         f"<div class='runs'>{''.join(shown)}</div></section>"
     )
+
+
+def _largest(runs: Mapping[str, Columns]) -> str:
+    """A table of the steps that were asked to move farthest, with what the loop noted of them."""
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("step", "", "proposed", "worst slice", "noted"))
+    shown = []
+    for label, run in runs.items():
+        rows = (
+            (str(moved.step), moved.action, moved.candidate, moved.worst, moved.notes) for moved in largest_steps(run)
+        )
+        lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+        shown.append(f"<figure><h3>{escape(label)}</h3><div class='scroll'>{table}</div></figure>")
+    text = "Those that would have moved the policy farthest. optimizer.note(batch=ids) tells here which batches did it."
+    return f"<section><h2>Largest steps</h2><p>{text}</p><div class='runs'>{''.join(shown)}</div></section>"
 
 
 def _spec(chart: Any, description: str) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class _Row(NamedTuple):
     """In the order of `FIGURES`."""
     slices: tuple[Mapping[str, Any], ...]
     """In the order of `SLICED`: values by slice."""
+    notes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Columns:
     """[T, S] each, float64, by name of `SLICED`."""
     names: tuple[str, ...]
     """The S slices."""
+    notes: Mapping[int, Mapping[str, Any]]
+    """By step index, what the training loop noted, where it did."""
 
     @property
     def path(self) -> Tensor:
@@ -142,6 +145,7 @@ class _Table:
         self._limited: list[bool] = []
         self._bound: list[str | None] = []
         self._figures = array("d")
+        self._notes: dict[int, Mapping[str, Any]] = {}
         self._names: list[str] = []
         self._slices = [array("d") for _ in SLICED]
         """Values of each kind, a row of all slices for each step."""
@@ -157,6 +161,8 @@ class _Table:
         self._limited.append(row.limited)
         self._bound.append(row.bound)
         self._figures.extend(row.figures)
+        if row.notes:
+            self._notes[row.step] = row.notes
         for known, values in zip(self._slices, row.slices, strict=True):
             if [*values] == self._names:
                 known.extend(map(float, values.values()))
@@ -180,6 +186,7 @@ class _Table:
     def cut(self, step: int) -> None:
         """Drop this step and all after it."""
         stay = bisect_left(self.steps, step)
+        self._notes = {known: notes for known, notes in self._notes.items() if known < step}
         for column in (self.steps, self._actions, self._triggered, self._limited, self._bound):
             del column[stay:]
         del self._figures[stay * len(FIGURES) :]
@@ -202,6 +209,7 @@ class _Table:
                 kind: _tensor(values).view(count, width) for kind, values in zip(SLICED, self._slices, strict=True)
             },
             names=tuple(self._names),
+            notes=self._notes,
         )
 
 
@@ -249,6 +257,7 @@ def _row(plain: Mapping[str, Any]) -> _Row:
             drift.get("slices", {}),
             caps,
         ),
+        plain.get("notes") or {},
     )
 
 

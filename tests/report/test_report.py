@@ -22,7 +22,7 @@ from step_optim.limits import Limits
 from step_optim.movement import Movement
 from step_optim.report import write_report
 from step_optim.report.bins import Bins
-from step_optim.report.figures import bounds, figures, worst_slice
+from step_optim.report.figures import bounds, figures, largest_steps, worst_slice
 from step_optim.telemetry.columns import read_columns
 from step_optim.telemetry.log import JSONLWriter
 from step_optim.telemetry.record import StepRecord, TrialRecord
@@ -131,6 +131,23 @@ def test_charts_have_the_runs_figures(page) -> None:
         spec["description"].startswith(("Movement", "Slices", "What", "Trigg", "Audits", "Drift", "Held", "Over"))
         for spec in page.specs.values()
     )
+
+
+def test_the_largest_steps_are_named_with_their_batches(page, tmp_path) -> None:
+    """What is not finite first; notes as they were written, lists too."""
+    noted = [
+        replace(each, notes={"batch": [i, i + 1], "phase": "<b>"} if i in (4, 6) else {})
+        for i, each in enumerate(run())
+    ]
+    found = largest_steps(read_columns(log(tmp_path / "noted.jsonl", noted)), count=3)
+    assert [(each.step, each.action, each.candidate) for each in found] == [
+        (6, "reject", "inf"),
+        (4, "shrink", "0.04"),
+        (9, "shrink", "0.04"),
+    ]
+    assert [each.notes for each in found] == ["batch: 6 7, phase: <b>", "batch: 4 5, phase: <b>", ""]
+    assert found[1].worst == "</script><b>math 0.08"
+    assert "Largest steps" in "".join(page.texts)
 
 
 def test_figures_are_those_of_the_summary(tmp_path) -> None:
