@@ -1,15 +1,17 @@
-"""Command line: ``python -m step_optim`` with ``summary``, ``integrity`` or ``suggest``, and logs."""
+"""Command line: ``step-optim`` with ``watch``, ``report``, ``summary``, ``integrity`` or ``suggest``, and logs."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from step_optim.host.paths import user_path
 from step_optim.telemetry.integrity import check
 from step_optim.telemetry.log import read_log
-from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.record import StepRecord, jsonable
 from step_optim.telemetry.suggestion import suggest_budget
 from step_optim.telemetry.summary import lines, summarise
 
@@ -18,13 +20,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 1 if an integrity check fails, 2 if a log cannot be read or says too little."""
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "watch":
+            return _watch(options.log, once=options.once)
+        if options.command == "report":
+            return _report(dict(map(_labelled, options.logs)), len(options.logs), options.out)
         runs = {label: read_log(path) for label, path in map(_labelled, options.logs)}
         if len(runs) < len(options.logs):
             raise ValueError("two logs have the same label; give labels, LABEL=LOG")
         if options.command == "suggest":
             return _suggest(runs, options.trigger_rate, options.skip)
-        return _integrity(runs) if options.command == "integrity" else _summary(runs)
-    except (OSError, ValueError) as error:
+        return _integrity(runs) if options.command == "integrity" else _summary(runs, as_json=options.json)
+    except (OSError, ValueError, ImportError) as error:
         print(f"step_optim: {error}", file=sys.stderr)
         return 2
 
@@ -33,11 +39,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="step_optim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     summary = commands.add_parser("summary", help="trigger rate, alpha, overhead ... of logs")
+    summary.add_argument("--json", action="store_true", help="as one JSON object, by label")
     integrity = commands.add_parser("integrity", help="which controllers never acted, which runs are identical")
     suggest = commands.add_parser("suggest", help="budgets that a wanted share of such steps would be over")
     suggest.add_argument("--trigger-rate", type=float, default=0.05, help="that share (default: 0.05)")
     suggest.add_argument("--skip", type=int, metavar="N", default=0, help="leave out the first N steps")
-    for command in (summary, integrity, suggest):
+    report = commands.add_parser("report", help="one HTML page about runs: movement, slices, drift, overhead ...")
+    report.add_argument("-o", "--out", default="report.html", help="the page (default: report.html)")
+    watch = commands.add_parser("watch", help="a run on the terminal, while it goes on")
+    watch.add_argument("log", metavar="LOG", help="its JSONL log, which need not be there yet")
+    watch.add_argument("--once", action="store_true", help="show what there is, and return")
+    for command in (summary, integrity, suggest, report):
         command.add_argument("logs", nargs="+", metavar="[LABEL=]LOG", help="a JSONL log, with a label if you like")
     return parser
 
@@ -53,11 +65,34 @@ def _integrity(runs: dict[str, list[StepRecord]]) -> int:
     return 0 if report.ok else 1
 
 
-def _summary(runs: dict[str, list[StepRecord]]) -> int:
-    for label, records in runs.items():
+def _summary(runs: dict[str, list[StepRecord]], *, as_json: bool) -> int:
+    figures = {label: summarise(records) for label, records in runs.items()}
+    if as_json:
+        print(json.dumps(jsonable(figures), indent=2, allow_nan=False))
+        return 0
+    for label, found in figures.items():
         print(label)
-        for line in lines(summarise(records)):
+        for line in lines(found):
             print(f"  {line}")
+    return 0
+
+
+def _watch(log: str, *, once: bool) -> int:
+    try:
+        from step_optim.report.terminal import watch
+    except ImportError as error:
+        raise ImportError("watch needs rich: pip install 'step-optim[report]'") from error
+    with suppress(KeyboardInterrupt):
+        watch(log, once=once)
+    return 0
+
+
+def _report(logs: dict[str, str], count: int, out: str) -> int:
+    from step_optim.report import write_report
+
+    if len(logs) < count:
+        raise ValueError("two logs have the same label; give labels, LABEL=LOG")
+    print(write_report(logs, out))
     return 0
 
 

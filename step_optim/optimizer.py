@@ -248,7 +248,7 @@ class STEPOptimizer(OptimizerWrapper):
         Args:
             reward: of this step's rollout.
             success: whether the step counts as one that completed.
-            **values: numbers (tensors and arrays of one element, too), texts or flags.
+            **values: numbers (tensors and arrays too), texts or flags, or lists of these: ``batch=ids``, say.
         """
         given = {"reward": reward, "success": success, **values}
         self._run.notes |= {name: plain_note(name, value) for name, value in given.items() if value is not None}

@@ -26,6 +26,7 @@ LAYERS = (
     ("telemetry",),
     ("step",),
     ("optimizer",),
+    ("report",),
     ("testing", "integrity", "__main__"),
     ("__init__",),
 )

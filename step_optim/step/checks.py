@@ -203,9 +203,18 @@ def _check_pull(controller: Controller, optimizer: Optimizer, budget: Budget) ->
 
 
 def plain_note(name: str, value: Any) -> Any:
-    """A value that every log can hold."""
-    if hasattr(value, "item"):
-        value = (value.detach() if hasattr(value, "detach") else value).item()
-    if not isinstance(value, (bool, int, float, str)):
-        raise TypeError(f"note({name}={value!r:.60}) is no number, text or flag; reduce it first")
-    return value
+    """A value that every log can hold: a number, a text, a flag, or a list of these; reward and success are no lists.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if hasattr(value, "tolist"):  # a tensor or an array
+        value = (value.detach() if hasattr(value, "detach") else value).tolist()
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)) and name in ("reward", "success"):
+        raise TypeError(f"note({name}={value!r:.60}) is no single number or flag; reduce it first")
+    plain = [item.item() if getattr(item, "shape", None) == () else item for item in items]
+    if not all(isinstance(item, (bool, int, float, str)) for item in plain):
+        raise TypeError(f"note({name}={value!r:.60}) is no number, text or flag, and no list of these; reduce it first")
+    return plain if isinstance(value, (list, tuple)) else plain[0]

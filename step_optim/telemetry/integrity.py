@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from step_optim.telemetry.columns import Columns
 from step_optim.telemetry.record import StepRecord
 
 
@@ -54,6 +55,19 @@ def check(runs: Mapping[str, Sequence[StepRecord]]) -> Report:
         tuple(label for label, records in runs.items() if _limited(records) and not _acted(records)),
         tuple((a, b) for a, b in combinations(runs, 2) if signatures[a] == signatures[b]),
         {label: sum(record.triggered for record in records) / len(records) for label, records in runs.items()},
+    )
+
+
+def check_columns(runs: Mapping[str, Columns]) -> Report:
+    """Compare several runs that were read as columns; see `check`.
+
+    Args:
+        runs: each run, by label; none is empty.
+    """
+    return Report(
+        tuple(label for label, run in runs.items() if bool(run.limited.any()) and not bool(run.triggered.any())),
+        tuple((a, b) for a, b in combinations(runs, 2) if runs[a].same_trace(runs[b])),
+        {label: float(run.triggered.double().mean()) for label, run in runs.items()},
     )
 
 

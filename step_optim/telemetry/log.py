@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from step_optim.host.paths import user_path
 from step_optim.telemetry.record import StepRecord, jsonable
 from step_optim.telemetry.trackers import Sink, takes, tracker_sink
+
+try:
+    import orjson
+except ImportError:
+    orjson = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+
+_loads: Callable[[str], Any] = json.loads if orjson is None else orjson.loads
+"""orjson is three times as fast, which a log of 100,000 steps is worth; both read the same."""
 
 SCHEMA = 1
 """Version of the log format; it stands in the first line of every segment."""
@@ -72,7 +82,7 @@ def _mend(file: FileIO) -> None:
     file.seek(0)
     data = file.read()
     start = data.rfind(b"\n") + 1
-    if _parses(data[start:].decode(errors="replace")) is None:
+    if parsed(data[start:].decode(errors="replace")) is None:
         file.truncate(start)
     else:
         _append(file, b"\n")
@@ -149,37 +159,69 @@ def read_trace(path: str | Path) -> Trace:
     Raises:
         ValueError: a line that cannot be read, other than a torn last one; or a newer schema.
     """
-    header: dict[str, Any] = {}
+    header: Mapping[str, Any] = {}
     records: dict[int, StepRecord] = {}
-    *lines, torn = user_path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    starting = False
-    for number, line in enumerate(lines if _parses(torn) is None else [*lines, torn], 1):
-        plain = _parses(line)
-        if plain is None:
-            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}; only the last line may be torn")
-        if "step_optim" in plain:
-            if not isinstance(plain["step_optim"], int) or plain["step_optim"] > SCHEMA:
-                raise ValueError(
-                    f"{path} has schema {plain['step_optim']!r:.60}, this version reads up to {SCHEMA}; upgrade"
-                )
-            header, starting = plain, True
+    for segment, record in read_lines(path, StepRecord.from_dict):
+        if record is None:
+            header = segment
             continue
-        try:
-            record = StepRecord.from_dict(plain)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is no record of a step ({type(error).__name__}: {error}): {line[:60]!r}"
-            ) from error
-        if starting:
+        if segment:
             records = {step: old for step, old in records.items() if step < record.step}
-            starting = False
         records[record.step] = record
     return Trace(header, tuple(records[step] for step in sorted(records)))
 
 
-def _parses(line: str) -> dict[str, Any] | None:
+def read_lines(
+    path: str | Path, read: Callable[[Mapping[str, Any]], T]
+) -> Iterator[tuple[Mapping[str, Any], T | None]]:
+    """Yield what stands in a log line by line: a header and None; or what ``read`` made of a record.
+
+    A record comes with the header of its segment if it is the first of it, else
+    with an empty one: the steps from there on replace those of earlier segments.
+
+    Raises:
+        ValueError: as `read_trace`.
+    """
+    header: Mapping[str, Any] = {}
+    with user_path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            plain = parsed(line)
+            if plain is None:
+                if not line.endswith("\n"):  # torn
+                    return
+                raise ValueError(
+                    f"{path}, line {number} is no JSON object: {line.rstrip()[:60]!r}; only the last line may be torn"
+                )
+            if "step_optim" in plain:
+                header = checked_header(plain, path)
+                yield header, None
+                continue
+            try:
+                record = read(plain)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is no record of a step ({type(error).__name__}: {error}): {line[:60]!r}"
+                ) from error
+            yield header, record
+            header = {}
+
+
+def checked_header(header: Mapping[str, Any], path: str | Path) -> Mapping[str, Any]:
+    """Refuse the first line of a segment of a newer version.
+
+    Raises:
+        ValueError: it is.
+    """
+    schema = header["step_optim"]
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise ValueError(f"{path} has schema {schema!r:.60}, this version reads up to {SCHEMA}; upgrade")
+    return header
+
+
+def parsed(line: str) -> dict[str, Any] | None:
+    """Return the object of a line; None if it holds none."""
     try:
-        plain = json.loads(line)
+        plain = _loads(line)
     except (ValueError, RecursionError):
         return None
     return plain if isinstance(plain, dict) else None

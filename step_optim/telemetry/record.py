@@ -187,8 +187,11 @@ class StepRecord:
         return cls(**values)
 
     def flat(self) -> dict[str, float | str]:
-        """Return scalars under slash-separated names, as experiment trackers like them."""
-        return dict(_flatten(self.to_dict() | {"trials": len(self.trials)}, "step_optim"))
+        """Return scalars under slash-separated names, as experiment trackers like them; a list of notes is one text."""
+        notes = {
+            name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in self.notes.items()
+        }
+        return dict(_flatten(self.to_dict() | {"trials": len(self.trials), "notes": jsonable(notes)}, "step_optim"))
 
 
 def jsonable(value: Any) -> Any:

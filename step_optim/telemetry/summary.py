@@ -15,6 +15,12 @@ OWN = ("snapshot", "audit", "search")
 
 PHASES = ("inner", *OWN)
 
+PATH = "path:"
+"""Before the name of a slice, where its committed movement is added up."""
+
+DRIFT = "drift:"
+"""Before the name of a slice, where its drift is."""
+
 BOUND = "bound:"
 """Before the name of a constraint, where steps are counted by what bound them."""
 
@@ -66,6 +72,9 @@ class Summary:
             add("candidate_sum", record.candidate.mean)
             add("candidate_count", 1)
         add("accepted_sum", record.accepted.mean)
+        for name, kl in record.accepted.slices.items():
+            if math.isfinite(kl):
+                add(PATH + name, kl)
         for name in (*PHASES, "elapsed"):
             add(f"{name}_seconds", seconds.get(name, 0.0))
         if "elapsed" in seconds:
@@ -74,6 +83,7 @@ class Summary:
         sums["worst_slice_max"] = max(sums.get("worst_slice_max", 0.0), record.accepted.worst[1])
         if record.reference_drift is not None:
             sums["drift"] = record.reference_drift.mean
+            sums |= {DRIFT + name: kl for name, kl in record.reference_drift.slices.items()}
         ratios = record.generalisation
         if "step" in ratios:
             add("generalisation_count", 1)
@@ -93,7 +103,8 @@ class Summary:
         ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, prompt, token, drift,
         drift:<name> or "not finite"; ``fixed_budget`` has what `Budget.auto` was last fixed at.
         Progress is the share of what the inner optimizer proposed that was kept, see `StepRecord.progress`; corrections
-        are gradients that `Steer` measured; the pull rate is the share of steps at which it pulled. Generalisation is
+        are gradients that `Steer` measured; the path length is the sum of what was committed, of which drift is what is
+        left from one end to the other; the pull rate is the share of steps at which it pulled. Generalisation is
         held-out over control, of steps and of the latest drift, with 95 % intervals over prompts. The overhead's
         share is that of snapshots, audits and searches in the time between two steps: without them the training loop,
         generation included, would take 1 - share of its time.
@@ -121,7 +132,10 @@ class Summary:
             "mean_accepted_kl": _per(total("accepted_sum", 0), steps),
             "max_accepted_kl": total("accepted_max", 0.0),
             "max_accepted_slice_kl": total("worst_slice_max", 0.0),
+            "path_length": total("accepted_sum", 0.0),
+            "path_length_by_slice": dict(self._by_constraint(PATH)),
             "reference_drift": total("drift", None),
+            "reference_drift_by_slice": dict(self._by_constraint(DRIFT)),
             **self._generalisation(),
             **{f"{name}_seconds": total(f"{name}_seconds", 0.0) for name in PHASES},
             "overhead_seconds": sum(total(f"{name}_seconds", 0.0) for name in OWN),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -234,13 +235,28 @@ def test_an_interrupt_during_a_rejection_is_raised_when_the_rollback_is_complete
     assert picture(problem.model, optimizer) == before
 
 
+def test_a_note_may_be_a_list():
+    """Ids of a batch, as a list, a tensor or an array; trackers get one text."""
+    for ids in ([3, 5], (3, 5), torch.tensor([3, 5]), np.array([3, 5]), [torch.tensor(3), np.int64(5)]):
+        problem = token_problem(1)
+        optimizer = wrap(problem, Budget(mean=math.inf))
+        optimizer.note(batch=ids, names=["a", "b"], loss=torch.tensor([0.5]))
+        problem.backward(0)
+        optimizer.step()
+        assert optimizer.last.notes == {"batch": [3, 5], "names": ["a", "b"], "loss": 0.5}
+        assert optimizer.last.flat()["step_optim/notes/batch"] == "3 5"
+
+
 def test_notes_are_plain_before_anything_moves():
     """Tensors of one element become numbers; what no log could hold is refused by note() itself."""
     problem = token_problem(1)
     optimizer = wrap(problem, Budget(mean=math.inf))
     optimizer.note(reward=torch.tensor(1.5, requires_grad=True), grad_norm=torch.tensor(2.0))
-    with pytest.raises(TypeError, match="grads"):
-        optimizer.note(grads=[1, 2])
+    for grads in ([torch.ones(2)], [[1, 2]], torch.ones(2, 2), {"a": 1}, [None]):
+        with pytest.raises(TypeError, match=r"note.grads=.* is no number, text or flag, and no list of these"):
+            optimizer.note(grads=grads)
+    with pytest.raises(TypeError, match=r"note.reward=.* is no single number"):
+        optimizer.note(reward=[1.0, 2.0])
     problem.backward(0)
     optimizer.step()
     assert optimizer.last.reward == 1.5

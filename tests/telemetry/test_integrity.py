@@ -1,5 +1,6 @@
 """Integrity: two labels with one trace are not two conditions; and the command line around it."""
 
+import json
 import math
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from step_optim import Action, Budget, Controller, Gate, Interpolate, Movement, 
 from step_optim.__main__ import main
 from step_optim.budget import Limits
 from step_optim.telemetry.integrity import check
+from step_optim.telemetry.log import read_log
+from step_optim.telemetry.record import jsonable
+from step_optim.telemetry.summary import summarise
 
 
 def trace(
@@ -154,6 +158,16 @@ def test_labels(logs, capsys) -> None:
     """LABEL=LOG names a run in the report."""
     assert main(["integrity", f"hard gate={logs['gate']}", f"twin={logs['again']}"]) == 1
     assert "IDENTICAL: hard gate and twin" in capsys.readouterr().out
+
+
+def test_summary_as_json(logs, capsys) -> None:
+    """The figures of `summarise` by label, for programs; what is not finite is a text."""
+    assert main(["summary", "--json", logs["gate"], f"x={logs['interpolate']}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        label: jsonable(summarise(read_log(logs[name])))
+        for label, name in ((str(logs["gate"]), "gate"), ("x", "interpolate"))
+    }
 
 
 def test_summary_command(logs, capsys) -> None:

@@ -1,0 +1,313 @@
+"""The page: charts of one or several runs side by side, in one file that needs no network."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from html import escape
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from step_optim.host.paths import user_path
+from step_optim.report.figures import bounds, figures, largest_steps, worst_slice
+from step_optim.telemetry.columns import Columns, read_columns
+from step_optim.telemetry.integrity import check_columns
+
+ROOM = 1.05
+"""Length of an axis over the largest figure on it."""
+
+NEEDED = "the report needs Altair and vl-convert: pip install 'step-optim[report]'"
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1500px; margin: 2rem auto;
+  padding: 0 1.5rem; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .2rem; }
+h3 { font-size: .95rem; margin: .6rem 0 0; }
+p { max-width: 60rem; margin: .3rem 0; }
+figure { margin: 0; min-width: 0; }
+figcaption { font-size: .85rem; color: #444; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
+th[scope=row] { font-weight: normal; color: #444; }
+code { font-size: .8rem; overflow-wrap: anywhere; }
+.runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem 2rem; }
+.chart { width: 100%; }
+.scroll { overflow-x: auto; }
+.ok { color: #00664b; }
+.bad { color: #a33f00; font-weight: 600; }
+@media print {
+  body { margin: 0; max-width: none; font-size: 12px; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+}
+"""
+
+EMBED = """
+for (const [id, spec] of Object.entries(JSON.parse(document.getElementById("specs").textContent)))
+  vegaEmbed("#" + id, spec, {renderer: "svg", actions: false})
+    .catch(error => { document.getElementById(id).textContent = "This chart could not be drawn: " + error; });
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One kind of chart, of every run that has what it shows."""
+
+    title: str
+    text: str
+    chart: Callable[[Columns], Any]
+    """Of one run; None where it has nothing to show."""
+    caption: Callable[[Columns], str] = lambda run: ""
+    """What to see in it."""
+
+
+def write_report(logs: Mapping[str, str | Path], path: str | Path) -> Path:
+    """Write one self-contained HTML file about some runs; it loads nothing from elsewhere.
+
+    Long runs are drawn in at most 240 groups of steps, with the range of each.
+
+    Args:
+        logs: the path of each run's log, by label.
+        path: where the page goes.
+
+    Returns:
+        That path.
+
+    Raises:
+        ImportError: Altair or vl-convert is not installed.
+        ValueError: no log, one that cannot be read, or one without records.
+        OSError: a file that is not there, or cannot be written.
+    """
+    if not logs:
+        raise ValueError("a report needs at least one log")
+    out = user_path(path)
+    with ThreadPoolExecutor(1) as pool:
+        bundle = pool.submit(_bundle)  # takes as long as reading a large log, in another thread
+        runs = {label: read_columns(log) for label, log in logs.items()}
+        page = _page(runs, bundle.result())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _bundle() -> str:
+    """The JavaScript that draws Vega-Lite charts."""
+    try:
+        import altair
+        import vl_convert
+    except ImportError as error:
+        raise ImportError(NEEDED) from error
+    version = altair.SCHEMA_VERSION.removeprefix("v").rsplit(".", 1)[0]
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version))
+
+
+def _page(runs: Mapping[str, Columns], bundle: str) -> str:
+    """Put the page together."""
+    specs: dict[str, Any] = {}
+    charts = [_section(section, runs, specs) for section in _sections(list(runs.values()))]
+    body = [_head(runs), *charts[:2], _largest(runs), *charts[2:], _foot(runs)]
+    title = "STEP: " + ", ".join(runs)
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        *body,
+        f'<script type="application/json" id="specs">{_inside_script(json.dumps(specs))}</script>',
+        f"<script>{_inside_script(bundle)}</script><script>{EMBED}</script>",
+        "</body></html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _inside_script(text: str) -> str:
+    """What would end a script early is written another way, which texts of JSON and JavaScript read as the same."""
+    return re.sub(r"<(?=/script|!--)", r"\\u003c", text, flags=re.IGNORECASE)
+
+
+def _sections(runs: Sequence[Columns]) -> list[Section]:
+    """The charts, with axes that all runs share."""
+    from step_optim.report import charts
+
+    moved = _top(column for run in runs for column in _within_reach(run))
+    sliced = _top(run.slices["candidate"] for run in runs)
+    drifted = _ends(column for run in runs for column in (run.figures["drift"], run.path, run.figures["cap"]))
+    by_slice = _ends(
+        column[-1:] for run in runs for column in (run.slices["drift"], run.slice_paths, run.slices["cap"])
+    )
+    held = _top(run.figures[name] for run in runs for name in ("held_out", "held_out_drift", "drift", "accepted"))
+    most = _top(run.figures["audits"] for run in runs)
+    return [
+        Section(
+            "Movement of each step",
+            "KL from the policy before the step: what was proposed (light), what was committed (blue), the budget "
+            "(dashed). Marked: steps that were not committed as proposed. Square-root scale, as KL grows with the "
+            "square of a step; what is beyond the axis is drawn at its end.",
+            lambda run: charts.movement(run, moved),
+            lambda run: f"Bound by: {bounds(run)}.",
+        ),
+        Section(
+            "Slices",
+            "What was proposed, by slice: the largest movement of each group of steps.",
+            lambda run: charts.slices(run, sliced) if run.names else None,
+            lambda run: f"Worst: {worst_slice(run)}.",
+        ),
+        Section(
+            "What was kept of each step",
+            "Alpha is the part of the update that was committed; progress the share of its first-order decrease of the "
+            "loss.",
+            charts.shares,
+        ),
+        Section("Triggered and rejected", "Shares of the last steps.", charts.rates),
+        Section("Audits", "The candidate's, and those of the controller.", lambda run: charts.audits(run, most)),
+        Section(
+            "Drift against path length",
+            "Drift is the KL from the policy at the start; path length the sum of all committed movements. Red: the "
+            "cap. Logarithmic scale.",
+            lambda run: charts.drift(run, drifted),
+        ),
+        Section(
+            "Drift by slice",
+            "At the end, on a logarithmic scale.",
+            lambda run: charts.drift_by_slice(run, by_slice),
+        ),
+        Section(
+            "Held-out prompts",
+            "Prompts that decide nothing, beside the control set: lines that lie on each other say that the budgets "
+            "carry to other prompts.",
+            lambda run: charts.held_out(run, held),
+        ),
+        Section(
+            "Overhead",
+            "Seconds a step that the bare optimizer does not take.",
+            charts.overhead,
+            lambda run: "" if math.isnan(run.overhead_share) else f"{run.overhead_share:.1%} of the time.",
+        ),
+    ]
+
+
+def _within_reach(run: Columns) -> Iterable[Tensor]:
+    """What sets the movement axis: what was committed, budgets, and candidates, but for the largest of many."""
+    budget = run.figures["budget"]
+    candidate = run.figures["candidate"]
+    known = candidate[candidate.isfinite()]
+    yield run.figures["accepted"]
+    yield budget
+    if len(known):
+        yield known.quantile(0.999 if len(known) > 2000 else 1.0)[None]
+
+
+def _top(columns: Iterable[Tensor]) -> float:
+    """The end of an axis on which all finite figures have a place."""
+    found = [float(column[column.isfinite()].max()) for column in columns if bool(column.isfinite().any())]
+    return ROOM * max(found, default=0.0) or 1.0
+
+
+def _ends(columns: Iterable[Tensor]) -> tuple[float, float]:
+    """The ends of a logarithmic axis on which all finite figures above 0 have a place."""
+    found = [column[column.isfinite() & (column > 0)] for column in columns]
+    known = torch.cat([column.flatten() for column in found])
+    if not len(known):
+        return 0.1, 1.0
+    return float(known.min()) / 1.2, 1.2 * float(known.max())
+
+
+def _head(runs: Mapping[str, Columns]) -> str:
+    """Title, table and integrity verdict."""
+    rows = {label: figures(run) for label, run in runs.items()}
+    names = next(iter(rows.values()))
+    head = "".join(f"<th scope='col'>{escape(label)}</th>" for label in rows)
+    lines = [
+        f"<tr><th scope='row'>{escape(name)}</th>"
+        + "".join(f"<td>{escape(row[name])}</td>" for row in rows.values())
+        + "</tr>"
+        for name in names
+    ]
+    table = f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return (
+        f"<h1>What the controller did: {escape(', '.join(runs))}</h1><div class='scroll'>{table}</div>"
+        f"<p>KL in nats per token.</p>{_verdict(runs)}"
+    )
+
+
+def _verdict(runs: Mapping[str, Columns]) -> str:
+    """Whether every controller acted, and no two runs are one."""
+    report = check_columns(runs)
+    kind = "ok" if report.ok else "bad"
+    return "".join(f"<p class='{kind}'>{escape(line)}</p>" for line in str(report).splitlines())
+
+
+def _section(section: Section, runs: Mapping[str, Columns], specs: dict[str, Any]) -> str:
+    """Draw it for every run that has something to show; nothing if none has."""
+    ids, shown = count(len(specs)), []
+    for label, run in runs.items():
+        chart = section.chart(run)
+        if chart is None:
+            shown.append(f"<figure><h3>{escape(label)}</h3><figcaption>Not measured.</figcaption></figure>")
+            continue
+        name = f"chart{next(ids)}"
+        specs[name] = _spec(chart, f"{section.title}, {label}. {section.text} {section.caption(run)}")
+        shown.append(
+            f"<figure><h3>{escape(label)}</h3><div class='chart' id='{name}'></div>"
+            f"<figcaption>{escape(section.caption(run))}</figcaption></figure>"
+        )
+    if all("Not measured." in figure for figure in shown):
+        return ""
+    return (
+        f"<section><h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>"
+        f"<div class='runs'>{''.join(shown)}</div></section>"
+    )
+
+
+def _largest(runs: Mapping[str, Columns]) -> str:
+    """A table of the steps that were asked to move farthest, with what the loop noted of them."""
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("step", "", "proposed", "worst slice", "noted"))
+    shown = []
+    for label, run in runs.items():
+        rows = (
+            (str(moved.step), moved.action, moved.candidate, moved.worst, moved.notes) for moved in largest_steps(run)
+        )
+        lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+        shown.append(f"<figure><h3>{escape(label)}</h3><div class='scroll'>{table}</div></figure>")
+    text = "Those that would have moved the policy farthest. optimizer.note(batch=ids) tells here which batches did it."
+    return f"<section><h2>Largest steps</h2><p>{text}</p><div class='runs'>{''.join(shown)}</div></section>"
+
+
+def _spec(chart: Any, description: str) -> dict[str, Any]:
+    """The specification of a chart that is as wide as its place, and read out as its description."""
+    plain: dict[str, Any] = chart.properties(width="container", description=description).to_dict(validate=False)
+    plain.pop("$schema")  # an address on the network
+    plain["config"] = {
+        "font": "system-ui, sans-serif",
+        "view": {"stroke": None},
+        "axis": {
+            "grid": True,
+            "gridColor": "#eee",
+            "labelFontSize": 11,
+            "titleFontSize": 11,
+            "titleFontWeight": "normal",
+        },
+        "legend": {"orient": "top", "labelFontSize": 11},
+    }
+    return plain
+
+
+def _foot(runs: Mapping[str, Columns]) -> str:
+    """How each run was measured: the first line of its log."""
+    rows = []
+    for label, run in runs.items():
+        told = {name: value for name, value in run.header.items() if name not in ("step_optim", "audit")}
+        rows += [f"<h3>{escape(label)}</h3>"]
+        rows += [f"<p>{escape(name)}: <code>{escape(str(value))}</code></p>" for name, value in told.items()]
+    return f"<section><h2>How it was measured</h2>{''.join(rows)}</section>"

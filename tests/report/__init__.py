@@ -1,0 +1,1 @@
+"""Tests of `step_optim.report`."""
