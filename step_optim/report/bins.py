@@ -47,7 +47,8 @@ class Bins:
     def _grouped(self, column: Tensor) -> Tensor:
         """[T, ...] as [B, width, ...], filled up with NaN; what is not finite is NaN, too."""
         short = len(self.first) * self.width - self.count
-        filled = torch.cat([column, torch.full((short, *column.shape[1:]), math.nan, dtype=column.dtype)])
+        filling = torch.full((short, *column.shape[1:]), math.nan, dtype=column.dtype, device="cpu")
+        filled = torch.cat([column, filling])
         grouped = filled.view(len(self.first), self.width, *column.shape[1:])
         return torch.where(grouped.isfinite(), grouped, math.nan)
 
@@ -59,6 +60,10 @@ class Bins:
         """The largest finite figure of each group, [T, ...] -> [B, ...]; NaN if it has none."""
         found = self._grouped(column).nan_to_num(-math.inf).amax(1)
         return torch.where(found.isfinite(), found, math.nan)
+
+    def where_highest(self, column: Tensor) -> Tensor:
+        """[B] positions of the largest finite figure of each group, [T]; the first step of it, if it has none."""
+        return self.first + self._grouped(column).nan_to_num(-math.inf).argmax(1)
 
     def mean(self, column: Tensor) -> Tensor:
         """The mean of the finite figures of each group, [T, ...] -> [B, ...]; NaN if it has none."""

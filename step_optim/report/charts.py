@@ -6,7 +6,7 @@ Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -14,20 +14,30 @@ import torch
 from torch import Tensor
 
 from step_optim.report.bins import BINS, Bins
+from step_optim.report.figures import slices_at_the_end
 from step_optim.telemetry.columns import Columns
 from step_optim.telemetry.summary import OWN
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
-SKY = "#56B4E9"
+SKY, YELLOW = "#56B4E9", "#F0E442"
 
 SHAPES = {"shrink": "triangle-down", "steer": "diamond", "project": "square", "reject": "cross"}
 COLOURS = {"shrink": ORANGE, "steer": GREEN, "project": PURPLE, "reject": RED}
-PHASE_COLOURS = {"snapshot": SKY, "audit": BLUE, "search": ORANGE}
+PHASE_COLOURS = {"snapshot": SKY, "audit": BLUE, "search": YELLOW}
 
 CELLS = 90
 """Columns of the heat map at most."""
 
 HEIGHT = 170
+
+LABEL = 220
+"""Pixels of a slice's name at most."""
+
+BEYOND, NOT = 1e300, "not finite"
+"""Where steps that are not finite are drawn, at the end of the axis; and what is said of them."""
+
+TICK = "M-.15,-1H.15V1H-.15Z"
+"""The shape of a cap."""
 
 Row = dict[str, Any]
 
@@ -39,14 +49,17 @@ def movement(run: Columns, top: float) -> Chart:
     """Movement of each step against its budget; markers are steps that were not committed as they were proposed."""
     bins, column = Bins.of(len(run.action)), run.figures
     candidate = column["candidate"]
+    accepted, budget = column["accepted"], column["budget"]
+    limited = budget.isfinite() & (budget > 0)
+    tightest = bins.where_highest(torch.where(limited, accepted / budget, 1e-30 * accepted))
     rows = _rows(
         run,
         bins,
         low=bins.lowest(candidate),
         high=bins.highest(candidate),
         mean=bins.mean(candidate),
-        accepted=bins.highest(column["accepted"]),
-        budget=bins.lowest(column["budget"]),
+        accepted=accepted[tightest],
+        budget=budget[tightest],
     )
     y = alt.Scale(type="sqrt", domain=[0, top], clamp=True)
     base = _base(rows)
@@ -55,8 +68,8 @@ def movement(run: Columns, top: float) -> Chart:
             y=alt.Y("low:Q", title="nats per token", scale=y), y2="high:Q", tooltip=_tips("high", "accepted", "budget")
         ),
         base.mark_line(color=SKY, strokeWidth=1).encode(y=alt.Y("mean:Q", scale=y)),
-        base.mark_line(color=BLUE, strokeWidth=1.5).encode(y=alt.Y("accepted:Q", scale=y)),
-        base.mark_line(color=GREY, strokeDash=[6, 3]).encode(y=alt.Y("budget:Q", scale=y)),
+        base.mark_line(color=BLUE, strokeWidth=1.5, point=len(rows) == 1).encode(y=alt.Y("accepted:Q", scale=y)),
+        base.mark_line(color=GREY, strokeDash=[6, 3], point=len(rows) == 1).encode(y=alt.Y("budget:Q", scale=y)),
     ]
     if marks := _marks(run, bins):
         layers.append(_markers(marks, y))
@@ -64,15 +77,17 @@ def movement(run: Columns, top: float) -> Chart:
 
 
 def _marks(run: Columns, bins: Bins) -> list[Row]:
-    """By group and action, the step with the largest candidate, and how many there are."""
-    rows, candidate = [], run.figures["candidate"].nan_to_num(0.0, math.inf).tolist()
+    """By group and action, the step with the largest candidate, and how many there are; not finite is largest."""
+    rows, candidate = [], run.figures["candidate"].nan_to_num(math.inf, math.inf).tolist()
     for action in SHAPES:
         for members in bins.members([taken == action for taken in run.action]):
             if members:
                 worst = max(members, key=candidate.__getitem__)
                 found = candidate[worst]
                 row = {"step": int(run.step[worst]), "action": action, "steps": len(members)}
-                rows.append(row | {"candidate": _short(found)} if math.isfinite(found) else row | {"candidate": 1e300})
+                finite = math.isfinite(found)
+                row |= {"candidate": _short(found) if finite else BEYOND, "proposed": f"{found:.3g}" if finite else NOT}
+                rows.append(row)
     return rows
 
 
@@ -86,7 +101,7 @@ def _markers(rows: Sequence[Row], y: alt.Scale) -> Chart:
             y=alt.Y("candidate:Q", scale=y),
             color=alt.Color("action:N", scale=alt.Scale(domain=names, range=[COLOURS[n] for n in names]), title=None),
             shape=alt.Shape("action:N", scale=alt.Scale(domain=names, range=[SHAPES[n] for n in names]), title=None),
-            tooltip=["step:Q", "action:N", "steps:Q", alt.Tooltip("candidate:Q", format=".3g")],
+            tooltip=["step:Q", "action:N", "steps:Q", "proposed:N"],
         )
     )
 
@@ -96,25 +111,41 @@ def slices(run: Columns, top: float) -> Chart:
     bins = Bins.of(len(run.action), CELLS)
     high = bins.highest(run.slices["candidate"])
     starts, ends = run.step[bins.first].tolist(), run.step[bins.last].tolist()
-    rows = [
-        {"step": start, "to": end + 1, "slice": name, "movement": _short(value)}
+    cells = [
+        {"step": start, "to": end + 1, "slice": name, "place": place, "movement": value}
         for start, end, values in zip(starts, ends, high.tolist(), strict=True)
-        for name, value in zip(run.names, values, strict=True)
-        if math.isfinite(value)
+        for place, (name, value) in enumerate(zip(run.names, values, strict=True))
+    ]
+    rows = [row | {"movement": _short(row["movement"])} for row in cells if math.isfinite(row["movement"])]
+    broken = bins.highest((~run.figures["candidate"].isfinite()).double()).tolist()
+    lost = [
+        row | {"movement": NOT}
+        for row, is_broken in zip(cells, _each(broken, len(run.names)), strict=True)
+        if is_broken
     ]
     scale = alt.Scale(scheme="viridis", type="sqrt", domain=[0, top], clamp=True)
-    return (
+    y = _slices_down(grid=False)
+    cells_drawn = (
         _chart(rows)
         .mark_rect()
         .encode(
-            x=_x(),
+            x=_x(grid=False),
             x2="to:Q",
-            y=alt.Y("slice:N", title=None, sort=list(run.names)),
+            y=y,
             color=alt.Color("movement:Q", scale=scale, title="nats per token"),
             tooltip=["slice:N", "step:Q", alt.Tooltip("movement:Q", format=".3g")],
         )
-        .properties(height=max(60, 16 * len(run.names)))
     )
+    marks = (
+        _chart(lost)
+        .mark_point(shape="cross", color=RED, size=12, opacity=1)
+        .encode(x=_x(grid=False), y=y, tooltip=["slice:N", "step:Q", "movement:N"])
+    )
+    return alt.layer(cells_drawn, *([marks] if lost else [])).properties(height=max(60, 16 * len(run.names)))
+
+
+def _each(values: Sequence[float], times: int) -> Iterator[float]:
+    return (value for value in values for _ in range(times))
 
 
 def shares(run: Columns) -> Chart:
@@ -160,26 +191,24 @@ def drift(run: Columns, ends: tuple[float, float]) -> Chart:
 
 def drift_by_slice(run: Columns, ends: tuple[float, float]) -> Chart | None:
     """Drift of each slice at the end, with its path length and its cap; on a logarithmic scale."""
-    known = (~run.slices["drift"].isnan()).any(1).nonzero().flatten()
-    if not len(known) or not run.names:
-        return None
-    drifts, caps, paths = run.slices["drift"][known[-1]], run.slices["cap"][-1], run.slice_paths[-1]
-    figures = {"drift": drifts.tolist(), "path length": paths.tolist(), "cap": caps.tolist()}
+    figures = slices_at_the_end(run)
     rows = [
-        {"slice": name, "of": of, "value": _short(value)}
+        {"slice": name, "place": place, "of": of, "value": _short(value)}
         for of, values in figures.items()
-        for name, value in zip(run.names, values, strict=True)
+        for place, (name, value) in enumerate(zip(run.names, values.tolist(), strict=True))
         if 0 < value < math.inf
     ]
+    if not any(row["of"] == "drift" for row in rows):
+        return None
     kinds = list(figures)
     return (
         _chart(rows)
         .mark_point(size=60, filled=True, opacity=1)
         .encode(
             x=alt.X("value:Q", title="nats per token", scale=_log(ends)),
-            y=alt.Y("slice:N", title=None, sort=list(run.names), axis=alt.Axis(grid=True)),
+            y=_slices_down(grid=True),
             color=alt.Color("of:N", scale=alt.Scale(domain=kinds, range=[BLUE, GREY, RED]), title=None),
-            shape=alt.Shape("of:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond", "stroke"]), title=None),
+            shape=alt.Shape("of:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond", TICK]), title=None),
             tooltip=["slice:N", "of:N", alt.Tooltip("value:Q", format=".3g")],
         )
         .properties(height=max(60, 16 * len(run.names)))
@@ -204,7 +233,7 @@ def held_out(run: Columns, top: float) -> Chart | None:
     return _drawn(steps, columns, colours, "nats per token", _root([0, top]), points=True)
 
 
-def overhead(run: Columns) -> Chart | None:
+def overhead(run: Columns, top: float) -> Chart | None:
     """Seconds a step that a bare optimizer does not take, by phase."""
     bins = Bins.of(len(run.action), CELLS)
     starts, ends = run.step[bins.first].tolist(), run.step[bins.last].tolist()
@@ -231,7 +260,7 @@ def overhead(run: Columns) -> Chart | None:
         .encode(
             x=_x(),
             x2="to:Q",
-            y=alt.Y("from:Q", title="seconds a step"),
+            y=alt.Y("from:Q", title="seconds a step", scale=alt.Scale(domain=[0, top], clamp=True)),
             y2="up:Q",
             color=alt.Color("phase:N", scale=scale, title=None),
             tooltip=["phase:N", "step:Q", alt.Tooltip("seconds:Q", format=".3g")],
@@ -301,10 +330,15 @@ def _base(rows: list[Row]) -> Chart:
     return _chart(rows).encode(x=_x()).properties(height=HEIGHT)
 
 
-def _x() -> alt.X:
-    return alt.X(
-        "step:Q", title="step", axis=alt.Axis(format="d", tickMinStep=1), scale=alt.Scale(nice=False, zero=False)
-    )
+def _x(*, grid: bool = True) -> alt.X:
+    axis = alt.Axis(format="d", tickMinStep=1, grid=grid)
+    return alt.X("step:Q", title="step", axis=axis, scale=alt.Scale(nice=False, zero=False))
+
+
+def _slices_down(*, grid: bool) -> alt.Y:
+    """Slices in their own order; a list of names would be an expression, in which some names mean something."""
+    order = alt.EncodingSortField(field="place", op="min")
+    return alt.Y("slice:N", title=None, sort=order, axis=alt.Axis(grid=grid, labelLimit=LABEL))
 
 
 def _root(domain: list[float]) -> alt.Scale:

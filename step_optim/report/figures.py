@@ -12,6 +12,9 @@ from torch import Tensor
 
 from step_optim.telemetry.columns import Columns
 
+SHOWN, LONGEST = 12, 80
+"""Items of a noted list that are shown, and characters of a text."""
+
 ACTIONS = ("commit", "shrink", "steer", "project", "reject", "unchanged")
 
 
@@ -38,7 +41,7 @@ def figures(run: Columns) -> dict[str, str]:
 
 def bounds(run: Columns) -> str:
     """What bound the triggered steps, most frequent first."""
-    finite = run.figures["candidate"].isfinite().tolist()
+    finite = (run.figures["candidate"].isfinite() & ~run.slices["candidate"].isinf().any(1)).tolist()
     steps = zip(run.bound, finite, run.triggered.tolist(), strict=True)
     counts = Counter(bound if bound and known else "not finite" for bound, known, triggered in steps if triggered)
     return ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "nothing"
@@ -52,7 +55,16 @@ def worst_slice(run: Columns) -> str:
     position, place = divmod(int(moved.argmax()), len(run.names))
     kl, budget = float(moved[position, place]), float(run.slices["budget"][position, place])
     times = f", {kl / budget:.2g} times its budget" if 0 < budget < math.inf else ""
-    return f"{run.names[place]}: {kl:.3g} nats per token at step {int(run.step[position])}{times}"
+    lost = int((~run.figures["candidate"].isfinite()).sum())
+    beside = f"; {lost:,} steps were not finite (crosses)" if lost else ""
+    return f"{run.names[place]}: {kl:.3g} nats per token at step {int(run.step[position])}{times}{beside}"
+
+
+def slices_at_the_end(run: Columns) -> dict[str, Tensor]:
+    """Drift, path length and cap of each slice, [S] each: at the last step whose drift was measured."""
+    measured = (~run.slices["drift"].isnan()).any(1).nonzero().flatten()
+    last = int(measured[-1]) if len(measured) else len(run.action) - 1
+    return {"drift": run.slices["drift"][last], "path length": run.slice_paths[last], "cap": run.slices["cap"][last]}
 
 
 @dataclass(frozen=True)
@@ -83,12 +95,19 @@ def largest_steps(run: Columns, count: int = 8) -> list[Moved]:
         step = int(run.step[position])
         notes = ", ".join(f"{name}: {_noted(value)}" for name, value in run.notes.get(step, {}).items())
         told = "-" if worst is None else f"{worst} {_text(known[worst])}"
-        found.append(Moved(step, run.action[position], _text(float(candidate[position])), told, notes))
+        proposed = float(candidate[position])
+        shown = _text(proposed) if proposed < math.inf else "not finite"
+        found.append(Moved(step, run.action[position], shown, told, notes))
     return found
 
 
 def _noted(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """A note, as much of it as a table has room for."""
+    if isinstance(value, list):
+        more = f" ... ({len(value):,} in all)" if len(value) > SHOWN else ""
+        return " ".join(_noted(item) for item in value[:SHOWN]) + more
+    text = str(value)
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
 
 
 def _finite(column: Tensor) -> Tensor:

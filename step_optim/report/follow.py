@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from step_optim.host.paths import user_path
-from step_optim.telemetry.log import checked_header, parsed
+from step_optim.telemetry.log import checked_header, parsed, read_log
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.summary import Summary
 
@@ -34,7 +34,7 @@ class Follower:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Those of `summarise`, of all steps so far."""
+        """Those of `summarise` for the log so far."""
         return self._summary.figures()
 
     def poll(self) -> bool:
@@ -53,9 +53,10 @@ class Follower:
             added = file.read()
         whole = added[: added.rfind(b"\n") + 1]
         self._at += len(whole)
-        for line in whole.decode(errors="replace").splitlines():
-            self._take(line)
-        return bool(whole)
+        lines = whole.split(b"\n")[:-1]  # not splitlines(), which also splits at characters that JSON allows
+        for line in lines:
+            self._take(line.decode(errors="replace"))
+        return bool(lines)
 
     def _begin(self) -> None:
         self.header, self.records, self.segments, self._summary, self._at = {}, [], 0, Summary(), 0
@@ -72,6 +73,20 @@ class Follower:
             record = StepRecord.from_dict(plain)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self.path} has a line that is no record of a step ({error}): {line[:60]!r}") from error
-        # A resumed run repeats steps. What they were before stays in the totals, as in `STEPOptimizer.summary`'s log.
-        self.records = [*(old for old in self.records[-KEPT:] if old.step < record.step), record]
+        if (
+            self.records and record.step <= self.records[-1].step
+        ):  # resumed: the steps from here on replace the old ones
+            self.records = [old for old in self.records if old.step < record.step]
+            self._summary = self._totals(record.step)
+        self.records.append(record)
         self._summary = self._summary.plus(record)
+        if len(self.records) > 2 * KEPT:
+            del self.records[:-KEPT]
+
+    def _totals(self, stop: int) -> Summary:
+        """Of the steps before one, read anew."""
+        summary = Summary()
+        for known in read_log(self.path):
+            if known.step < stop:
+                summary = summary.plus(known)
+        return summary

@@ -17,12 +17,18 @@ import torch
 from torch import Tensor
 
 from step_optim.host.paths import user_path
-from step_optim.report.figures import bounds, figures, largest_steps, worst_slice
+from step_optim.report.bins import Bins
+from step_optim.report.figures import bounds, figures, largest_steps, slices_at_the_end, worst_slice
 from step_optim.telemetry.columns import Columns, read_columns
 from step_optim.telemetry.integrity import check_columns
 
+DOCTYPE = "<!doctype html>"
+
 ROOM = 1.05
 """Length of an axis over the largest figure on it."""
+
+FAR = 20.0
+"""Times what was committed, or its budget, up to which proposals have a place on the axis of movement."""
 
 NEEDED = "the report needs Altair and vl-convert: pip install 'step-optim[report]'"
 
@@ -85,19 +91,34 @@ def write_report(logs: Mapping[str, str | Path], path: str | Path) -> Path:
 
     Raises:
         ImportError: Altair or vl-convert is not installed.
-        ValueError: no log, one that cannot be read, or one without records.
+        ValueError: no log, one that cannot be read, or one without records; or ``path`` exists, and is no HTML page.
         OSError: a file that is not there, or cannot be written.
     """
     if not logs:
         raise ValueError("a report needs at least one log")
     out = user_path(path)
+    _check_out(out)
     with ThreadPoolExecutor(1) as pool:
         bundle = pool.submit(_bundle)  # takes as long as reading a large log, in another thread
         runs = {label: read_columns(log) for label, log in logs.items()}
         page = _page(runs, bundle.result())
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    unfinished = out.with_name(f"{out.name}.part")
+    unfinished.write_bytes(page.encode(errors="replace"))  # half a surrogate of a text that was cut
+    unfinished.replace(out)
     return out
+
+
+def _check_out(out: Path) -> None:
+    """Refuse to write over what is no page: a log, say, where the page's name was forgotten."""
+    if out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a folder; give a file, {str(out / 'report.html')!r}")
+    if not out.is_file():
+        return
+    with out.open("rb") as file:
+        begin = file.read(len(DOCTYPE))
+    if begin and begin.lower() != DOCTYPE.encode():
+        raise ValueError(f"out={str(out)!r} exists and is no HTML page; give another name with -o")
 
 
 def _bundle() -> str:
@@ -118,7 +139,7 @@ def _page(runs: Mapping[str, Columns], bundle: str) -> str:
     body = [_head(runs), *charts[:2], _largest(runs), *charts[2:], _foot(runs)]
     title = "STEP: " + ", ".join(runs)
     parts = [
-        "<!doctype html>",
+        DOCTYPE,
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
@@ -142,11 +163,10 @@ def _sections(runs: Sequence[Columns]) -> list[Section]:
     moved = _top(column for run in runs for column in _within_reach(run))
     sliced = _top(run.slices["candidate"] for run in runs)
     drifted = _ends(column for run in runs for column in (run.figures["drift"], run.path, run.figures["cap"]))
-    by_slice = _ends(
-        column[-1:] for run in runs for column in (run.slices["drift"], run.slice_paths, run.slices["cap"])
-    )
+    by_slice = _ends(column for run in runs for column in slices_at_the_end(run).values())
     held = _top(run.figures[name] for run in runs for name in ("held_out", "held_out_drift", "drift", "accepted"))
     most = _top(run.figures["audits"] for run in runs)
+    slow = _top(Bins.of(len(run.action), charts.CELLS).mean(run.own_seconds) for run in runs)
     return [
         Section(
             "Movement of each step",
@@ -190,21 +210,25 @@ def _sections(runs: Sequence[Columns]) -> list[Section]:
         Section(
             "Overhead",
             "Seconds a step that the bare optimizer does not take.",
-            charts.overhead,
+            lambda run: charts.overhead(run, slow),
             lambda run: "" if math.isnan(run.overhead_share) else f"{run.overhead_share:.1%} of the time.",
         ),
     ]
 
 
 def _within_reach(run: Columns) -> Iterable[Tensor]:
-    """What sets the movement axis: what was committed, budgets, and candidates, but for the largest of many."""
-    budget = run.figures["budget"]
+    """What sets the movement axis: what was committed, budgets, and candidates up to `FAR` times as far."""
+    reach = max(
+        (
+            float(column[column.isfinite()].max())
+            for column in (run.figures["accepted"], run.figures["budget"])
+            if bool(column.isfinite().any())
+        ),
+        default=0.0,
+    )
     candidate = run.figures["candidate"]
-    known = candidate[candidate.isfinite()]
-    yield run.figures["accepted"]
-    yield budget
-    if len(known):
-        yield known.quantile(0.999 if len(known) > 2000 else 1.0)[None]
+    yield torch.tensor([reach])
+    yield candidate.clamp_max(FAR * reach) if reach > 0 else candidate
 
 
 def _top(columns: Iterable[Tensor]) -> float:
@@ -250,19 +274,16 @@ def _verdict(runs: Mapping[str, Columns]) -> str:
 def _section(section: Section, runs: Mapping[str, Columns], specs: dict[str, Any]) -> str:
     """Draw it for every run that has something to show; nothing if none has."""
     ids, shown = count(len(specs)), []
-    for label, run in runs.items():
-        chart = section.chart(run)
-        if chart is None:
-            shown.append(f"<figure><h3>{escape(label)}</h3><figcaption>Not measured.</figcaption></figure>")
-            continue
-        name = f"chart{next(ids)}"
-        specs[name] = _spec(chart, f"{section.title}, {label}. {section.text} {section.caption(run)}")
-        shown.append(
-            f"<figure><h3>{escape(label)}</h3><div class='chart' id='{name}'></div>"
-            f"<figcaption>{escape(section.caption(run))}</figcaption></figure>"
-        )
-    if all("Not measured." in figure for figure in shown):
+    found = {label: section.chart(run) for label, run in runs.items()}
+    if all(chart is None for chart in found.values()):
         return ""
+    for label, chart in found.items():
+        caption, place = "Not measured.", ""
+        if chart is not None:
+            name, caption = f"chart{next(ids)}", section.caption(runs[label])
+            specs[name] = _spec(chart, f"{section.title}, {label}. {section.text} {caption}")
+            place = f"<div class='chart' id='{name}'></div>"
+        shown.append(f"<figure><h3>{escape(label)}</h3>{place}<figcaption>{escape(caption)}</figcaption></figure>")
     return (
         f"<section><h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>"
         f"<div class='runs'>{''.join(shown)}</div></section>"
@@ -304,7 +325,7 @@ def _spec(chart: Any, description: str) -> dict[str, Any]:
 
 
 def _foot(runs: Mapping[str, Columns]) -> str:
-    """How each run was measured: the first line of its log."""
+    """How each run was measured: the first line of its log, or of its latest part if it was resumed."""
     rows = []
     for label, run in runs.items():
         told = {name: value for name, value in run.header.items() if name not in ("step_optim", "audit")}

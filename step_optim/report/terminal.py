@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,9 +64,9 @@ def view(follower: Follower, width: int, height: int) -> RenderableType:
     parts += [
         _bars(name, records[-bars:], of, top)
         for name, of, top in (
-            ("candidate / budget", lambda record: _largest(record.candidate, record.budget), 2.0),
-            ("committed / budget", lambda record: _largest(record.accepted, record.budget), 2.0),
-            ("drift / cap", _drift, 1.0),
+            ("candidate / budget", lambda record: _nearest(record.candidate, record.budget), 2.0),
+            ("committed / budget", lambda record: _nearest(record.accepted, record.budget), 2.0),
+            ("drift / cap", lambda record: _nearest_cap(record.reference_drift, record.budget), 1.0),
             ("alpha", lambda record: record.alpha, 1.0),
         )
     ]
@@ -97,19 +97,27 @@ def _bars(name: str, records: Sequence[StepRecord], of: Callable[[StepRecord], f
     return text
 
 
-def _largest(moved: Movement, limits: Limits) -> float | None:
-    """The movement over its budget: of the mean, or of the slice that is nearest to its own."""
-    pairs = [(moved.mean, limits.mean), *((kl, limits.slices.get(name, math.inf)) for name, kl in moved.slices.items())]
-    ratios = [ratio for kl, budget in pairs if (ratio := _over(kl, budget)) is not None]
+def _nearest(moved: Movement, limits: Limits) -> float | None:
+    """The largest movement over its budget: of the mean, a slice, the worst prompt or token; None if none has one."""
+    tails = ((moved.prompt, limits.prompt), (moved.token, limits.token))
+    return _highest([(moved.mean, limits.mean), *_by_slice(moved, limits.slices), *tails])
+
+
+def _nearest_cap(drift: Movement | None, limits: Limits) -> float | None:
+    if drift is None:
+        return None
+    return _highest([(drift.mean, limits.drift), *_by_slice(drift, limits.drift_slices)])
+
+
+def _by_slice(moved: Movement, limits: Mapping[str, float]) -> list[tuple[float, float]]:
+    return [(moved.slices.get(name, 0.0), limit) for name, limit in limits.items()]
+
+
+def _highest(pairs: Iterable[tuple[float | None, float]]) -> float | None:
+    """The largest ratio to a budget; what is not finite is over every budget."""
+    known = [(kl, limit) for kl, limit in pairs if kl is not None and limit < math.inf]
+    ratios = [0.0 if kl == 0 else kl / limit if math.isfinite(kl) and limit > 0 else math.inf for kl, limit in known]
     return max(ratios, default=None)
-
-
-def _over(kl: float, budget: float) -> float | None:
-    return kl / budget if 0 < budget < math.inf else None
-
-
-def _drift(record: StepRecord) -> float | None:
-    return None if record.reference_drift is None else _over(record.reference_drift.mean, record.budget.drift)
 
 
 def _table(records: Sequence[StepRecord], width: int) -> Table:
@@ -119,8 +127,13 @@ def _table(records: Sequence[StepRecord], width: int) -> Table:
     for column in shown:
         table.add_column(column.name, justify=column.justify, no_wrap=True, overflow="ellipsis")
     for record in reversed(records):
-        table.add_row(*(column.of(record) for column in shown))
+        table.add_row(*(_cell(column.of(record)) for column in shown))
     return table
+
+
+def _cell(value: str | Text) -> Text:
+    """As it is: a slice's name may look like markup, or hold what a terminal would obey."""
+    return value if isinstance(value, Text) else Text("".join(c if c.isprintable() else "?" for c in value))
 
 
 def _action(record: StepRecord) -> Text:

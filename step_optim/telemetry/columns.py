@@ -90,10 +90,14 @@ class Columns:
         return _path(self.slices["accepted"])
 
     @property
+    def own_seconds(self) -> Tensor:
+        """Seconds of each step that a bare optimizer does not take, [T]."""
+        return torch.stack([self.figures[name] for name in OWN]).nan_to_num(0.0).sum(0)
+
+    @property
     def overhead_share(self) -> float:
         """Share of the time between two steps that snapshots, audits and searches take; NaN if no time is known."""
-        elapsed = self.figures["elapsed"]
-        own = torch.stack([self.figures[name] for name in OWN]).nan_to_num(0.0).sum(0)
+        elapsed, own = self.figures["elapsed"], self.own_seconds
         known = ~elapsed.isnan()
         total = float(elapsed[known].sum())
         return float(own[known].sum()) / total if total else math.nan
@@ -123,7 +127,7 @@ def read_columns(path: str | Path) -> Columns:
     """
     header: Mapping[str, Any] = {}
     table = _Table()
-    for segment, row in read_lines(path, _row):
+    for segment, row in read_lines(path, _row, fast=True):
         if row is None:
             header = segment
             continue

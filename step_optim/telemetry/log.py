@@ -22,8 +22,16 @@ except ImportError:
 
 T = TypeVar("T")
 
-_loads: Callable[[str], Any] = json.loads if orjson is None else orjson.loads
-"""orjson is three times as fast, which a log of 100,000 steps is worth; both read the same."""
+
+def _fast(line: str) -> Any:
+    """Read a line for its figures: orjson is three times as fast, and json reads what it does not take."""
+    if orjson is not None:
+        try:
+            return orjson.loads(line)
+        except ValueError:
+            pass
+    return json.loads(line)
+
 
 SCHEMA = 1
 """Version of the log format; it stands in the first line of every segment."""
@@ -153,31 +161,33 @@ class Trace:
 def read_trace(path: str | Path) -> Trace:
     """Read a log.
 
-    A resumed run repeats the steps after its checkpoint: the later segment
-    replaces them. A torn last line is left out.
+    A resumed run, or one whose state was loaded, repeats the steps after its
+    checkpoint: what comes later replaces them. A torn last line is left out.
 
     Raises:
         ValueError: a line that cannot be read, other than a torn last one; or a newer schema.
     """
     header: Mapping[str, Any] = {}
     records: dict[int, StepRecord] = {}
+    latest = -1
     for segment, record in read_lines(path, StepRecord.from_dict):
         if record is None:
             header = segment
             continue
-        if segment:
+        if segment or record.step <= latest:
             records = {step: old for step, old in records.items() if step < record.step}
-        records[record.step] = record
+        records[record.step], latest = record, record.step
     return Trace(header, tuple(records[step] for step in sorted(records)))
 
 
 def read_lines(
-    path: str | Path, read: Callable[[Mapping[str, Any]], T]
+    path: str | Path, read: Callable[[Mapping[str, Any]], T], *, fast: bool = False
 ) -> Iterator[tuple[Mapping[str, Any], T | None]]:
     """Yield what stands in a log line by line: a header and None; or what ``read`` made of a record.
 
     A record comes with the header of its segment if it is the first of it, else
     with an empty one: the steps from there on replace those of earlier segments.
+    ``fast`` reads floats alone exactly: of whole numbers beyond 64 bits it may read the nearest float.
 
     Raises:
         ValueError: as `read_trace`.
@@ -185,7 +195,7 @@ def read_lines(
     header: Mapping[str, Any] = {}
     with user_path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            plain = parsed(line)
+            plain = parsed(line, _fast if fast else json.loads)
             if plain is None:
                 if not line.endswith("\n"):  # torn
                     return
@@ -218,10 +228,10 @@ def checked_header(header: Mapping[str, Any], path: str | Path) -> Mapping[str, 
     return header
 
 
-def parsed(line: str) -> dict[str, Any] | None:
+def parsed(line: str, loads: Callable[[str], Any] = json.loads) -> dict[str, Any] | None:
     """Return the object of a line; None if it holds none."""
     try:
-        plain = _loads(line)
+        plain = loads(line)
     except (ValueError, RecursionError):
         return None
     return plain if isinstance(plain, dict) else None

@@ -15,6 +15,9 @@ OWN = ("snapshot", "audit", "search")
 
 PHASES = ("inner", *OWN)
 
+TIMES = frozenset(f"{name}_seconds" for name in (*PHASES, "elapsed", "own_of_elapsed"))
+"""Totals that are this process's."""
+
 PATH = "path:"
 """Before the name of a slice, where its committed movement is added up."""
 
@@ -82,6 +85,7 @@ class Summary:
         sums["accepted_max"] = max(sums.get("accepted_max", 0.0), record.accepted.mean)
         sums["worst_slice_max"] = max(sums.get("worst_slice_max", 0.0), record.accepted.worst[1])
         if record.reference_drift is not None:
+            sums = {name: value for name, value in sums.items() if not name.startswith(DRIFT)}
             sums["drift"] = record.reference_drift.mean
             sums |= {DRIFT + name: kl for name, kl in record.reference_drift.slices.items()}
         ratios = record.generalisation
@@ -161,7 +165,7 @@ class Summary:
 
     def state_dict(self) -> dict[str, float]:
         """Plain numbers, which the constructor takes."""
-        return {name: value for name, value in self._sums.items() if not name.endswith("_seconds")}
+        return {name: value for name, value in self._sums.items() if name not in TIMES}
 
 
 def _interval(name: str, ratio: float | None, error: float) -> dict[str, float | None]:

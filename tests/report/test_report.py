@@ -141,7 +141,7 @@ def test_the_largest_steps_are_named_with_their_batches(page, tmp_path) -> None:
     ]
     found = largest_steps(read_columns(log(tmp_path / "noted.jsonl", noted)), count=3)
     assert [(each.step, each.action, each.candidate) for each in found] == [
-        (6, "reject", "inf"),
+        (6, "reject", "not finite"),
         (4, "shrink", "0.04"),
         (9, "shrink", "0.04"),
     ]
@@ -211,6 +211,8 @@ def test_a_long_run_stays_small(tmp_path) -> None:
         (["empty.jsonl"], "has no records"),
         (["a=run.jsonl", "a=run.jsonl"], "two logs have the same label"),
         (["run.jsonl", "-o", "run.jsonl/page.html"], "File exists"),
+        (["run.jsonl", "-o", "run.jsonl"], "exists and is no HTML page"),
+        (["run.jsonl", "-o", "."], "is a folder; give a file"),
     ],
 )
 def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, arguments, message) -> None:
@@ -219,6 +221,54 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, arguments, mess
     Path("empty.jsonl").write_text('{"step_optim": 1}\n')
     assert main(["report", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert len(read_columns("run.jsonl").action) == 12  # whatever was asked, no log is written over
+
+
+def test_steps_that_are_not_finite_are_at_the_end_of_the_axis(tmp_path) -> None:
+    """A candidate that was NaN was not at 0; cells of such steps are crossed, and counted."""
+    steps = [record(i) for i in range(4)]
+    steps[1] = record(1, candidate=Movement(math.nan), accepted=Movement(0.0), action=Action.REJECT, triggered=True)
+    page = Page(write_report({"a": log(tmp_path / "a.jsonl", steps)}, tmp_path / "r.html").read_text())
+    (mark,) = page.specs["chart0"]["layer"][-1]["data"]["values"]
+    assert (mark["step"], mark["proposed"], mark["candidate"]) == (1, "not finite", 1e300)
+    cells, crosses = (layer["data"]["values"] for layer in page.specs["chart1"]["layer"])
+    assert {row["step"] for row in crosses} == {1}
+    assert {row["step"] for row in cells} == {0, 2, 3}
+    assert "1 steps were not finite" in "".join(page.texts)
+
+
+def test_drift_by_slice_is_of_the_last_step_that_measured_it(tmp_path) -> None:
+    """On an axis that has a place for all of it, with caps."""
+    steps = [record(i) for i in range(5)]
+    steps[4] = record(4, reference_drift=None)
+    page = Page(write_report({"a": log(tmp_path / "a.jsonl", steps)}, tmp_path / "r.html").read_text())
+    spec = next(spec for spec in page.specs.values() if spec["description"].startswith("Drift by slice"))
+    rows = {(row["slice"], row["of"]): row["value"] for row in spec["data"]["values"]}
+    assert rows["story", "drift"] == 0.008
+    assert rows["story", "cap"] == 0.6
+    low, high = spec["encoding"]["x"]["scale"]["domain"]
+    assert all(low < value < high for value in rows.values())
+
+
+def test_a_budget_that_changes_is_drawn_beside_the_step_that_was_nearest_to_it(tmp_path) -> None:
+    """So that a group of steps shows no violation that none of them had."""
+    steps = [
+        record(i, 0.01, budget=Limits(mean=0.0101))
+        if i % 2
+        else record(i, 0.04, action=Action.COMMIT, triggered=False, accepted=Movement(0.04), budget=Limits(mean=0.1))
+        for i in range(1000)
+    ]
+    page = Page(write_report({"a": log(tmp_path / "a.jsonl", steps)}, tmp_path / "r.html").read_text())
+    rows = page.specs["chart0"]["data"]["values"]  # of all layers
+    assert all(row["accepted"] <= row["budget"] for row in rows)
+
+
+def test_long_notes_are_shortened(tmp_path) -> None:
+    """A batch of thousands has a place in the table."""
+    noted = [record(0, notes={"batch": list(range(3000)), "text": "x" * 500})]
+    (found,) = largest_steps(read_columns(log(tmp_path / "a.jsonl", noted)))
+    assert found.notes.startswith("batch: 0 1 2 3 4 5 6 7 8 9 10 11 ... (3,000 in all), text: xxx")
+    assert len(found.notes) < 200
 
 
 def test_without_the_libraries_it_says_what_to_install(tmp_path, monkeypatch, capsys) -> None:
@@ -241,8 +291,10 @@ QUIET = (
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_draws_every_chart(tmp_path) -> None:
-    """An SVG for each, with its description for screen readers; and nothing went wrong."""
-    logs = {"step": log(tmp_path / "a.jsonl", run()), "again": log(tmp_path / "b.jsonl", run(9))}
+    """An SVG for each, with its description for screen readers; and nothing went wrong, whatever slices are called."""
+    odd = dict.fromkeys(["constructor", "__proto__", "a.b[0]", "\u2028x", "x" * 80, *map(str, range(300))], 0.01)
+    named = [replace(each, candidate=Movement(0.01, odd), reference_drift=Movement(0.02, odd)) for each in run(9)]
+    logs = {"step": log(tmp_path / "a.jsonl", run()), "again": log(tmp_path / "b.jsonl", named)}
     page = write_report(logs, tmp_path / "report.html")
     options = [*QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
     shown = subprocess.run(

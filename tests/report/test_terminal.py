@@ -60,6 +60,8 @@ def test_a_resumed_run_and_another_file(tmp_path) -> None:
     follower.poll()
     assert [each.step for each in follower.records] == [0, 1, 2, 3, 4, 5]
     assert (follower.records[-1].candidate.mean, follower.segments) == (0.015, 2)
+    assert follower.figures == summarise(read_log(path))
+    assert follower.figures["steps"] == 6
     assert "resumed 1 times" in shown(path)
     path.write_text("")
     log(path, run()[:2])
@@ -70,7 +72,7 @@ def test_a_resumed_run_and_another_file(tmp_path) -> None:
 def test_long_runs_keep_what_a_terminal_has_room_for(tmp_path) -> None:
     follower = Follower(log(tmp_path / "run.jsonl", [record(i) for i in range(1000)]))
     follower.poll()
-    assert len(follower.records) <= 401
+    assert len(follower.records) <= 800
     assert follower.figures["steps"] == 1000
 
 
@@ -96,6 +98,52 @@ def test_bars_are_of_the_constraint_that_is_nearest_to_its_budget(tmp_path) -> N
     steps = [record(i, candidate=kl, budget=Limits(slices={"a": 0.05})) for i, kl in enumerate(moved)]
     bars = next(line for line in shown(log(tmp_path / "run.jsonl", steps)).splitlines() if "candidate /" in line)
     assert bars.rstrip().endswith("  ▂▄█")
+
+
+@pytest.mark.parametrize(
+    ("movement", "limits", "bar"),
+    [
+        ({"prompt": 0.09}, {"prompt": 0.03}, "█"),
+        ({"token": 0.5}, {"token": 0.5}, "▄"),
+        ({"slices": {"a": 0.1}, "mean": math.nan}, {"slices": {"a": 0.4}, "mean": 1.0}, "█"),
+        ({"mean": 0.01}, {"mean": 0.0}, "█"),
+        ({"mean": 0.01}, {}, ""),
+    ],
+)
+def test_every_kind_of_budget_has_a_bar(tmp_path, movement, limits, bar) -> None:
+    """Tails too; what is not finite is over every budget, and so is any movement over one of 0."""
+    moved = Movement(**({"mean": 0.01, "slices": {}} | movement))
+    path = log(tmp_path / "run.jsonl", [record(0, candidate=moved, budget=Limits(**limits))])
+    (line,) = [line for line in shown(path).splitlines() if "candidate /" in line]
+    assert line.partition("budget")[2].strip() == bar
+
+
+def test_a_cap_of_a_slice_has_a_bar(tmp_path) -> None:
+    drift = Movement(0.01, {"story": 0.06})
+    path = log(
+        tmp_path / "run.jsonl",
+        [record(0, reference_drift=drift, budget=Limits(drift=1.0, drift_slices={"story": 0.05}))],
+    )
+    (line,) = [line for line in shown(path).splitlines() if "drift /" in line]
+    assert line.partition("cap")[2].strip() == "█"
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[bold]x", ":smile: a", "\x1b[31mred", "a\u2028b"])
+def test_names_are_shown_as_they_are(tmp_path, name) -> None:
+    """They are no markup, and a terminal obeys none of them."""
+    path = log(tmp_path / "run.jsonl", [record(0, candidate=Movement(0.01, {name: 0.02}), notes={"raw": name})])
+    text = shown(path)
+    assert "".join(c if c.isprintable() else "?" for c in name) in text
+    assert "\x1b" not in text
+
+
+def test_a_line_may_hold_what_others_end_lines_with(tmp_path) -> None:
+    """Written by another program that leaves U+2028 as it is."""
+    path = log(tmp_path / "run.jsonl", [record(0, notes={"text": "MARK"})])
+    path.write_text(path.read_text().replace("MARK", "a\u2028b\u0085c"), encoding="utf-8")
+    follower = Follower(path)
+    follower.poll()
+    assert len(follower.records) == len(read_log(path)) == 1
 
 
 def test_figures_that_are_missing_or_not_finite(tmp_path) -> None:
