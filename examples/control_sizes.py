@@ -4,7 +4,7 @@ The 135M model of the demo learns a task inside a budget on its control set: wit
 step, and with `Steer` under a cap on the drift, directions from a pool. Control sets of 4 to 128 standard prompts
 judge, with confidence and without. 40 other prompts are measured, and decide nothing.
 
-    python examples/control_sizes.py                 # control_sizes.md: an hour and a half on one core; resumable
+    python examples/control_sizes.py                 # control_sizes.md: two hours on one core; resumable
     python examples/control_sizes.py --smoke         # tiny random weights: does it run?
 """
 
@@ -125,7 +125,9 @@ def table(results: dict[Setting, Result]) -> str:
     first = next(iter(results))
     seeds = len({setting.seed for setting in results})
     what = f"shrink: movement, a budget of {STEP} on each step; steer: drift, a cap of {CAP}"
-    run_of = f"{seeds} seeds of {first.steps} steps of AdamW (LoRA, rate 1e-2, task person)"
+    run_of = (
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}, {first.steps} steps of AdamW (LoRA, rate 1e-2, task person)"
+    )
     lines = [
         f"Held-out over control, {run_of}; {what}; `python examples/control_sizes.py`.",
         "",
