@@ -246,6 +246,7 @@ def test_drift_by_slice_is_of_the_last_step_that_measured_it(tmp_path) -> None:
     rows = {(row["slice"], row["of"]): row["value"] for row in spec["data"]["values"]}
     assert rows["story", "drift"] == 0.008
     assert rows["story", "cap"] == 0.6
+    assert spec["encoding"]["shape"]["scale"]["range"][-1].endswith("Z")  # closed: an open line has nothing to fill
     low, high = spec["encoding"]["x"]["scale"]["domain"]
     assert all(low < value < high for value in rows.values())
 
