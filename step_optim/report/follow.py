@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from step_optim.host.paths import user_path
-from step_optim.telemetry.log import checked_header, parsed, read_log
+from step_optim.telemetry.log import read_each, read_log
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.summary import Summary
 
@@ -30,7 +30,8 @@ class Follower:
         self.segments = 0
         """How often the run was started."""
         self._summary = Summary()
-        self._at = 0
+        self._at = self._lines = 0
+        """What was read: bytes, and lines."""
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -52,30 +53,22 @@ class Follower:
             file.seek(self._at)
             added = file.read()
         whole = added[: added.rfind(b"\n") + 1]
-        self._at += len(whole)
-        lines = whole.split(b"\n")[:-1]  # not splitlines(), which also splits at characters that JSON allows
-        for line in lines:
-            self._take(line.decode(errors="replace"))
+        # Not splitlines(), which also splits at characters that JSON allows.
+        lines = [f"{line.decode(errors='replace')}\n" for line in whole.split(b"\n")[:-1]]
+        for header, record in read_each(lines, self.path, StepRecord.from_dict, first=self._lines + 1):
+            if record is None:
+                self.header, self.segments = header, self.segments + 1
+            else:
+                self._take(record)
+        self._at, self._lines = self._at + len(whole), self._lines + len(lines)
         return bool(lines)
 
     def _begin(self) -> None:
-        self.header, self.records, self.segments, self._summary, self._at = {}, [], 0, Summary(), 0
+        self.header, self.records, self.segments, self._summary = {}, [], 0, Summary()
+        self._at = self._lines = 0
 
-    def _take(self, line: str) -> None:
-        plain = parsed(line)
-        if plain is None:
-            raise ValueError(f"{self.path} has a line that is no JSON object: {line[:60]!r}")
-        if "step_optim" in plain:
-            self.header = checked_header(plain, self.path)
-            self.segments += 1
-            return
-        try:
-            record = StepRecord.from_dict(plain)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{self.path} has a line that is no record of a step ({error}): {line[:60]!r}") from error
-        if (
-            self.records and record.step <= self.records[-1].step
-        ):  # resumed: the steps from here on replace the old ones
+    def _take(self, record: StepRecord) -> None:
+        if self.records and record.step <= self.records[-1].step:  # it replaces what was there, and all after it
             self.records = [old for old in self.records if old.step < record.step]
             self._summary = self._totals(record.step)
         self.records.append(record)

@@ -131,7 +131,7 @@ def read_columns(path: str | Path) -> Columns:
         if row is None:
             header = segment
             continue
-        if segment or (table.steps and row.step <= table.steps[-1]):  # resumed: its steps replace those of before
+        if table.steps and row.step <= table.steps[-1]:
             table.cut(row.step)
         table.append(row)
     if not table.steps:

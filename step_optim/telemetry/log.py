@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from step_optim.host.paths import user_path
 from step_optim.telemetry.record import StepRecord, jsonable
@@ -174,46 +174,61 @@ def read_trace(path: str | Path) -> Trace:
         if record is None:
             header = segment
             continue
-        if segment or record.step <= latest:
+        if record.step <= latest:
             records = {step: old for step, old in records.items() if step < record.step}
         records[record.step], latest = record, record.step
-    return Trace(header, tuple(records[step] for step in sorted(records)))
+    return Trace(header, tuple(records.values()))
 
 
-def read_lines(
-    path: str | Path, read: Callable[[Mapping[str, Any]], T], *, fast: bool = False
-) -> Iterator[tuple[Mapping[str, Any], T | None]]:
-    """Yield what stands in a log line by line: a header and None; or what ``read`` made of a record.
+Line: TypeAlias = "tuple[Mapping[str, Any], T | None]"
+"""The header of a segment and None, or an empty one and what was made of a record."""
 
-    A record comes with the header of its segment if it is the first of it, else
-    with an empty one: the steps from there on replace those of earlier segments.
-    ``fast`` reads floats alone exactly: of whole numbers beyond 64 bits it may read the nearest float.
+
+def read_lines(path: str | Path, read: Callable[[Mapping[str, Any]], T], *, fast: bool = False) -> Iterator[Line[T]]:
+    """Yield what stands in a log, line by line.
+
+    A step that is not beyond the one before repeats what a resumed run had
+    logged already: it replaces that, and all that came after.
+
+    Args:
+        path: of the log.
+        read: makes something of the record of a step.
+        fast: read floats alone exactly; of whole numbers beyond 64 bits perhaps the nearest float.
 
     Raises:
         ValueError: as `read_trace`.
     """
-    header: Mapping[str, Any] = {}
     with user_path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            plain = parsed(line, _fast if fast else json.loads)
-            if plain is None:
-                if not line.endswith("\n"):  # torn
-                    return
-                raise ValueError(
-                    f"{path}, line {number} is no JSON object: {line.rstrip()[:60]!r}; only the last line may be torn"
-                )
-            if "step_optim" in plain:
-                header = checked_header(plain, path)
-                yield header, None
-                continue
-            try:
-                record = read(plain)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is no record of a step ({type(error).__name__}: {error}): {line[:60]!r}"
-                ) from error
-            yield header, record
-            header = {}
+        yield from read_each(file, path, read, loads=_fast if fast else json.loads)
+
+
+def read_each(
+    lines: Iterable[str],
+    path: str | Path,
+    read: Callable[[Mapping[str, Any]], T],
+    *,
+    first: int = 1,
+    loads: Callable[[str], Any] = json.loads,
+) -> Iterator[Line[T]]:
+    """Yield what stands in some lines of a log; see `read_lines`. The number of the first one is for messages."""
+    for number, line in enumerate(lines, first):
+        plain = parsed(line, loads)
+        if plain is None:
+            if not line.endswith("\n"):  # torn
+                return
+            raise ValueError(
+                f"{path}, line {number} is no JSON object: {line.rstrip()[:60]!r}; only the last line may be torn"
+            )
+        if "step_optim" in plain:
+            yield checked_header(plain, path), None
+            continue
+        try:
+            record = read(plain)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no record of a step ({type(error).__name__}: {error}): {line[:60]!r}"
+            ) from error
+        yield {}, record
 
 
 def checked_header(header: Mapping[str, Any], path: str | Path) -> Mapping[str, Any]:
