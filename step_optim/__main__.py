@@ -22,11 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "watch":
             return _watch(options.log, once=options.once)
+        logs = _by_label(options.logs)
         if options.command == "report":
-            return _report(dict(map(_labelled, options.logs)), len(options.logs), options.out)
-        runs = {label: read_log(path) for label, path in map(_labelled, options.logs)}
-        if len(runs) < len(options.logs):
-            raise ValueError("two logs have the same label; give labels, LABEL=LOG")
+            return _report(logs, options.out)
+        runs = {label: read_log(path) for label, path in logs.items()}
         if options.command == "suggest":
             return _suggest(runs, options.trigger_rate, options.skip)
         return _integrity(runs) if options.command == "integrity" else _summary(runs, as_json=options.json)
@@ -52,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in (summary, integrity, suggest, report):
         command.add_argument("logs", nargs="+", metavar="[LABEL=]LOG", help="a JSONL log, with a label if you like")
     return parser
+
+
+def _by_label(arguments: Sequence[str]) -> dict[str, str]:
+    logs = dict(map(_labelled, arguments))
+    if len(logs) < len(arguments):
+        raise ValueError("two logs have the same label; give labels, LABEL=LOG")
+    return logs
 
 
 def _labelled(argument: str) -> tuple[str, str]:
@@ -87,11 +93,9 @@ def _watch(log: str, *, once: bool) -> int:
     return 0
 
 
-def _report(logs: dict[str, str], count: int, out: str) -> int:
+def _report(logs: dict[str, str], out: str) -> int:
     from step_optim.report import write_report
 
-    if len(logs) < count:
-        raise ValueError("two logs have the same label; give labels, LABEL=LOG")
     print(write_report(logs, out))
     return 0
 

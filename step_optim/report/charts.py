@@ -6,7 +6,7 @@ Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -61,7 +61,7 @@ def movement(run: Columns, top: float) -> Chart:
         accepted=accepted[tightest],
         budget=budget[tightest],
     )
-    y = alt.Scale(type="sqrt", domain=[0, top], clamp=True)
+    y = _root(top)
     base = _base(rows)
     layers: list[Chart] = [
         base.mark_area(color=SKY, opacity=0.35).encode(
@@ -110,22 +110,17 @@ def slices(run: Columns, top: float) -> Chart:
     """What was proposed, by slice: the largest movement of each group of steps."""
     bins = Bins.of(len(run.action), CELLS)
     high = bins.highest(run.slices["candidate"])
-    starts, ends = run.step[bins.first].tolist(), run.step[bins.last].tolist()
-    cells = [
-        {"step": start, "to": end + 1, "slice": name, "place": place, "movement": value}
-        for start, end, values in zip(starts, ends, high.tolist(), strict=True)
-        for place, (name, value) in enumerate(zip(run.names, values, strict=True))
-    ]
-    rows = [row | {"movement": _short(row["movement"])} for row in cells if math.isfinite(row["movement"])]
-    broken = bins.highest((~run.figures["candidate"].isfinite()).double()).tolist()
-    lost = [
-        row | {"movement": NOT}
-        for row, is_broken in zip(cells, _each(broken, len(run.names)), strict=True)
-        if is_broken
-    ]
-    scale = alt.Scale(scheme="viridis", type="sqrt", domain=[0, top], clamp=True)
-    y = _slices_down(grid=False)
-    cells_drawn = (
+    broken = bins.highest((~run.figures["candidate"].isfinite()).double())
+    rows, lost = list[Row](), list[Row]()
+    for span, values, is_broken in zip(_spans(run, bins), high.tolist(), broken.tolist(), strict=True):
+        for place, (name, value) in enumerate(zip(run.names, values, strict=True)):
+            cell = span | {"slice": name, "place": place}
+            if math.isfinite(value):
+                rows.append(cell | {"movement": _short(value)})
+            if is_broken:
+                lost.append(cell | {"movement": NOT})
+    scale, y = _root(top, scheme="viridis"), _slices_down(grid=False)
+    cells = (
         _chart(rows)
         .mark_rect()
         .encode(
@@ -141,11 +136,7 @@ def slices(run: Columns, top: float) -> Chart:
         .mark_point(shape="cross", color=RED, size=12, opacity=1)
         .encode(x=_x(grid=False), y=y, tooltip=["slice:N", "step:Q", "movement:N"])
     )
-    return alt.layer(cells_drawn, *([marks] if lost else [])).properties(height=max(60, 16 * len(run.names)))
-
-
-def _each(values: Sequence[float], times: int) -> Iterator[float]:
-    return (value for value in values for _ in range(times))
+    return alt.layer(cells, *([marks] if lost else [])).properties(height=_height(run))
 
 
 def shares(run: Columns) -> Chart:
@@ -211,7 +202,7 @@ def drift_by_slice(run: Columns, ends: tuple[float, float]) -> Chart | None:
             shape=alt.Shape("of:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond", TICK]), title=None),
             tooltip=["slice:N", "of:N", alt.Tooltip("value:Q", format=".3g")],
         )
-        .properties(height=max(60, 16 * len(run.names)))
+        .properties(height=_height(run))
     )
 
 
@@ -230,28 +221,19 @@ def held_out(run: Columns, top: float) -> Chart | None:
     columns = {told: run.figures[name][chosen] for name, told in names.items()}
     colours = dict(zip(names.values(), (SKY, BLUE, ORANGE, RED), strict=True))
     steps = run.step[chosen].tolist()
-    return _drawn(steps, columns, colours, "nats per token", _root([0, top]), points=True)
+    return _drawn(steps, columns, colours, "nats per token", _root(top), points=True)
 
 
 def overhead(run: Columns, top: float) -> Chart | None:
     """Seconds a step that a bare optimizer does not take, by phase."""
     bins = Bins.of(len(run.action), CELLS)
-    starts, ends = run.step[bins.first].tolist(), run.step[bins.last].tolist()
     means = torch.stack([bins.mean(run.figures[name]) for name in OWN]).nan_to_num(0.0)
     if not bool(means.any()):
         return None
-    stacked = torch.cat([torch.zeros(1, len(starts), dtype=means.dtype, device="cpu"), means.cumsum(0)])
     rows = [
-        {
-            "step": start,
-            "to": end + 1,
-            "phase": name,
-            "seconds": _short(own),
-            "from": _short(low),
-            "up": _short(low + own),
-        }
-        for name, lows, owns in zip(OWN, stacked.tolist(), means.tolist(), strict=False)
-        for start, end, low, own in zip(starts, ends, lows, owns, strict=True)
+        span | {"phase": name, "seconds": _short(own), "from": _short(up - own), "up": _short(up)}
+        for name, ups, owns in zip(OWN, means.cumsum(0).tolist(), means.tolist(), strict=True)
+        for span, up, own in zip(_spans(run, bins), ups, owns, strict=True)
     ]
     scale = alt.Scale(domain=list(PHASE_COLOURS), range=list(PHASE_COLOURS.values()))
     return (
@@ -322,6 +304,17 @@ def _rows(run: Columns, bins: Bins, **columns: Tensor) -> list[Row]:
     ]
 
 
+def _spans(run: Columns, bins: Bins) -> list[Row]:
+    """From where to where each group of steps goes."""
+    ends = zip(run.step[bins.first].tolist(), run.step[bins.last].tolist(), strict=True)
+    return [{"step": start, "to": end + 1} for start, end in ends]
+
+
+def _height(run: Columns) -> int:
+    """Pixels of a chart with a line for each slice."""
+    return max(60, 16 * len(run.names))
+
+
 def _chart(rows: Sequence[Row]) -> Chart:
     return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
 
@@ -341,9 +334,9 @@ def _slices_down(*, grid: bool) -> alt.Y:
     return alt.Y("slice:N", title=None, sort=order, axis=alt.Axis(grid=grid, labelLimit=LABEL))
 
 
-def _root(domain: list[float]) -> alt.Scale:
+def _root(top: float, **options: Any) -> alt.Scale:
     """KL grows like the square of a step: its root is as long as the step, and 0 has a place."""
-    return alt.Scale(type="sqrt", domain=domain, clamp=True)
+    return alt.Scale(type="sqrt", domain=[0, top], clamp=True, **options)
 
 
 def _log(ends: tuple[float, float]) -> alt.Scale:

@@ -80,7 +80,7 @@ class Section:
 def write_report(logs: Mapping[str, str | Path], path: str | Path) -> Path:
     """Write one self-contained HTML file about some runs; it loads nothing from elsewhere.
 
-    Long runs are drawn in at most 240 groups of steps, with the range of each.
+    Long runs are drawn in groups of steps, movement with the range of each.
 
     Args:
         logs: the path of each run's log, by label.
@@ -227,7 +227,7 @@ def _within_reach(run: Columns) -> Iterable[Tensor]:
         default=0.0,
     )
     candidate = run.figures["candidate"]
-    yield torch.tensor([reach])
+    yield torch.tensor([reach], device="cpu")
     yield candidate.clamp_max(FAR * reach) if reach > 0 else candidate
 
 

@@ -193,6 +193,14 @@ def test_groups_of_steps(values, most) -> None:
     assert [i for group in bins.members(flags) for i in group] == [i for i, flag in enumerate(flags) if flag]
 
 
+def test_it_is_made_on_the_cpu_whatever_the_default_device(tmp_path) -> None:
+    """As where a training script has set one."""
+    logs = {"a": log(tmp_path / "a.jsonl", [*run(), *(record(i) for i in range(12, 300))])}
+    wanted = write_report(logs, tmp_path / "cpu.html").read_text()
+    with torch.device("meta"):
+        assert write_report(logs, tmp_path / "meta.html").read_text() == wanted
+
+
 def test_a_long_run_stays_small(tmp_path) -> None:
     """Its page has as many points as one of 240 steps, and the worst step is still on it."""
     steps = [record(i) for i in range(3000)]
