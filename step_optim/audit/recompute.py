@@ -44,9 +44,8 @@ def checked_recompute(model: nn.Module, recompute: bool | None) -> bool | None:
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:
     """The modules of the outermost `nn.ModuleList`s, which is where models have their layers."""
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            for layer in child:
-                yield from layers_of(nn.ModuleDict({"list": layer})) if isinstance(layer, nn.ModuleList) else (layer,)
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield child
         else:
             yield from layers_of(child)
 

@@ -159,7 +159,8 @@ def _check_reduced(kl: KLClosure, controller: Controller, ranks: Ranks, budget: 
     same = ranks.exchange(kl.replica)
     if same[0] is not None and all(other == same[0] for other in same):
         return
-    counts = ranks.exchange(dict(kl.counts or {}))
+    sources = [source for source in (kl, getattr(kl, "pool", None)) if source is not None]
+    counts = ranks.exchange([dict(source.counts or {}) for source in sources])
     if any(other != counts[0] for other in counts):
         raise ValueError(
             f"{controller!r}: under FSDP2 every process needs as many observations as the others, in all and of each "

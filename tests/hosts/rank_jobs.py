@@ -321,13 +321,14 @@ def normal_of_parts(name: str, sizes: Sequence[int]) -> tuple[list[float], list[
     return moved(mine, "world"), moved(observations, None)
 
 
-def steer_on_pieces(sizes: Sequence[int], budget: dict[str, float]) -> str:
+def steer_on_pieces(sizes: Sequence[int], budget: dict[str, float], pools: Sequence[int] = (3, 3)) -> str:
     """What is said of a policy in pieces whose observations differ between processes."""
     torch.manual_seed(dist.get_rank())
     model = nn.Linear(5, 4)
     fully_shard(model)
     observations = torch.randn(sizes[dist.get_rank()], 5)
-    kl = PolicyKL(lambda: model(observations), model=model)
+    others = torch.randn(pools[dist.get_rank()], 5)
+    kl = PolicyKL(lambda: model(observations), model=model, pool=lambda: model(others))
     inner = torch.optim.SGD(model.parameters(), lr=1.0)
     try:
         STEPOptimizer(inner, kl, budget=Budget(**budget), controller=Steer())

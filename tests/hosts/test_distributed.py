@@ -206,7 +206,12 @@ def test_gradients_of_own_observations_are_those_of_all(name):
         assert pooled == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:PolicyKL has no pool")
+def test_pools_that_differ_between_processes_in_pieces():
+    """The same of what directions are drawn from."""
+    told = same(on_ranks(jobs.steer_on_pieces, 2, sizes=[3, 3], pools=[3, 5], budget={"drift": 0.1}))
+    assert "every process needs as many observations as the others" in told
+
+
 @pytest.mark.parametrize(
     ("sizes", "budget", "message"),
     [
