@@ -21,7 +21,8 @@ def model_is_done(bracket: Bracket, tol: float) -> bool:
     With r = sqrt(K_j / eps_j) at the best alpha, and r growing at least like
     alpha^e, the largest feasible alpha is at most alpha r^(-1/e). e is the
     smallest slope of log r over log alpha that was seen from there, at most 1:
-    for K ~ alpha² it is 1. On a curve that is flat and then jumps this can be
+    for K ~ alpha² it is 1. Where none was seen, since all else was not finite,
+    nothing is ruled out. On a curve that is flat and then jumps this can be
     wrong; ``strict`` waits for an infeasible alpha within ``tol`` instead.
     """
     feasible = [found for found in bracket.found if found.feasible and found.largest > 0]
@@ -63,6 +64,8 @@ def _is_done(name: str, root: float, best: Found, others: list[Found], tol: floa
         for alpha, there in known
         if there > 0 and math.isfinite(there)
     ]
+    if not slopes:
+        return False  # K was measured at this alpha alone, and may grow more slowly than alpha²
     slope = min([1.0, *slopes])
     return slope > 0 and -math.log(root) <= slope * -math.log1p(-tol)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from step_optim.controllers.search import largest_feasible
@@ -242,6 +242,7 @@ def test_the_slope_stop_is_off_where_the_curve_is_flat(edge, high) -> None:
 @pytest.mark.parametrize("strict", [False, True], ids=["slope", "strict"])
 @pytest.mark.parametrize("search", SEARCHES)
 @given(edge=st.floats(0.001, 0.999), power=st.floats(0.5, 4), at_edge=st.floats(0.01, 50))
+@example(edge=0.484375, power=0.984375, at_edge=1.890625)  # all but the answer is beyond the edge
 def test_a_candidate_that_overflows(search, strict, broken, edge, power, at_edge) -> None:
     """NaN or inf from some alpha on is infeasible there, and the answer is still the largest feasible alpha."""
     problem = Problem([lambda alpha: at_edge * (alpha / edge) ** power if alpha < edge else broken, lambda alpha: 0.0])
