@@ -25,6 +25,7 @@ LAYERS = (
     ("controllers",),
     ("telemetry",),
     ("step",),
+    ("flight",),
     ("optimizer",),
     ("report",),
     ("testing", "integrity", "__main__"),

@@ -218,6 +218,11 @@ class Weights:
         for copy in self._copies:
             yield self._store.saved(copy.tensor), copy.saved, self._shards(copy.tensor)
 
+    def proposal(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (theta_t, the candidate) of each piece of memory; in place is the candidate, if it was not kept."""
+        for copy in self._copies:
+            yield self._store.saved(copy.tensor), copy.saved if self._has_candidate else copy.tensor.detach()
+
     @torch.no_grad()
     def squares(self) -> list[float]:
         """‖candidate - theta_t‖² of each of `previous`, counted as in `update`."""

@@ -13,6 +13,7 @@ from step_optim.audit.closure import KLClosure
 from step_optim.budget import AutoBudget, Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
+from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.origin import settle_origin
 from step_optim.step.radius import next_scale
 from step_optim.step.stall import STALL
@@ -71,6 +72,13 @@ class OpenStep(Protocol):
         """Around any other call of the inner optimizer that may move weights."""
 
 
+class Recorder(Protocol):
+    """What keeps steps for later, as the end of a step sees it."""
+
+    def take(self, record: StepRecord, snapshot: Snapshot, names: Callable[[], Mapping[str, int | None]]) -> None:
+        """Keep a step that was decided, or do not; both of its ends are in the snapshot."""
+
+
 @dataclass
 class Run:
     """The state of a run.
@@ -105,6 +113,8 @@ class Run:
     """What was warned of so far."""
     modules: Sequence[nn.Module] = ()
     """Whose buffers are part of the policy."""
+    recorder: Recorder | None = None
+    """What keeps steps for later; None if nothing does."""
 
     def take(self, kl: KLClosure, controller: Controller, origin: str | None) -> None:
         """Go on with a KL closure, and the controller that goes with it; see `STEPOptimizer.bind`."""
@@ -147,6 +157,7 @@ class Run:
             kl_state=self._kl_state(),
             progress=self.progress,
             memory=self.controller.copied(self.memory),
+            recorder=self.recorder,
         )
 
     def _kl_state(self) -> dict[str, Any]:

@@ -290,6 +290,8 @@ class Step:
         if candidate.feasible:
             return Outcome(Action.COMMIT, candidate)
         if not math.isfinite(self.update_norm):
+            if self.run.recorder is not None:
+                self.snapshot.keep_candidate()
             return Outcome(Action.REJECT)  # no part of it is finite either
         with self.clock("search"):
             run, rejected = self.run, self.run.progress.rejected_in_a_row
