@@ -81,7 +81,7 @@ class Attribution:
     def __str__(self) -> str:
         """A table, the worst part first, for the constraint that bound."""
         figure = figures(self.candidate, self.candidate_drift, tails=True)[self.constraint]
-        head = ["part", "of the update", "K without", "effect", "first order", "most on"]
+        head = ["part", "of ‖update‖²", "K without", "effect", "first order", "most on"]
         rows = [self._row(part) for part in self.parts]
         if not any(row[-1] for row in rows):
             head, rows = head[:-1], [row[:-1] for row in rows]
