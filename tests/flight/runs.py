@@ -41,6 +41,7 @@ def outcome(problem: Problem, optimizer: STEPOptimizer) -> dict[str, Any]:
     """All that there is to compare with another run after a step."""
     whole = picture(problem.model, optimizer, rng=False)
     whole["gradients"] = [None if p.grad is None else bits(p.grad) for p in problem.model.parameters()]
+    whole["state"] = bits(list(optimizer.state.values()))
     del whole["state objects"]
     return whole | {"record": story(optimizer), "torch": bits(torch.get_rng_state())}
 

@@ -158,7 +158,7 @@ def test_a_step_that_is_too_large_is_not_kept_and_told_once(tmp_path):
 
 def test_foreign_files_are_left_alone(tmp_path):
     """They are neither counted nor dropped nor read."""
-    foreign = {name: b"x" * 9_000 for name in ("model.pt", "step_1.pt", "step_00000001.rank1.pt", "notes")}
+    foreign = dict.fromkeys(("model.pt", "step_1.pt", "step_00000001.rank1.pt", "notes"), b"x" * 9000)
     for name, data in foreign.items():
         (tmp_path / name).write_bytes(data)
     recorder = FlightRecorder(tmp_path, max_bytes=4_000)
@@ -431,7 +431,7 @@ def test_a_damaged_file_is_named(tmp_path, kind):
     take(FlightRecorder(tmp_path), record(0, 0.5))
     damaged(kind, tmp_path / "step_00000000.pt")
     name = "step_00000007.pt" if kind == "renamed" else "step_00000000.pt"
-    with pytest.raises(ValueError, match=f"{name} .*({'upgrade it' if kind == 'newer' else 'delete it'})"):
+    with pytest.raises(ValueError, match=rf"{name} .*({'upgrade it' if kind == 'newer' else 'delete it'})"):
         read_flight(tmp_path)
 
 
@@ -441,7 +441,7 @@ def test_tensors_are_read_when_they_are_asked_for(tmp_path):
     (kept,) = read_flight(str(tmp_path))
     assert torch.equal(kept.candidate[0] - kept.previous[0], torch.ones(4))
     kept.path.unlink()
-    with pytest.raises(FileNotFoundError, match="step_00000000.pt is not there any more"):
+    with pytest.raises(FileNotFoundError, match=r"step_00000000\.pt is not there any more"):
         kept.previous  # noqa: B018
     with pytest.raises(ValueError, match="is no folder"):
         read_flight(kept.path)
