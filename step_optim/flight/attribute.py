@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from step_optim.controllers.base import Point
 from step_optim.flight.attribution import Attribution, Part, figures
 from step_optim.flight.kept import KeptStep
 from step_optim.flight.parts import By, check_by, parts_of
-from step_optim.flight.visit import Site, Visit, step_between
+from step_optim.flight.visit import Site, Visit
 
 
 def attributed(site: Site, kept: KeptStep | None, by: By, audits: int) -> Attribution:
@@ -99,7 +100,7 @@ class _Attributing:
         self._gradients += 1
         (normal,) = self._visit.trial.normals([name], self._visit.candidate, None)
         ends = zip(normal.gradient, self._visit.previous, self._visit.candidate, strict=True)
-        return [_product(gradient, step_between(previous, candidate)) for gradient, previous, candidate in ends]
+        return [_product(*each) for each in ends]
 
     def _weight(self, places: Sequence[int], first_order: Mapping[str, Sequence[float]]) -> float:
         """What makes a part worth an audit of its own: |first order| / K, summed over constraints; or its share."""
@@ -139,6 +140,8 @@ class _Attributing:
         )
 
 
-def _product(gradient: Tensor, step: Tensor) -> float:
-    """Re <gradient, step>, in the wide dtype of the step."""
-    return float(torch.vdot(gradient.detach().to(step.dtype).flatten(), step.flatten()).real)
+def _product(gradient: Tensor, previous: Tensor, candidate: Tensor) -> float:
+    """Re <gradient, candidate - previous>, in float64; what did not move counts as 0, be it infinite."""
+    wide: Any = torch.complex128 if candidate.is_complex() else torch.float64
+    step = torch.where(candidate == previous, 0, candidate.to(wide) - previous.to(wide))
+    return float(torch.vdot(step.flatten(), gradient.detach().to(wide).flatten()).real)

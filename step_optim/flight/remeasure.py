@@ -52,7 +52,7 @@ def _check_same(kept: KeptStep, now: Movement) -> None:
     if then.is_finite and not math.isclose(now.mean, then.mean, rel_tol=TOLERANCE):
         warnings.warn(
             f"the candidate of step {kept.step} reads {now.mean:.4g} nats per token now, and read {then.mean:.4g} "
-            "then: the KL closure measures other prompts, or in another way, and its trials do not go with those of "
-            "the record",
+            "then, so further trials do not go with those of the record: the KL closure measures other prompts, or "
+            "buffers are others by now (BatchNorm's, which no kept step has)",
             stacklevel=4,
         )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from step_optim.limits import Limits, Verdict
 from step_optim.movement import Movement
 from step_optim.snapshot.path import Path
 from step_optim.snapshot.snapshot import Snapshot
+from step_optim.snapshot.weights import square
 from step_optim.step.auditor import Auditor
 from step_optim.step.fixed_reference import is_movement
 from step_optim.step.progress import Run
@@ -61,6 +61,8 @@ class Visit:
     """theta_t, each tensor on its parameter's device."""
     candidate: list[Tensor]
     """The candidate, likewise."""
+    squares: list[float]
+    """‖candidate - theta_t‖² of each."""
     trial: Trial
     """Measures at any weights; its `candidate` is the kept one, measured again."""
 
@@ -121,9 +123,7 @@ class Visit:
         places = site.snapshot.previous
         self._check_fit(ends[0], places)
         self.previous, self.candidate = ([v.to(p.device) for v, p in zip(end, places, strict=True)] for end in ends)
-        self.squares = [
-            float(step_between(a, b).abs().square().sum()) for a, b in zip(self.previous, self.candidate, strict=True)
-        ]
+        self.squares = [float(square(b, a)) for a, b in zip(self.previous, self.candidate, strict=True)]
         self._auditor = Auditor(kl, self._budget(), self.step.step, site.snapshot, site.ranks)
         self._auditor.resolve_budget(kl.slices or ())
         self._anchor()
@@ -237,13 +237,6 @@ class Visit:
     def end(self) -> None:
         """All processes have come so far: it stands on every one, or on none."""
         self._site.ranks.exchange(None)
-
-
-def step_between(previous: Tensor, candidate: Tensor) -> Tensor:
-    """Return candidate - previous, in float64 or complex128; what did not move counts as 0, be it infinite."""
-    wide: Any = torch.complex128 if candidate.is_complex() else torch.float64
-    stayed = (candidate == previous) | (candidate.isnan() & previous.isnan())
-    return torch.where(stayed, 0, candidate.to(wide) - previous.to(wide))
 
 
 def _budget_of(limits: Limits) -> Budget:

@@ -19,6 +19,7 @@ Between = Callable[[STEPOptimizer, int], Any]
 def recorded(folder: Path, *, when: str = "always", budget: Any = 1e-3, controller: Any = None, **options: Any) -> Any:
     """A problem and an optimizer whose steps are kept."""
     problem = policy_problem(**{name: options.pop(name) for name in ("inner", "lr", "dtype") if name in options})
+    problem.model.norm.momentum = 0.0  # else training forwards move the policy, and no kept step has its statistics
     return problem, wrap(problem, budget, controller, recorder=FlightRecorder(folder, when=when), **options)
 
 
