@@ -75,6 +75,8 @@ class Visit:
             Unbound().audit()  # raises: nothing would be measured
         self._site, self._given = site, kept
         self._depth, self._grad, self._left = depth(), torch.is_grad_enabled(), False
+        self._began = False
+        """Whether what the snapshot would restore is of this visit, and not of the latest step."""
         self._forgets_origin = False
 
     @property
@@ -98,7 +100,8 @@ class Visit:
 
     def _leave(self, error: BaseException | None) -> None:
         site = self._site
-        site.snapshot.restore()
+        if self._began:
+            site.snapshot.restore()
         if self._forgets_origin:
             self._kl.forget_origin()
         site.snapshot.release()
@@ -114,6 +117,7 @@ class Visit:
         site, kl = self._site, self._kl
         site.ranks.begin()
         site.snapshot.begin()
+        self._began = True
         found = site.ranks.agree(self._loaded())
         assert found is not None  # the first process has it
         self.step, *ends = found
