@@ -44,7 +44,7 @@ class _Attributing:
     def __init__(self, visit: Visit, site: Site, by: By, audits: int) -> None:
         self._visit, self._by, self._most = visit, by, audits
         self._parts: dict[str, list[int]] = site.ranks.agree(
-            parts_of(by, visit.step.names, site.optimizer, site.snapshot) if site.ranks.first else {}
+            parts_of(by, visit.kept.names, site.optimizer, site.snapshot) if site.ranks.first else {}
         )
         self._candidate = visit.trial.candidate
         self._finite = self._candidate.movement.is_finite
@@ -65,7 +65,7 @@ class _Attributing:
         parts = [self._measured(name, places, first_order) for name, places in self._chosen(first_order).items()]
         parts.sort(key=lambda part: self._remaining(part, constraint))
         return Attribution(
-            self._visit.step.step,
+            self._visit.kept.step,
             self._by if isinstance(self._by, str) else "pattern" if isinstance(self._by, Mapping) else "function",
             constraint,
             self._candidate.movement,
@@ -77,7 +77,7 @@ class _Attributing:
 
     def _constraint(self) -> str:
         """What bound; where the candidate is not finite or nothing is limited, the mean."""
-        bound = self._visit.step.record.bound or self._candidate.verdict.binding
+        bound = self._visit.kept.record.bound or self._candidate.verdict.binding
         return bound if bound in self._figures else "mean"
 
     @staticmethod

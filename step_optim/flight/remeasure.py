@@ -24,11 +24,11 @@ def remeasured(site: Site, kept: KeptStep | None, alphas: Sequence[float]) -> St
     visit = Visit(site, kept)
     with visit, visit:
         visit.begin()
-        _check_same(visit.step, visit.trial.candidate.movement)
+        _check_same(visit.kept, visit.trial.candidate.movement)
         points = [visit.at(alpha) for alpha in chosen]
         visit.end()
     further = (TrialRecord(alpha, point.movement, point.feasible) for alpha, point in zip(chosen, points, strict=True))
-    return replace(visit.step.record, trials=(*visit.step.record.trials, *further))
+    return replace(visit.kept.record, trials=(*visit.kept.record.trials, *further))
 
 
 def checked_alphas(alphas: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -55,7 +55,7 @@ class Visit:
         kept: the step; None for the latest that the optimizer's own recorder has. The first process's is taken.
     """
 
-    step: KeptStep
+    kept: KeptStep
     """The kept step."""
     previous: list[Tensor]
     """theta_t, each tensor on its parameter's device."""
@@ -120,15 +120,15 @@ class Visit:
         self._began = True
         found = site.ranks.agree(self._loaded())
         assert found is not None  # the first process has it
-        self.step, *ends = found
+        self.kept, *ends = found
         site.run.anchored = None  # from here on the reference may be another policy, and the snapshot's weights too
         site.snapshot.capture_weights()
         site.snapshot.capture_rest(site.run.modules or kl.modules())
+        self._auditor = Auditor(kl, self._budget(), self.kept.step, site.snapshot, site.ranks)
         places = site.snapshot.previous
         self._check_fit(ends[0], places)
         self.previous, self.candidate = ([v.to(p.device) for v, p in zip(end, places, strict=True)] for end in ends)
         self.squares = [float(square(b, a)) for a, b in zip(self.previous, self.candidate, strict=True)]
-        self._auditor = Auditor(kl, self._budget(), self.step.step, site.snapshot, site.ranks)
         self._auditor.resolve_budget(kl.slices or ())
         self._anchor()
         self._auditor.start_from(self._auditor.drift() if self.limits.caps_drift else None)
@@ -149,8 +149,8 @@ class Visit:
 
     def _check_fit(self, tensors: Sequence[Tensor], places: Sequence[Tensor]) -> None:
         """Refuse a step of other parameters."""
-        named = {place: name for name, place in reversed([*self.step.names.items()]) if place is not None}
-        here = {name: place for name, place in self._names().items() if place is not None}
+        named = {place: name for name, place in reversed([*self.kept.names.items()]) if place is not None}
+        here = {name: place for name, place in self._auditor.names().items() if place is not None}
         for i, (kept, own) in enumerate(zip(tensors, places, strict=False)):
             name = named.get(i, f"tensor {i}")
             kinds = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (kept, own)]
@@ -161,12 +161,9 @@ class Visit:
         if len(tensors) != len(places):
             raise self._misfit(f"it has {len(tensors)} tensors, and the optimizer has {len(places)}")
 
-    def _names(self) -> Mapping[str, int | None]:
-        return Auditor(self._kl, Budget(math.inf), 0, self._site.snapshot, self._site.ranks).names()
-
     def _misfit(self, what: str) -> ValueError:
         return ValueError(
-            f"{self.step.path} does not fit the optimizer's parameters: {what}; build the model as it was"
+            f"{self.kept.path} does not fit the optimizer's parameters: {what}; build the model as it was"
         )
 
     def _budget(self) -> Budget:
@@ -175,10 +172,10 @@ class Visit:
         Raises:
             ValueError: they are for slices that the KL closure does not have, or for a drift that it cannot tell.
         """
-        limits, kl = self.step.record.budget, self._kl
+        limits, kl = self.kept.record.budget, self._kl
         if limits.caps_drift and not kl.has_origin:
             raise ValueError(
-                f"step {self.step.step} had a cap on the drift, and {kl!r} knows no pi_ref yet: take a step first, or "
+                f"step {self.kept.step} had a cap on the drift, and {kl!r} knows no pi_ref yet: take a step first, or "
                 "load the run's checkpoint"
             )
         budget = _budget_of(limits)
@@ -197,10 +194,10 @@ class Visit:
 
     def _check_reference(self) -> None:
         """Refuse a function that measures from another policy than theta_t's: its reference is its own."""
-        reading, moved = self._auditor.audit().movement.largest, self.step.record.candidate
+        reading, moved = self._auditor.audit().movement.largest, self.kept.record.candidate
         if math.isnan(reading) or is_movement(reading, moved.largest if moved.is_finite else 0.0):
             raise ValueError(
-                f"{self._kl!r} reads {reading:.3g} at theta_t of step {self.step.step}, where the movement is 0: it "
+                f"{self._kl!r} reads {reading:.3g} at theta_t of step {self.kept.step}, where the movement is 0: it "
                 "measures from another policy. Give its own reference the weights of KeptStep.previous first, or use "
                 "PolicyKL or TokenKL, which take it by themselves"
             )
@@ -225,7 +222,7 @@ class Visit:
 
     def at(self, alpha: float) -> Point:
         """Measure theta_t + alpha (candidate - theta_t), on the way that the step went; as `Snapshot.go` writes it."""
-        way = self.step.way
+        way = self.kept.way
         parts = [alpha] * len(self.previous) if way is None else Path(way, self.squares).parts(alpha)
         ends = zip(self.previous, self.candidate, parts, strict=True)
         return self.measured([a if part == 0 else b if part == 1 else torch.lerp(a, b, part) for a, b, part in ends])

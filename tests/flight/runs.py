@@ -20,7 +20,8 @@ def recorded(folder: Path, *, when: str = "always", budget: Any = 1e-3, controll
     """A problem and an optimizer whose steps are kept."""
     problem = policy_problem(**{name: options.pop(name) for name in ("inner", "lr", "dtype") if name in options})
     problem.model.norm.momentum = 0.0  # else training forwards move the policy, and no kept step has its statistics
-    return problem, wrap(problem, budget, controller, recorder=FlightRecorder(folder, when=when), **options)
+    recorder = FlightRecorder(folder, when=when, **{k: options.pop(k) for k in ("max_bytes",) if k in options})
+    return problem, wrap(problem, budget, controller, recorder=recorder, **options)
 
 
 def train(problem: Problem, optimizer: STEPOptimizer, steps: Any, between: Between | None = None) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import random
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from step_optim.flight.kept import PARTIAL, packed
 from step_optim.flight.recorder import severity
 from step_optim.limits import Limits
 from step_optim.movement import Movement
+from tests.faults.lines import Tracer
 from tests.flight.runs import outcome, recorded, same_bits, train
 from tests.strategies import bits, policy_problem, wrap
 
@@ -340,8 +342,7 @@ def half_written(self, data):
 def test_a_full_disk_undoes_nothing(tmp_path, monkeypatch):
     """The error is raised after the step, which is complete and in the log; the run goes on as without a recorder."""
     folder, log = tmp_path / "flight", tmp_path / "run.jsonl"
-    plain = policy_problem()
-    expected = train(plain, wrap(plain, 3e-4), 4)
+    expected = train(*recorded(tmp_path / "undisturbed", budget=3e-4), 4)
     problem, optimizer = recorded(folder, budget=3e-4, log=log)
     train(problem, optimizer, 1)
     problem.backward(1)
@@ -375,6 +376,32 @@ def test_an_interrupt_while_writing(tmp_path, monkeypatch, on_error):
     train(problem, optimizer, [1])
     assert optimizer.last.step == 1
     assert kept_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("fault", ["error", "interrupt", "signal"])
+def test_faults_anywhere_in_the_recorder(tmp_path, fault):
+    """The step is complete, the folder can be read, and the run goes on as if nothing had happened."""
+
+    def hit(at=None):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        problem, optimizer = recorded(folder, budget=3e-4, max_bytes=20_000, log=folder / "run.jsonl")
+        train(problem, optimizer, 2)
+        problem.backward(2)
+        tracer = Tracer(fault, at)
+        raised = tracer.run(optimizer.step)
+        assert tracer.fired == (at is not None), at
+        assert raised is not None or tracer.dropped or at is None, at
+        seen = [outcome(problem, optimizer), *train(problem, optimizer, [3])]
+        assert total(folder) - (folder / "run.jsonl").stat().st_size <= 20_000
+        assert kept_steps(folder)[-1] == 3
+        assert [r.step for r in read_log(folder / "run.jsonl")] == [0, 1, 2, 3]
+        return tracer, seen
+
+    tracer, expected = hit()
+    places = [(at, 0) for at in tracer.seen if at[0].startswith("flight")]
+    assert places
+    for at in random.Random(0).sample(places, min(30, len(places))):
+        assert hit(at)[1] == expected, at
 
 
 def test_a_step_that_fails_is_not_kept(tmp_path, monkeypatch):

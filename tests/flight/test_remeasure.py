@@ -223,10 +223,11 @@ def test_whatever_happens_in_it_leaves_no_trace(tmp_path, fault):
     """Errors and interrupts at lines and bytecodes all over it; then training goes on as if it had not been."""
     tracer, problem, optimizer = disturbed(tmp_path / "whole", fault)
     expected = train(problem, optimizer, [2])
-    places = [(place, n) for place, count in tracer.seen.items() for n in {0, count - 1}]
+    reads = "flight/kept.py"  # what goes wrong there is told as a damaged file, before anything has moved
+    places = [(place, n) for place, count in tracer.seen.items() for n in {0, count - 1} if place[0] != reads]
     own = [at for at in places if at[0][0].startswith("flight/visit")]
     draw = random.Random(0)
-    for at in [*draw.sample(own, min(len(own), 40)), *draw.sample(places, 25)]:
+    for at in [*draw.sample(own, min(len(own), 25)), *draw.sample(places, 20)]:
         _, problem, optimizer = disturbed(tmp_path / "hit", fault, at)
         assert train(problem, optimizer, [2]) == expected, at
 
