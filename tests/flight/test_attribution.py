@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -99,6 +99,7 @@ def test_of_a_quadratic_kl_all_figures_are_those_of_brute_force(tmp_path_factory
     seed=st.integers(0, 10_000),
     differentiable=st.booleans(),
 )
+@example(sizes=[1, 2, 1, 1], audits=2, seed=0, differentiable=True)
 def test_the_rest_is_measured_as_one(tmp_path_factory, sizes, audits, seed, differentiable):
     """The parts of the largest predictions, or of the largest updates, get an audit; the others one together."""
     world = Quadratic(tmp_path_factory.mktemp("flight"), sizes, seed, differentiable=differentiable)

@@ -257,7 +257,7 @@ def test_tied_weights_are_kept_once(tmp_path):
     model.twin.weight = model.body.weight
     storage = torch.randn(100_000)
     model.scalar.data = storage[5]
-    optimizer = wrap(problem, 1e-3, recorder=str(tmp_path))
+    optimizer = wrap(problem, math.inf, recorder=FlightRecorder(tmp_path, when="always"))
     problem.backward(0)
     optimizer.step()
     (kept,) = read_flight(tmp_path)

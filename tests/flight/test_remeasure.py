@@ -105,6 +105,17 @@ def test_what_is_not_finite_is_not_measured(tmp_path):
     assert still.feasible
 
 
+def test_what_no_prompt_reads_may_not_be_finite_either(tmp_path):
+    """As at the step: an audit would not see a bad row of the embeddings of which no control prompt has the token."""
+    problem = token_problem()
+    optimizer = wrap(problem, 1e-3, recorder=tmp_path)
+    problem.backward(0)
+    problem.model.embed.weight.grad[0] = math.nan
+    optimizer.step()
+    assert math.isnan(optimizer.last.candidate.mean)
+    assert math.isnan(optimizer.remeasure(None, [0.5]).trials[-1].movement.mean)
+
+
 def test_another_control_set_is_told(tmp_path):
     """The figures of other prompts do not go with those of the record."""
     problem, optimizer = recorded(tmp_path)
