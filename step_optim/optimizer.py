@@ -23,8 +23,8 @@ from step_optim.step.checks import check_controller, check_inner, check_line, ch
 from step_optim.step.progress import Run
 from step_optim.step.proposal import loss_closure
 from step_optim.step.step import Step
-from step_optim.telemetry.log import open_log
-from step_optim.telemetry.trackers import Sink
+from step_optim.telemetry.log import open_log, picklable
+from step_optim.telemetry.sinks import Sink
 
 
 class STEPOptimizer(AdjustableOptimizer):
@@ -45,8 +45,8 @@ class STEPOptimizer(AdjustableOptimizer):
         budget: a `Budget`, or a number for ``Budget(mean=number)``.
         controller: `Interpolate`, `Steer`, `Gate`, `Project`, or your own `Controller`. By default `Steer` if the
             budget caps the drift and the KL closure has a pool, and `Interpolate` otherwise.
-        log: a path for JSON lines, a tracker with ``log(dict, step=...)``, or
-            a callable(dict, step).
+        log: a path for JSON lines, a tracker (W&B, trackio, MLflow, TensorBoard, accelerate, ...; see
+            `telemetry.Tracker`), a callable(dict, step), or a list of these.
         on_error: what an exception in the audit does, once the weights are
             restored: ``"raise"`` it, or ``"reject"`` the step and record it.
         snapshot: where the copies are kept that a rollback needs (weights,
@@ -240,9 +240,8 @@ class STEPOptimizer(AdjustableOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the KL closure, which holds a model (`bind` one to a copy), and a log that is not a path."""
         state = super().__getstate__()
-        log = self._log if isinstance(self._log, (str, Path)) else None
         del state["_sink"], state["_snapshot"]
-        return state | {"_run": self._run.without_model(), "_log": log}
+        return state | {"_run": self._run.without_model(), "_log": picklable(self._log)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Make anew what is not copied."""

@@ -4,6 +4,7 @@ from step_optim.telemetry.log import JSONLWriter, Trace, open_log, read_log, rea
 from step_optim.telemetry.record import StepRecord, TrialRecord
 from step_optim.telemetry.suggestion import Suggestion, suggest_budget
 from step_optim.telemetry.summary import Summary, summarise
+from step_optim.telemetry.trackers import Tracker
 
 __all__ = [
     "JSONLWriter",
@@ -11,6 +12,7 @@ __all__ = [
     "Suggestion",
     "Summary",
     "Trace",
+    "Tracker",
     "TrialRecord",
     "open_log",
     "read_log",
