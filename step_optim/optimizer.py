@@ -133,7 +133,7 @@ class STEPOptimizer(AdjustableOptimizer):
         return Snapshot(self._inner, host=self._snapshot_on == "cpu", param_like=self._param_like)
 
     def _open_log(self) -> Sink:
-        return open_log(self._log, self._header, lambda: self._ranks.first)
+        return open_log(self._log, self.describe, lambda: self._ranks.first)
 
     @hooked
     def step(self, *args: Any, kl: KLClosure | Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -248,8 +248,8 @@ class STEPOptimizer(AdjustableOptimizer):
         super().__setstate__(state)
         self._snapshot, self._sink = self._new_snapshot(), self._open_log()
 
-    def _header(self) -> dict[str, Any]:
-        """First line of a log."""
+    def describe(self) -> dict[str, Any]:
+        """Return how this run moves and measures, in plain values: the first line of its log."""
         return {
             "optimizer": type(self._inner).__name__,
             "budget": repr(self.budget),

@@ -57,6 +57,11 @@ class AdjustableOptimizer(OptimizerWrapper):
             self._run.controller, self._run.named, self._run.memory = controller, True, {}
 
     @property
+    def kl(self) -> KLClosure | None:
+        """The KL closure; None before there is one. To set another one, `bind` it."""
+        return self._run.kl
+
+    @property
     def last(self) -> StepRecord | None:
         """The record of the latest step; None before the first."""
         return self._run.progress.last
