@@ -1,4 +1,4 @@
-"""Command line: ``step-optim`` with ``watch``, ``report``, ``summary``, ``integrity``, ``suggest``, ``replay``; and logs."""
+"""Command line: ``step-optim`` with ``watch``, ``report``, ``summary``, ``integrity``, ``suggest`` or ``replay``."""
 
 from __future__ import annotations
 

@@ -41,35 +41,37 @@ def limits_of(record: StepRecord, budget: Budget) -> Limits:
     """
     limits = budget.at(record.step, record.candidate.slices)
     if record.candidate.is_finite:
-        _check_slices(record, budget, limits)
-        for name in ("prompt", "token"):
-            if getattr(limits, name) < math.inf and getattr(record.candidate, name) is None:
-                raise ValueError(
-                    f"budget.{name}={getattr(limits, name):g} limits the worst {name}, which step {record.step} of the "
-                    f"log does not have; it has {_figures(record)}"
-                )
+        _check_slices(record, budget)
+        _check_measured(record, limits)
     return limits
 
 
-def _check_slices(record: StepRecord, budget: Budget, limits: Limits) -> None:
-    """Refuse limits on slices and on drifts that a step did not measure."""
-    drift = record.candidate_drift
-    if limits.caps_drift and drift is None:
+def _check_slices(record: StepRecord, budget: Budget) -> None:
+    """Refuse limits on slices that a step does not have; one for all of them, where there are none."""
+    slices = record.candidate.slices
+    drifts = slices if record.candidate_drift is None else record.candidate_drift.slices
+    asked = budget.at(record.step, slices or ["any slice"])
+    for part, by_slice, known in (("slices", asked.slices, slices), ("drift_slices", asked.drift_slices, drifts)):
+        missing = [name for name, limit in by_slice.items() if limit < math.inf and name not in known]
+        if missing:
+            raise ValueError(
+                f"budget.{part} limits {missing[0]!r}, and step {record.step} of the log has "
+                f"{f'the slices {sorted(known)}' if known else 'no slices'}"
+            )
+
+
+def _check_measured(record: StepRecord, limits: Limits) -> None:
+    """Refuse limits on other figures that a step does not have."""
+    if limits.caps_drift and record.candidate_drift is None:
         raise ValueError(
             f"budget caps the drift, and step {record.step} of the log has no drift of its candidate, which is only "
             f"measured under a cap; it has {_figures(record)}"
         )
-    measured = record.candidate.slices
-    parts = [("slices", budget.slices, limits.slices, measured)]
-    if drift is not None:
-        parts.append(("drift_slices", budget.drift_slices, limits.drift_slices, drift.slices))
-    for part, given, by_slice, known in parts:
-        missing = [name for name, limit in by_slice.items() if limit < math.inf and name not in known]
-        if missing or (given is not None and given != math.inf and not known):
-            what = repr(missing[0]) if missing else "every slice"
+    for name in ("prompt", "token"):
+        if getattr(limits, name) < math.inf and getattr(record.candidate, name) is None:
             raise ValueError(
-                f"budget.{part} limits {what}, and step {record.step} of the log has "
-                f"{f'the slices {sorted(known)}' if known else 'no slices'}"
+                f"budget.{name}={getattr(limits, name):g} limits the worst {name}, which step {record.step} of the log "
+                f"does not have; it has {_figures(record)}"
             )
 
 

@@ -56,8 +56,9 @@ def largest_part(record: StepRecord, limits: Limits) -> LargestPart:
       at the part that was committed. Without that one its curvature is K_j of
       the candidate: both drift and movement are about half a squared length in
       the Fisher metric, which changes little over one step, so the drift is
-      |v + alpha u|² with |u|² = K_j(1). No estimate if the drift before the
-      step was not measured.
+      |v + alpha u|² with |u|² = K_j(1). There is no estimate if the drift
+      before the step was not measured or was beyond the cap already: where such
+      a step leads back at first and away then, its end is too uncertain.
 
     `controllers.curves` has a sharper model, for a search that measures what
     comes out: it keeps a little below the budget, and near what was measured.
@@ -148,22 +149,25 @@ def _power(one: tuple[float, float], other: tuple[float, float]) -> float:
 
 
 def _meets_cap(name: str, record: StepRecord, limits: Limits, line: Line) -> float | None:
-    """Where a drift reaches its cap; None if it is not known where it begins."""
+    """Where a drift reaches its cap; None if it begins beyond it, or nobody knows where."""
     if record.previous_drift is None:
         return None
-    in_force = limits.on_the_way_back(record.previous_drift)
-    start = in_force.at_rest(record.previous_drift).ratios[name]
-    end = line[-1].verdict.ratios[name]
-    between = [(alpha, v.ratios[name]) for alpha, v in line[:-1] if math.isfinite(v.ratios.get(name, math.nan))]
-    if not math.isfinite(start + end):
+    start, end = limits.at_rest(record.previous_drift).ratios[name], line[-1].verdict.ratios[name]
+    if start > 1:
+        return None
+    if end == math.inf:
         return 0.0  # a cap of 0
-    if between:
-        ((alpha, ratio),) = between
-        bend = ((ratio - start) / alpha - (end - start)) / (alpha - 1)
-    else:
-        _, _, slice_ = name.partition(":")
-        bend = (record.candidate.slices[slice_] if slice_ else record.candidate.mean) / in_force.of(name)
+    bend = _bend(name, record, limits, line, start)
     return _last_below_1(lambda alpha: start + (end - start - bend) * alpha + bend * alpha**2)
+
+
+def _bend(name: str, record: StepRecord, limits: Limits, line: Line, start: float) -> float:
+    """The factor of alpha² in a drift / cap: as measured at the committed part, else that of the movement."""
+    for alpha, verdict in line[:-1]:
+        if math.isfinite(between := verdict.ratios.get(name, math.nan)):
+            return ((between - start) / alpha - (line[-1].verdict.ratios[name] - start)) / (alpha - 1)
+    _, _, slice_ = name.partition(":")
+    return (record.candidate.slices[slice_] if slice_ else record.candidate.mean) / limits.of(name)
 
 
 def _last_below_1(curve: Callable[[float], float]) -> float:

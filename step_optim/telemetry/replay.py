@@ -36,7 +36,8 @@ class CaughtStep:
     bound: str
     """The constraint with the largest KL / budget at the candidate, or "not finite"."""
     ratio: float
-    """That KL / budget; infinite if the candidate was not finite."""
+    """That KL / budget; infinite if the candidate was not finite. A cap on the drift that was exceeded before the step
+    asks for less drift than before, as in a run: the ratio is to that, then."""
     alpha: float | None
     """About the largest part of the step within the other budget; None where that cannot be told."""
     interval: tuple[float, float]
@@ -119,7 +120,8 @@ class Replay:
         """
         yield STEP_LOCAL
         yield self._difference()
-        yield f"{len(self.caught)} of {self.steps} steps would have been caught; by the run's own budget {self.triggered}"
+        caught, own = len(self.caught), self.triggered
+        yield f"{caught} of {self.steps} steps would have been caught; the run's own budget caught {own}"
         if self.unchanged or self.errors:
             yield f"beside them {self.unchanged} steps moved nothing, and {self.errors} ended in an error"
         if self.caught:
@@ -128,17 +130,17 @@ class Replay:
 
     def _difference(self) -> str:
         if self.first_difference is None:
-            return "no step would have been decided otherwise"
+            return "no step would be decided otherwise"
         return (
-            f"first step that would have been decided otherwise: {self.first_difference}; steps before it: {self.before}; "
-            f"after it: {self.after}, whose figures are hypothetical"
+            f"first step that would be decided otherwise: {self.first_difference} (steps before it: {self.before}; "
+            f"after it: {self.after}, whose figures are hypothetical)"
         )
 
     def _distribution(self) -> Iterator[str]:
         for name, count in self.by_constraint.items():
             yield f"{f'bound by {name}':26} {count}"
         alphas = self.alphas
-        unknown = f", unknown of {len(self.caught) - len(alphas)}" if len(alphas) < len(self.caught) else ""
+        unknown = f", unknown of {len(self.caught) - len(alphas)} steps" if len(alphas) < len(self.caught) else ""
         known = f"smallest {min(alphas):.3g}, median {statistics.median(alphas):.3g}" if alphas else "none known"
         yield f"{'alpha':26} {known}{unknown}"
 
@@ -242,4 +244,5 @@ def _table(caught: Sequence[CaughtStep], most: int) -> Iterator[str]:
         between = f"{low:.3g} and {high:.3g}"
         yield f"{step.step:>8}  {step.bound:20} {step.ratio:>11.3g} {alpha:>8}  {between:18} {step.action}{own}"
     if len(caught) > len(worst):
-        yield f"the other {len(caught) - len(worst)} caught steps, whose KL / budget is smaller, are left out: --all"
+        left = len(caught) - len(worst)
+        yield f"the other {left} caught steps, whose KL / budget is no larger, are left out: --all shows them"
