@@ -290,13 +290,13 @@ def test_schedules_are_taken_at_the_step_of_each_record() -> None:
 
 def caught_by(limit: float, action: Action, alpha: float | None, **values) -> StepRecord:
     """A step of KL 0.04, caught by its own budget for the mean."""
-    accepted = Movement(0.0 if alpha == 0 else limit)
+    accepted = STILL if alpha == 0 else Movement(limit, {"a": 0.013})
     own = {"triggered": True, "bound": "mean", "alpha": alpha} | values
     return StepRecord(0, action, Movement(0.04, {"a": 0.05}), accepted, Limits(mean=limit), **own)
 
 
 COMMITTED = StepRecord(0, Action.COMMIT, Movement(0.01), Movement(0.01), Limits(mean=0.02), alpha=1.0)
-HALF = {"trials": (TrialRecord(0.5, Movement(0.01, {"a": 0.0125}), True),)}
+HALF = {"trials": (TrialRecord(0.5, Movement(0.01, {"a": 0.013}), True),)}
 
 
 @pytest.mark.parametrize(
@@ -306,11 +306,8 @@ HALF = {"trials": (TrialRecord(0.5, Movement(0.01, {"a": 0.0125}), True),)}
         (COMMITTED, Budget(mean=0.005), True),
         (caught_by(0.01, Action.SHRINK, 0.5, **HALF), Budget(mean=0.05), True),
         (caught_by(0.01, Action.SHRINK, 0.5, **HALF), Budget(mean=0.01), False),
-        (
-            caught_by(0.01, Action.SHRINK, 0.5, **HALF),
-            Budget(mean=0.01, slices=0.05),
-            True,
-        ),  # what was committed has none
+        (caught_by(0.01, Action.SHRINK, 0.5, **HALF), Budget(mean=0.01, slices=0.02), False),
+        (caught_by(0.01, Action.SHRINK, 0.5, **HALF), Budget(mean=0.01, slices=0.0126), True),
         (caught_by(0.01, Action.SHRINK, 0.5, **HALF), Budget(mean=0.02), True),
         (caught_by(0.01, Action.SHRINK, 0.5, **HALF), Budget(slices={"a": 0.01}), True),
         (caught_by(0.01, Action.REJECT, 0.0), Budget(mean=0.02), False),  # as a gate does
@@ -319,8 +316,6 @@ HALF = {"trials": (TrialRecord(0.5, Movement(0.01, {"a": 0.0125}), True),)}
     ],
 )
 def test_which_decision_differs(record, budget, differs) -> None:
-    if "slices" in record.accepted.to_dict() and budget.slices is not None:
-        record = replace(record, accepted=Movement(record.accepted.mean, {"a": 0.06}))
     assert (replay([record], budget).first_difference is not None) == differs
 
 
@@ -394,7 +389,7 @@ def test_what_the_other_budget_does_at_every_step(own, other, controller) -> Non
     steps = list(both(own, other, controller))
     found = {caught.step: caught for caught in replay([record for record, _ in steps], other).caught}
     assert list(found) == [twin.step for _, twin in steps if twin.triggered]
-    assert 3 <= len(found) < len(steps) + (own == Budget(drift=0.1))
+    assert len(found) >= 3
     for _, twin in steps:
         if not twin.triggered:
             continue
@@ -412,17 +407,26 @@ def test_what_the_other_budget_does_at_every_step(own, other, controller) -> Non
 
 @pytest.mark.filterwarnings("ignore:.* in a row were rejected")
 def test_where_a_drift_meets_its_cap() -> None:
-    """The parabola finds it, in steps that begin below the cap; of those that begin beyond it nothing is said."""
-    cap = 0.1
-    errors = []
-    for record, twin in both(Budget(mean=0.02, drift=5.0), Budget(drift=cap), steps=40):
-        for caught in replay([record], Budget(drift=cap)).caught:
-            assert (caught.alpha is None) == bool(twin.exceeded_before)
-            if caught.alpha is not None:
-                # Drift along the way at most doubles the curvature's error, which is that of KL from alpha².
-                errors.append(abs(caught.alpha - twin.alpha))
-    assert errors
-    assert max(errors) < 0.1
+    """The parabola finds it, in steps that begin below the cap; of those that begin beyond it nothing is said.
+
+    Between its ends a parabola of curvature b lies b alpha (1 - alpha) below the straight line. So a curvature that is
+    wrong by d moves it by d alpha (1 - alpha), and its root by that over its slope; the copy has measured the true one.
+    """
+    bends = []
+    for cap in (0.02, 0.05, 0.1, 0.2, 0.3):
+        for record, twin in both(Budget(mean=0.02, drift=5.0), Budget(drift=cap)):
+            for caught in replay([record], Budget(drift=cap)).caught:
+                assert (caught.alpha is None) == bool(twin.exceeded_before)
+                if caught.alpha is None:
+                    continue
+                start, end, at = record.previous_drift.mean, record.candidate_drift.mean, twin.alpha
+                bend = (start + (end - start) * at - twin.reference_drift.mean) / (at * (1 - at))
+                bends.append(bend / record.candidate.mean)
+                slope = (cap - start) / caught.alpha  # of the chord to the root: a convex curve is steeper beyond
+                off = abs(bend - record.candidate.mean) * at * (1 - at) / slope
+                assert abs(caught.alpha - at) <= off + 2 * TOL
+    assert len(bends) > 3
+    assert all(0.5 < bend < 2 for bend in bends)
 
 
 # -- logs of older versions --------------------------------------------------------------------------------------------
@@ -460,10 +464,10 @@ def climbing(count: int) -> list[StepRecord]:
 
 
 def test_the_report() -> None:
+    whose = "whose figures are hypothetical"
     assert str(replay(climbing(7), 0.05)).splitlines() == [
         STEP_LOCAL,
-        "first step that would be decided otherwise: 5 "
-        "(steps before it: 5; after it: 1, whose figures are hypothetical)",
+        f"first step that would be decided otherwise: 5 (steps before it: 5; after it: 1, {whose})",
         "2 of 7 steps would have been caught; the run's own budget caught 1",
         "bound by mean              2",
         "alpha                      smallest 0.845, median 0.879",
