@@ -12,7 +12,7 @@ from step_optim.limits import Limits, Verdict
 from step_optim.telemetry.record import StepRecord
 
 NEAR_ZERO = 2.0
-"""The power of alpha that a KL grows like near 0, where it has its minimum; taken where no other one was seen."""
+"""The power of alpha that a KL grows like near 0, where it has its minimum; taken below what was measured."""
 
 HALVINGS = 60
 """Of [0, 1], for the root of a formula: to the last bits of a float64."""
@@ -49,9 +49,10 @@ def largest_part(record: StepRecord, limits: Limits) -> LargestPart:
     smallest over all constraints j, of
 
     - a budget eps_j on the step: log K_j is taken for a straight line in log
-      alpha between the two measured points next to eps_j. Below the smallest
-      one, alpha_1, K_j = K_j(alpha_1) (alpha / alpha_1)^p, with p the power
-      from there to the candidate, and p = 2 if the candidate alone was measured.
+      alpha between the two measured points next to eps_j, and for one of slope
+      2 below the smallest one: KL has its minimum at alpha = 0. (The slope that
+      was seen above is no better there, and far worse on the bent ways of
+      ``by_layer``, where it changes as layers have made their whole step.)
     - a cap on the drift: a parabola through the drifts at alpha = 0 and 1 and
       at the part that was committed. Without that one its curvature is K_j of
       the candidate: both drift and movement are about half a squared length in
@@ -137,15 +138,11 @@ def _meets(name: str, line: Line) -> float:
     if beyond is None:
         return 0.0  # a budget of 0
     alpha, ratio = known[beyond]
-    other = known[beyond - 1] if beyond > 0 else known[-1]
-    power = NEAR_ZERO if other == known[beyond] else _power(known[beyond], other)
+    power = NEAR_ZERO
+    if beyond > 0:
+        before, within = known[beyond - 1]
+        power = math.log(ratio / within) / math.log(alpha / before)
     return alpha * math.exp(-math.log(ratio) / power)
-
-
-def _power(one: tuple[float, float], other: tuple[float, float]) -> float:
-    """The power of alpha that leads from one point to the other; that near 0 if KL falls on the way."""
-    power = math.log(other[1] / one[1]) / math.log(other[0] / one[0])
-    return power if power > 0 else NEAR_ZERO
 
 
 def _meets_cap(name: str, record: StepRecord, limits: Limits, line: Line) -> float | None:
