@@ -27,7 +27,7 @@ LAYERS = (
     ("step",),
     ("flight",),
     ("optimizer",),
-    ("report",),
+    ("report", "integrations"),
     ("testing", "integrity", "__main__"),
     ("__init__",),
 )

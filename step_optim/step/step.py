@@ -26,7 +26,8 @@ from step_optim.step.progress import Run
 from step_optim.step.proposal import has_gradient, learning_rates, loss_closure, scaled_rates
 from step_optim.step.pulled import Pulled
 from step_optim.step.staleness import Staleness
-from step_optim.step.stall import Stall, is_told
+from step_optim.step.stall import Stall
+from step_optim.telemetry.alerts import is_told
 from step_optim.telemetry.describe import Measurements, decided, failed
 from step_optim.telemetry.record import StepRecord
 
