@@ -161,8 +161,8 @@ class FlightRecorder:
             self._warned = True
             warnings.warn(
                 f"step {step} takes {size:,} bytes, more than max_bytes={self.max_bytes:,}: the flight recorder does "
-                f"not keep steps of this size. Give FlightRecorder(max_bytes={size:_}) or a multiple of it, or train "
-                "fewer weights (LoRA)",
+                f"not keep steps of this size. Give FlightRecorder(max_bytes={10 * size:_}) for about ten of them, or "
+                "train fewer weights (LoRA)",
                 stacklevel=2,
             )
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
 
+from step_optim.controllers.base import Point
 from step_optim.flight.kept import KeptStep
 from step_optim.flight.visit import Site, Visit
-from step_optim.movement import Movement
 from step_optim.telemetry.record import StepRecord, TrialRecord
 
 TOLERANCE = 0.01
@@ -24,7 +24,7 @@ def remeasured(site: Site, kept: KeptStep | None, alphas: Sequence[float]) -> St
     visit = Visit(site, kept)
     with visit, visit:
         visit.begin()
-        _check_same(visit.kept, visit.trial.candidate.movement)
+        _check_same(visit.kept, visit.trial.candidate)
         points = [visit.at(alpha) for alpha in chosen]
         visit.end()
     further = (TrialRecord(alpha, point.movement, point.feasible) for alpha, point in zip(chosen, points, strict=True))
@@ -46,13 +46,17 @@ def checked_alphas(alphas: Sequence[float]) -> list[float]:
     return list(map(float, alphas))
 
 
-def _check_same(kept: KeptStep, now: Movement) -> None:
+def _check_same(kept: KeptStep, now: Point) -> None:
     """Warn if the candidate reads otherwise than at the step: old and new trials would be of different measurements."""
-    then = kept.record.candidate
-    if then.is_finite and not math.isclose(now.mean, then.mean, rel_tol=TOLERANCE):
-        warnings.warn(
-            f"the candidate of step {kept.step} reads {now.mean:.4g} nats per token now, and read {then.mean:.4g} "
-            "then, so further trials do not go with those of the record: the KL closure measures other prompts, or "
-            "buffers are others by now (BatchNorm's, which no kept step has)",
-            stacklevel=4,
-        )
+    then = kept.record
+    for what, before, after in (("", then.candidate, now.movement), ("a drift of ", then.candidate_drift, now.drift)):
+        if before is None or after is None or not before.is_finite:
+            continue
+        if not math.isclose(after.mean, before.mean, rel_tol=TOLERANCE):
+            warnings.warn(
+                f"the candidate of step {kept.step} reads {what}{after.mean:.4g} nats per token now, and read "
+                f"{before.mean:.4g} then, so further trials do not go with those of the record: the KL closure "
+                "measures other prompts, or from another pi_ref, or buffers are others by now (BatchNorm's, which no "
+                "kept step has)",
+                stacklevel=4,
+            )

@@ -126,6 +126,17 @@ def test_another_control_set_is_told(tmp_path):
         optimizer.remeasure(None, [0.5])
 
 
+def test_another_pi_ref_is_told(tmp_path):
+    """The same movement, from another origin of the drift."""
+    problem, optimizer = recorded(tmp_path, budget=Budget(mean=1.0, drift=1.0))
+    train(problem, optimizer, 2)
+    last = read_flight(tmp_path)[-1]
+    optimizer.refresh(restart_drift=True)
+    train(problem, optimizer, [2])
+    with pytest.warns(UserWarning, match=r"reads a drift of .* then"):
+        optimizer.remeasure(last, [0.5])
+
+
 # -- no trace ---------------------------------------------------------------------------------------------------------
 
 
