@@ -149,6 +149,8 @@ def _read(path: Path) -> dict[str, Any]:
         plain = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is not there any more; read_flight() tells what the folder has now") from error
+    except OSError:  # it may not be read, or the disk is broken
+        raise
     except Exception as error:  # a file can be damaged in as many ways as torch has errors
         raise _unreadable(path, error) from error
     if not isinstance(plain, dict) or FORMAT not in plain:
@@ -174,6 +176,7 @@ def read_flight(folder: str | Path) -> list[KeptStep]:
 
     Raises:
         ValueError: it is no folder; a file in it is damaged, of a newer version, or something else.
+        OSError: a file may not be read.
 
     >>> import tempfile
     >>> read_flight(tempfile.mkdtemp())
