@@ -13,6 +13,7 @@ from step_optim.audit.closure import KLClosure
 from step_optim.budget import AutoBudget, Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
+from step_optim.path_length import PathLength
 from step_optim.step.origin import settle_origin
 from step_optim.step.radius import next_scale
 from step_optim.step.stall import STALL
@@ -136,6 +137,11 @@ class Run:
         if isinstance(budget, AutoBudget) and budget is not self.budget:
             return budget, budget.fixed
         return budget, {}
+
+    @property
+    def path(self) -> PathLength:
+        """How long the path is so far."""
+        return self.progress.summary.path
 
     def without_model(self) -> Run:
         """Return what a copy of the optimizer goes on with; the KL closure holds a model, so it stays behind."""
