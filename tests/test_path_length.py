@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from fractions import Fraction
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from step_optim.limits import Limits
@@ -16,6 +17,7 @@ sizes = st.floats(0, 10) | st.floats(-12, 1).map(lambda exponent: 10.0**exponent
 
 
 @given(own=sizes, before=st.lists(sizes, max_size=3), cap=sizes)
+@example(own=0.3996142915398079, before=[0.16631840655550295], cap=0.8704712321086546)  # rounds up
 def test_what_is_left_never_leads_beyond_the_cap(own, before, cap) -> None:
     """As floats add up; and next to nothing of it is given away."""
     earlier = PathLength()
@@ -31,6 +33,17 @@ def test_what_is_left_never_leads_beyond_the_cap(own, before, cap) -> None:
     else:
         assert earlier.mean + (own + left) <= cap
         assert abs(Fraction(left) - exact) <= 8 * math.ulp(cap)
+
+
+def test_no_sum_rounds_up_beyond_the_cap() -> None:
+    """About one in a hundred would: cap - own is rounded, and so is their sum."""
+    draw = random.Random(0)
+    for _ in range(3000):
+        cap = draw.random()
+        own = draw.random() * cap
+        before = draw.random() * (cap - own)
+        assert own + PathLength(own).left(cap) <= cap
+        assert before + (own + PathLength(own, before=PathLength(before)).left(cap)) <= cap
 
 
 @given(cap=sizes.filter(bool), parts=st.lists(st.floats(0, 1), max_size=40), eps=sizes)
