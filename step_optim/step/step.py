@@ -65,7 +65,7 @@ class Step:
         self._raises = raises
         self._may_wait = may_wait and kl.takes_any_weights and ranks.size == 1
         self.clock = Clock()
-        self.auditor = Auditor(kl, run.budget, run.path, run.progress.step, snapshot, ranks)
+        self.auditor = Auditor(kl, run.budget, run.begin(), run.progress.step, snapshot, ranks)
         self._held_out = HeldOut(kl, run.progress.step, snapshot, ranks, raises=raises)
         self.lr: tuple[float, ...] = ()
         self.scale = run.progress.scale if run.adaptive_rate else 1.0

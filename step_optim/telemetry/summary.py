@@ -102,6 +102,11 @@ class Summary:
         return Summary(sums)
 
     @property
+    def steps(self) -> int:
+        """How many steps there were."""
+        return int(self._sums.get("steps", 0))
+
+    @property
     def path(self) -> PathLength:
         """The sum of the committed movements."""
         return PathLength(self._sums.get("accepted_sum", 0.0), dict(self._by_constraint(PATH)))
