@@ -30,7 +30,9 @@ from step_optim.step.checks import (
 from step_optim.step.measurable import check_budget
 from step_optim.step.progress import Run
 from step_optim.step.proposal import loss_closure
+from step_optim.step.stages import Stages
 from step_optim.step.step import Step
+from step_optim.telemetry.ledger import Ledger
 from step_optim.telemetry.log import open_log
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.trackers import Sink
@@ -56,6 +58,7 @@ class STEPOptimizer(OptimizerWrapper):
             budget caps the drift and the KL closure has a pool, and `Interpolate` otherwise.
         log: a path for JSON lines, a tracker with ``log(dict, step=...)``, or
             a callable(dict, step).
+        ledger: what stages of training share, so that caps on path and drift span them: `Ledger`.
         on_error: what an exception in the audit does, once the weights are
             restored: ``"raise"`` it, or ``"reject"`` the step and record it.
         snapshot: where the copies are kept that a rollback needs (weights,
@@ -109,6 +112,7 @@ class STEPOptimizer(OptimizerWrapper):
         budget: Budget | Bound,
         controller: Controller | None = None,
         log: str | Path | Callable[..., Any] | Any = None,
+        ledger: Ledger | None = None,
         on_error: str = "raise",
         snapshot: str = "device",
         adaptive_rate: bool = False,
@@ -136,6 +140,7 @@ class STEPOptimizer(OptimizerWrapper):
         self._run = Run(budget, controller, named, adaptive_rate)
         self._snapshot, self._ranks = self._new_snapshot(), Ranks(process_group)
         self._sink = self._open_log()
+        self._run.stages = None if ledger is None else Stages(ledger, self._ranks)
         if kl is not None:
             self.bind(kl)
 
