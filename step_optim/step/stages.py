@@ -17,7 +17,7 @@ from step_optim.controllers.base import Action
 from step_optim.host.ranks import Ranks
 from step_optim.movement import Movement
 from step_optim.path_length import PathLength
-from step_optim.telemetry.ledger import Ledger, Stage
+from step_optim.telemetry.ledger import Ledger, Stage, read_stages
 from step_optim.telemetry.record import StepRecord
 
 
@@ -64,7 +64,11 @@ class Stages:
         """
         if self._begun:
             return
-        self.ledger.begin(self)
+        ledger, ranks = self.ledger, self._ranks
+        views = ranks.exchange((ledger.is_first, ledger.stages, read_stages(ledger.path) if ranks.first else ()))
+        if any(is_first != views[0][0] for is_first, _, _ in views):
+            raise RuntimeError(f"not all processes can read {ledger.path}; put it where all of them see it")
+        ledger.begin(self, *views[0][1:])
         if self._read_as not in (None, (self._ranks.rank, self._ranks.size)):
             raise RuntimeError(
                 "torch.distributed began after the KL closure was bound: this process has the pi_ref of another one. "

@@ -113,37 +113,46 @@ class Ledger:
                 f"stage={stage!r} ended when {names[names.index(stage) + 1]!r} began ({self.path}). Give a new stage a "
                 f"name of its own; or, to train on from there, Ledger(path).forget({names[names.index(stage) + 1]!r})"
             )
-        self.found = self.stages[-1] if stage in names else None
-        """What the file has of this stage already."""
-        self._earlier = self.stages[:-1] if stage in names else self.stages
-        self.before = _length(self._earlier)
-        """Path length of the stages before this one."""
+        self._look()
         self._writer: object = None
         self._written: str | None = None
         """The file, as this ledger wrote it last."""
+
+    def _look(self) -> None:
+        """Tell this stage's entry from those before it."""
+        mine = bool(self.stages) and self.stages[-1].stage == self.stage
+        self.found = self.stages[-1] if mine else None
+        """What the file has of this stage already."""
+        self._earlier = self.stages[:-1] if mine else self.stages
+        self.before = _length(self._earlier)
+        """Path length of the stages before this one."""
 
     @property
     def is_first(self) -> bool:
         """Whether no stage came before this one."""
         return not self._earlier
 
-    def begin(self, writer: object) -> None:
-        """Refuse to begin with what another run has added to since it was read.
+    def begin(self, writer: object, known: tuple[Stage, ...], now: tuple[Stage, ...]) -> None:
+        """Begin with what was read, unless another run has added to it since then.
 
         Args:
             writer: who enters the steps of this stage from now on; one alone may.
+            known: what the first process read when its ledger was made. Another one may have been too early for the
+                last step of the stage before.
+            now: what it reads now.
 
         Raises:
-            RuntimeError: that is so.
+            RuntimeError: these differ; or another writer.
         """
         if self._writer is not None and self._writer is not writer:
             raise RuntimeError(f"{self!r} belongs to another optimizer already; make a Ledger for each")
-        self._writer = writer
-        if read_stages(self.path) != self.stages:
+        if now != known:
             raise RuntimeError(
                 f"{self.path} was written by another run since Ledger(stage={self.stage!r}) was made: its path length "
                 "would not be counted. Make the ledger and the optimizer of a stage once the stage before has ended"
             )
+        self._writer, self.stages = writer, known
+        self._look()
 
     def enter(self, stage: Stage) -> None:
         """Put what this stage has done into the place of its entry, in memory."""

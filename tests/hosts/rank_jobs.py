@@ -498,19 +498,19 @@ def late(folder: str) -> list[str]:
     return said
 
 
-def in_stages(folder: str, *, shard: bool) -> dict[str, Any]:
-    """Train two stages, the second one on where the first has ended; the cap on the path is over both."""
+def in_stages(folder: str, *, kind: str, shard: bool, frozen_head: bool = False) -> dict[str, Any]:
+    """Train two stages with a cap on the path of both; under DDP the second goes on where the first has ended."""
     paths, weights = [], None
     for name in ("sft", "dpo"):
         ledger = Ledger(f"{folder}/ledger.json", stage=name)
-        run = Training("ddp", budget=Budget(mean=1e-3, path=2e-3), shard=shard, own=True, ledger=ledger)
+        budget, options = Budget(mean=1e-3, path=2e-3), {"own": True, "frozen_head": frozen_head}
+        run = Training(kind, budget=budget, shard=shard, ledger=ledger, **options)
         if weights is not None:
             run.model.load_state_dict(weights)
         for step in range(2):
             run.step(step)
         paths.append(run.optimizer.summary()["path_length"])
-        weights = copy.deepcopy(run.model.state_dict())
-        dist.barrier()
+        weights = copy.deepcopy(run.model.state_dict()) if kind == "ddp" else None
     last = run.optimizer.last
     return {"paths": paths, "drift": last.reference_drift.mean, "left": last.budget.mean, "stages": str(ledger)}
 
@@ -519,3 +519,14 @@ def in_a_later_stage(folder: str) -> None:
     """Begin a stage with observations that each process has for itself."""
     problem = policy_problem()
     wrap(problem, 1e-3, ledger=Ledger(f"{folder}/ledger.json", stage="dpo"))
+
+
+def apart(folder: str) -> str:
+    """Begin a second stage where only the first process sees what the first stage has written."""
+    ledger = Ledger(f"{folder}/{dist.get_rank()}/ledger.json", stage="dpo", origin="own")
+    run = Training("ddp", budget=1e-3, ledger=ledger)
+    try:
+        run.step(0)
+    except RuntimeError as error:
+        return str(error)
+    return "went on"

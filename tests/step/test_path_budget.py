@@ -111,6 +111,27 @@ def line(budget, controller=None, **options):
     return optimizer, step
 
 
+@pytest.mark.filterwarnings(
+    "ignore:budget.path", "ignore:.*steps in a row", "ignore:the budget limits", "ignore:FunctionKL"
+)
+@given(
+    controller=controllers().filter(lambda controller: not controller.needs_logits),
+    path=caps,
+    mean=caps,
+    still=st.none() | st.just(0.0),
+    sizes=st.lists(st.floats(-1, 1), min_size=1, max_size=12),
+)
+def test_plain_functions_are_held_to_the_path_too(controller, path, mean, still, sizes) -> None:
+    """Also beside a slice that may not move at all, and does not."""
+    by_slice = {"a": path / 2} | ({} if still is None else {"b": still})
+    _, step = line(Budget(mean=mean, path=path, path_slices=by_slice), controller)
+    records = [step(size) for size in sizes]
+    total = lengths(records)
+    assert total[""] <= path
+    assert total.get("a", 0.0) <= path / 2
+    assert all(record.accepted.mean <= record.budget.mean <= mean for record in records)
+
+
 def test_a_record_names_the_path_where_it_bound(tmp_path) -> None:
     """In the record, the summary and the log; with the limit that was in force."""
     optimizer, step = line(Budget(mean=0.5, path=1.0), Interpolate(), log=tmp_path / "run.jsonl")

@@ -489,10 +489,12 @@ def test_failed_steps_count_and_move_nothing(tmp_path) -> None:
     assert json.loads((tmp_path / "ledger.json").read_text())["step_optim_ledger"] == 1
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("shard", [True, False])
-def test_processes_share_a_ledger(tmp_path, shard) -> None:
+def test_processes_share_a_ledger(tmp_path, kind, shard) -> None:
     """The first one writes; all of them have the caps, and their own part of pi_ref."""
-    results = on_ranks(jobs.in_stages, 2, folder=str(tmp_path), shard=shard)
+    options = {"kind": kind, "shard": shard, "frozen_head": kind == "fsdp"}
+    results = on_ranks(jobs.in_stages, 2, folder=str(tmp_path), **options)
     assert results[0] == results[1]
     figures = Ledger(tmp_path / "ledger.json").figures()
     assert [entry["path"] for entry in figures["stages"]] == results[0]["paths"]
@@ -507,3 +509,11 @@ def test_a_policy_of_another_number_of_processes_is_refused(tmp_path) -> None:
     train(problem, stage(problem, tmp_path, "sft"))
     with pytest.raises(RuntimeError, match="was saved by 1 processes, and there are 2"):
         on_ranks(jobs.in_a_later_stage, 2, folder=str(tmp_path))
+
+
+def test_processes_that_cannot_read_the_ledger_are_told_of(tmp_path) -> None:
+    """On every process: none of them waits for another one."""
+    problem = still_problem()
+    train(problem, stage(problem, tmp_path / "0", "sft"))
+    for message in on_ranks(jobs.apart, 2, folder=str(tmp_path)):
+        assert "not all processes can read" in message
