@@ -1,4 +1,4 @@
-"""TRL's GRPO has no active trust region by default. STEP gives it one, in three lines.
+"""TRL's GRPO has no active trust region by default. STEP gives it one, in one line.
 
 TRL's defaults make one gradient step on each batch of completions (`num_iterations=1`). In that step the probability
 ratio is exactly 1, so the clipping of the loss never acts; and `beta=0` leaves the KL penalty out. What a step does to
@@ -29,7 +29,8 @@ from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from step_optim import STEPOptimizer, StepRecord, TokenKL, read_log
+from step_optim import StepRecord, TokenKL, read_log
+from step_optim.integrations.trainer import STEPCallback
 
 CLIPPED = "clip_ratio/region_mean"
 """TRL's name for the share of tokens on which the clipping of the loss acted."""
@@ -84,11 +85,9 @@ def train(args: argparse.Namespace, budget: float, log: Path) -> tuple[list[Step
     trainer.remove_callback(PrinterCallback)
     log.unlink(missing_ok=True)  # a log that is there would be continued
 
-    # ---- STEP, lines 1 to 3 ----------------------------------------------------------------------------------------
-    trainer.create_optimizer()  # TRL has added the LoRA by now: here are all its parameters
-    kl = TokenKL(trainer.model, control_set(tokenizer))
-    trainer.optimizer = STEPOptimizer(trainer.optimizer, kl=kl, budget=budget, log=log)
-    # ----------------------------------------------------------------------------------------------------------------
+    # ---- STEP --------------------------------------------------------------------------------------------------------
+    STEPCallback(kl=lambda model: TokenKL(model, control_set(tokenizer)), budget=budget, log=log).attach(trainer)
+    # ------------------------------------------------------------------------------------------------------------------
 
     trainer.train()
     clipped = [entry[CLIPPED] for entry in trainer.state.log_history if CLIPPED in entry]

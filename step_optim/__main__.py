@@ -1,6 +1,6 @@
-"""Command line: ``step-optim`` with ``watch``, ``report``, ``summary``, ``integrity`` or ``suggest``, and logs.
+"""Command line: ``step-optim`` with ``watch``, ``report``, ``summary``, ``integrity``, ``suggest`` or ``replay``.
 
-And ``step-optim ledger`` with a ledger.
+And ``step-optim ledger``, with the ledger of several stages.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from step_optim.host.paths import user_path
+from step_optim.telemetry.budget_text import SYNTAX, read_budget
 from step_optim.telemetry.integrity import check
 from step_optim.telemetry.ledger import Ledger
 from step_optim.telemetry.log import read_log
 from step_optim.telemetry.record import StepRecord, jsonable
+from step_optim.telemetry.replay import WORST, Replay, replay
 from step_optim.telemetry.suggestion import suggest_budget
 from step_optim.telemetry.summary import lines, summarise
 
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = {label: read_log(path) for label, path in logs.items()}
         if options.command == "suggest":
             return _suggest(runs, options.trigger_rate, options.skip)
+        if options.command == "replay":
+            return _replay(runs, options)
         return _integrity(runs) if options.command == "integrity" else _summary(runs, as_json=options.json)
     except (OSError, ValueError, ImportError) as error:
         print(f"step_optim: {error}", file=sys.stderr)
@@ -49,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     suggest = commands.add_parser("suggest", help="budgets that a wanted share of such steps would be over")
     suggest.add_argument("--trigger-rate", type=float, default=0.05, help="that share (default: 0.05)")
     suggest.add_argument("--skip", type=int, metavar="N", default=0, help="leave out the first N steps")
+    replayed = commands.add_parser("replay", help="which steps another budget would have caught, and at what alpha")
+    replayed.add_argument(
+        "--budget", nargs="+", action="extend", required=True, metavar="LIMIT", help=f"{SYNTAX}; a number is the mean's"
+    )
+    replayed.add_argument("--all", action="store_true", help=f"show all caught steps, not the worst {WORST} alone")
+    replayed.add_argument("--json", action="store_true", help="as one JSON object, by label")
     report = commands.add_parser("report", help="one HTML page about runs: movement, slices, drift, overhead ...")
     report.add_argument("-o", "--out", default="report.html", help="the page (default: report.html)")
     watch = commands.add_parser("watch", help="a run on the terminal, while it goes on")
@@ -57,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     ledger = commands.add_parser("ledger", help="path length against displacement, over stages of training")
     ledger.add_argument("ledger", metavar="FILE", help="the ledger's JSON file")
     ledger.add_argument("--json", action="store_true", help="as one JSON object")
-    for command in (summary, integrity, suggest, report):
+    for command in (summary, integrity, suggest, replayed, report):
         command.add_argument("logs", nargs="+", metavar="[LABEL=]LOG", help="a JSONL log, with a label if you like")
     return parser
 
@@ -125,6 +135,24 @@ def _suggest(runs: dict[str, list[StepRecord]], trigger_rate: float, skip: int) 
             raise ValueError(f"{label}: {error}") from error
         print(label, *str(suggestion).splitlines(), sep="\n  ")
     return 0
+
+
+def _replay(runs: dict[str, list[StepRecord]], options: argparse.Namespace) -> int:
+    found = {label: _replayed(label, records, options.budget) for label, records in runs.items()}
+    if options.json:
+        print(json.dumps({label: each.to_dict() for label, each in found.items()}, indent=2, allow_nan=False))
+        return 0
+    for label, each in found.items():
+        print(label, *each.lines(None if options.all else WORST), sep="\n  ")
+    return 0
+
+
+def _replayed(label: str, records: list[StepRecord], budget: Sequence[str]) -> Replay:
+    slices = dict.fromkeys(name for record in records for name in record.candidate.slices)
+    try:
+        return replay(records, read_budget(budget, slices))
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
 
 
 if __name__ == "__main__":

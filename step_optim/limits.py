@@ -119,6 +119,15 @@ class Limits:
             return constraint
         return "path" if constraint == "mean" else constraint.replace("slice:", "path:", 1)
 
+    @staticmethod
+    def judged_as(name: str) -> str:
+        """Return what a constraint that is `told` is called in `Verdict.ratios`.
+
+        >>> Limits.judged_as("path"), Limits.judged_as("path:math"), Limits.judged_as("drift")
+        ('mean', 'slice:math', 'drift')
+        """
+        return "mean" if name == "path" else name.replace("path:", "slice:", 1) if name.startswith("path:") else name
+
     @property
     def used_up(self) -> tuple[str, ...]:
         """The constraints of which a cap on the path has left nothing: no step that moves the policy is within it."""
@@ -178,8 +187,7 @@ class Limits:
 
     def reading(self, name: str, movement: Movement) -> float:
         """Return what a movement, or a drift, reads that is held against a limit, by its name in `told`."""
-        kind, colon, part = name.partition(":")
-        name = name if kind != "path" else f"slice:{part}" if colon else "mean"
+        name = self.judged_as(name)
         figures = self._drift_figures if name.startswith("drift") else self._step_figures
         return next(kl for constraint, kl, _ in figures(movement) if constraint == name)
 

@@ -10,35 +10,26 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from step_optim.audit.closure import KLClosure, Unbound, as_kl
+from step_optim.audit.closure import KLClosure, Unbound
 from step_optim.budget import Bound, Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.host.ranks import WORLD, Ranks
-from step_optim.host.wrapper import OptimizerWrapper, hooked
+from step_optim.host.wrapper import hooked
 from step_optim.snapshot.known import ParamLike, known_copies
 from step_optim.snapshot.snapshot import Snapshot
+from step_optim.step.adjustable import AdjustableOptimizer
 from step_optim.step.atomic import Atomic
-from step_optim.step.checks import (
-    check_controller,
-    check_inner,
-    check_line,
-    check_measures,
-    check_rates,
-    default_controller,
-    plain_note,
-)
-from step_optim.step.measurable import check_budget
+from step_optim.step.checks import check_controller, check_inner, check_line, check_rates, default_controller
 from step_optim.step.progress import Run
 from step_optim.step.proposal import loss_closure
 from step_optim.step.stages import Stages
 from step_optim.step.step import Step
 from step_optim.telemetry.ledger import Ledger
-from step_optim.telemetry.log import open_log
-from step_optim.telemetry.record import StepRecord
-from step_optim.telemetry.trackers import Sink
+from step_optim.telemetry.log import open_log, picklable
+from step_optim.telemetry.sinks import Sink
 
 
-class STEPOptimizer(OptimizerWrapper):
+class STEPOptimizer(AdjustableOptimizer):
     """A post-optimizer trust region around any torch optimizer.
 
     The inner optimizer proposes, an audit measures what the proposal did to
@@ -56,8 +47,8 @@ class STEPOptimizer(OptimizerWrapper):
         budget: a `Budget`, or a number for ``Budget(mean=number)``.
         controller: `Interpolate`, `Steer`, `Gate`, `Project`, or your own `Controller`. By default `Steer` if the
             budget caps the drift and the KL closure has a pool, and `Interpolate` otherwise.
-        log: a path for JSON lines, a tracker with ``log(dict, step=...)``, or
-            a callable(dict, step).
+        log: a path for JSON lines, a tracker (W&B, trackio, MLflow, TensorBoard, accelerate, ...; see
+            `telemetry.Tracker`), a callable(dict, step), or a list of these.
         ledger: what stages of training share, so that caps on path and drift span them: `Ledger`.
         on_error: what an exception in the audit does, once the weights are
             restored: ``"raise"`` it, or ``"reject"`` the step and record it.
@@ -133,13 +124,11 @@ class STEPOptimizer(OptimizerWrapper):
         adaptive_rate = adaptive_rate or bool(warm_start)
         if adaptive_rate:
             check_rates(optimizer)
-        super().__init__(optimizer)
+        super().__init__(optimizer, Run(budget, controller, named, adaptive_rate), Ranks(process_group))
         self._on_error, self._log = on_error, log
         self._snapshot_on = snapshot
         self._param_like = known_copies(optimizer) if param_like is None else param_like
-        self._run = Run(budget, controller, named, adaptive_rate)
-        self._snapshot, self._ranks = self._new_snapshot(), Ranks(process_group)
-        self._sink = self._open_log()
+        self._snapshot, self._sink = self._new_snapshot(), self._open_log()
         self._run.stages = None if ledger is None else Stages(ledger, self._ranks)
         if kl is not None:
             self.bind(kl)
@@ -149,114 +138,7 @@ class STEPOptimizer(OptimizerWrapper):
         return Snapshot(self._inner, host=self._snapshot_on == "cpu", param_like=self._param_like)
 
     def _open_log(self) -> Sink:
-        return open_log(self._log, self._header, lambda: self._ranks.first)
-
-    @property
-    def budget(self) -> Budget:
-        """The budget; to assign another one is `set_budget`."""
-        return self._run.budget
-
-    @budget.setter
-    def budget(self, budget: Budget | Bound) -> None:
-        self.set_budget(budget)
-
-    @property
-    def controller(self) -> Controller:
-        """What decides about an infeasible candidate; another one may be assigned between two steps."""
-        return self._run.controller
-
-    @controller.setter
-    def controller(self, controller: Controller) -> None:
-        self._refuse_inside_window("another controller")
-        check_line(self._inner, check_controller(controller), self.budget)
-        if self._run.kl is not None:
-            check_measures(self._run.kl, controller, self._inner, self._ranks, self.budget)
-        if controller is not self.controller:
-            self._run.controller, self._run.named, self._run.memory = controller, True, {}
-
-    @property
-    def last(self) -> StepRecord | None:
-        """The record of the latest step; None before the first."""
-        return self._run.progress.last
-
-    def bind(self, kl: KLClosure | Callable[[], Any], *, origin: str | None = None) -> None:
-        """Set the KL closure: later than the optimizer under PEFT, DDP and FSDP; or another one, for other prompts.
-
-        Args:
-            kl: the KL closure.
-            origin: what becomes of pi_ref, from which drift is measured. ``"keep"``: it stays the policy at the start
-                of the run, if that is known on these prompts. ``"adapter_off"``: PEFT's base model. ``"now"``: the
-                policy at the next step. By default what the closure brings along, else the policy at the next step,
-                with a warning where a cap on the drift begins anew.
-
-        Raises:
-            ValueError: it does not fit the budget, the controller or the parameters; a pi_ref that is not known.
-        """
-        self._refuse_inside_window("bind()")
-        closure = as_kl(kl)
-        controller = self._for(self.budget, closure)
-        self._check(closure, controller)
-        self._run.take(closure, controller, origin)
-
-    def set_budget(self, budget: Budget | Bound) -> None:
-        """Replace the budget, from the next step on."""
-        new = Budget.of(budget)
-        controller = self._for(new, self._run.kl)
-        check_line(self._inner, controller, new)
-        if self._run.kl is not None:
-            check_budget(new, self._run.kl)
-            check_measures(self._run.kl, controller, self._inner, self._ranks, new)
-            self._run.warned.of_budget(new, self._run.kl)
-        self._run.budget, self._run.controller = new, controller
-
-    def refresh(self, *, restart_drift: bool = False) -> None:
-        """Take the reference anew at the next step.
-
-        Needed after an edit that cannot be noticed: of a part of a frozen
-        weight through `.data` (whole ones are; see `fingerprint`), of a plain
-        attribute of a module (a scaling factor), or of what a `PolicyKL`
-        function closes over: observations, or another model.
-
-        Args:
-            restart_drift: also make the policy at the next step pi_ref. Needed
-                after new observations, on which the old pi_ref is not known.
-        """
-        self._refuse_inside_window("refresh()")
-        self._run.anchored = None
-        if self._run.kl is not None:
-            self._run.kl.forget_attributes()
-            if restart_drift:
-                self._run.kl.forget_origin()
-                self.controller.forget_reference(self._run.memory)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; its movement counts from the next step on."""
-        self._refuse_inside_window("add_param_group()")
-        super().add_param_group(param_group)
-        try:
-            check_line(self._inner, self.controller, self.budget)
-            if self._run.kl is not None:
-                self._run.kl.check_parameters(self.param_groups[-1]["params"])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        self._run.anchored = None  # more weights are watched from now on
-        self.controller.forget_reference(self._run.memory)
-
-    def _refuse_inside_window(self, what: str) -> None:
-        if self._run.open is not None:
-            raise RuntimeError(f"{what} inside a window could not be rolled back with it; call it before or after")
-
-    def note(self, *, reward: float | None = None, success: bool | None = None, **values: Any) -> None:
-        """Add figures of the training loop to the record of the next step.
-
-        Args:
-            reward: of this step's rollout.
-            success: whether the step counts as one that completed.
-            **values: numbers (tensors and arrays too), texts or flags, or lists of these: ``batch=ids``, say.
-        """
-        given = {"reward": reward, "success": success, **values}
-        self._run.notes |= {name: plain_note(name, value) for name, value in given.items() if value is not None}
+        return open_log(self._log, self.describe, lambda: self._ranks.first)
 
     @hooked
     def step(self, *args: Any, kl: KLClosure | Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -332,23 +214,6 @@ class STEPOptimizer(OptimizerWrapper):
         """Trigger rate, rejection rate, mean alpha, overhead, drift ... since the start; see `Summary.figures`."""
         return self._run.progress.summary.figures()
 
-    def _for(self, budget: Budget, kl: KLClosure | None) -> Controller:
-        """The controller for a budget and a KL closure: the one that was named, or the default."""
-        default = default_controller(budget, kl, self._inner)
-        return self.controller if self._run.named or type(default) is type(self.controller) else default
-
-    def _fitting(self, kl: KLClosure | Callable[[], Any]) -> KLClosure:
-        """Read the argument ``kl=`` of one step, or of one window."""
-        closure = as_kl(kl)
-        self._check(closure, self.controller)
-        return closure
-
-    def _check(self, kl: KLClosure, controller: Controller) -> None:
-        """Refuse a KL closure that does not fit the budget, a controller or the parameters."""
-        check_budget(self.budget, kl)
-        kl.check_parameters([p for group in self.param_groups for p in group["params"]])
-        check_measures(kl, controller, self._inner, self._ranks, self.budget)
-
     @contextmanager
     def _calling(self, name: str) -> Iterator[None]:
         """Around a call of the inner optimizer's own (`first_step`, ...): what moves weights belongs into a step."""
@@ -380,17 +245,16 @@ class STEPOptimizer(OptimizerWrapper):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the KL closure, which holds a model (`bind` one to a copy), and a log that is not a path."""
         state = super().__getstate__()
-        log = self._log if isinstance(self._log, (str, Path)) else None
         del state["_sink"], state["_snapshot"]
-        return state | {"_run": self._run.without_model(), "_log": log}
+        return state | {"_run": self._run.without_model(), "_log": picklable(self._log)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Make anew what is not copied."""
         super().__setstate__(state)
         self._snapshot, self._sink = self._new_snapshot(), self._open_log()
 
-    def _header(self) -> dict[str, Any]:
-        """First line of a log."""
+    def describe(self) -> dict[str, Any]:
+        """Return how this run moves and measures, in plain values: the first line of its log."""
         return {
             "optimizer": type(self._inner).__name__,
             "budget": repr(self.budget),

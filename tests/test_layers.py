@@ -26,7 +26,7 @@ LAYERS = (
     ("telemetry",),
     ("step",),
     ("optimizer",),
-    ("report",),
+    ("report", "integrations"),
     ("testing", "integrity", "__main__"),
     ("__init__",),
 )

@@ -17,7 +17,7 @@ from step_optim.host.undo import depth, finish
 from step_optim.movement import Unmeasured
 from step_optim.step.step import Step
 from step_optim.telemetry.record import StepRecord
-from step_optim.telemetry.trackers import Sink
+from step_optim.telemetry.sinks import Sink
 
 LOGGER = logging.getLogger("step_optim")
 

@@ -17,8 +17,8 @@ from step_optim.path_length import PathLength
 from step_optim.step.origin import settle_origin
 from step_optim.step.radius import next_scale
 from step_optim.step.stages import Stages
-from step_optim.step.stall import STALL
 from step_optim.step.warned import Warned
+from step_optim.telemetry.alerts import STALL
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.summary import Summary
 

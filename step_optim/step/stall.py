@@ -12,24 +12,10 @@ from step_optim.limits import Limits
 from step_optim.movement import Movement
 from step_optim.telemetry.record import TrialRecord
 
-STALL = 5
-"""Rejections in a row that are told of; then ten times as many, and so on."""
-
 FINER = "Raise the budget, or keep the trained weights in float32"
 
 AT_THE_CAP = 0.9
 """Part of the cap on drift from which on there is no room left for a useful step."""
-
-
-def is_told(rejected_in_a_row: int) -> bool:
-    """Whether to tell of a streak at this length: 5, 50, 500, ...
-
-    >>> [count for count in range(1, 1000) if is_told(count)]
-    [5, 50, 500]
-    """
-    while rejected_in_a_row > STALL and rejected_in_a_row % 10 == 0:
-        rejected_in_a_row //= 10
-    return rejected_in_a_row == STALL
 
 
 @dataclass(frozen=True)
@@ -122,11 +108,10 @@ class Stall:
         )
 
     def _at_the_end(self, bound: str) -> str:
-        own = {"path": "mean"}.get(bound, bound.replace("path:", "slice:", 1))
-        asked = self._read(self.candidate.movement)
+        asked, left = self._read(self.candidate.movement), self.limits.of(self.limits.judged_as(bound))
         return (
             f"The last proposal moved {asked:.3g} nats per token{self._sure}, and the cap on the path, "
-            f"{self.limits.of(bound):.3g}, has {self.limits.of(own):.3g} left for all steps to come. End the training "
+            f"{self.limits.of(bound):.3g}, has {left:.3g} left for all steps to come. End the training "
             "here, raise the cap, or use up what is left with Interpolate() or a lower learning rate"
         )
 

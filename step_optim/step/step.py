@@ -26,7 +26,8 @@ from step_optim.step.progress import Run
 from step_optim.step.proposal import has_gradient, learning_rates, loss_closure, scaled_rates
 from step_optim.step.pulled import Pulled
 from step_optim.step.staleness import Staleness
-from step_optim.step.stall import Stall, is_told
+from step_optim.step.stall import Stall
+from step_optim.telemetry.alerts import is_told
 from step_optim.telemetry.describe import Measurements, decided, failed
 from step_optim.telemetry.record import StepRecord
 
@@ -289,10 +290,8 @@ class Step:
     def _judge(self, candidate: Point) -> Outcome:
         if candidate.feasible:
             return Outcome(Action.COMMIT, candidate)
-        if not math.isfinite(self.update_norm):
-            return Outcome(Action.REJECT)  # no part of it is finite either
-        if self.auditor.used_up(candidate) and self.run.controller.shrinks:
-            return Outcome(Action.REJECT)  # a search would find nothing
+        if not math.isfinite(self.update_norm) or (self.auditor.used_up(candidate) and self.run.controller.shrinks):
+            return Outcome(Action.REJECT)  # no part of it is finite either; or no part of it is within a used-up path
         with self.clock("search"):
             run, rejected = self.run, self.run.progress.rejected_in_a_row
 

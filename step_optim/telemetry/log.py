@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -13,7 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from step_optim.host.paths import user_path
 from step_optim.telemetry.record import StepRecord, jsonable
-from step_optim.telemetry.trackers import Sink, takes, tracker_sink
+from step_optim.telemetry.sinks import Sink
+from step_optim.telemetry.trackers import takes, tracker_sink
 
 try:
     import orjson
@@ -111,7 +113,7 @@ class _FirstWriter:
 
 
 def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[[], bool] = lambda: True) -> Sink:
-    """Read the argument ``log=``: None, a path, a tracker, or a callable(dict, step).
+    """Read the argument ``log=``: None, a path, a tracker, a callable(dict, step), or a list of these.
 
     Args:
         log: that argument. A tracker (see `tracker_sink`) gets flat scalars, a
@@ -125,6 +127,8 @@ def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[
     """
     if log is None:
         return lambda record: None
+    if isinstance(log, (list, tuple)):
+        return _Several([open_log(each, header, first) for each in log])
     if isinstance(log, (str, Path)):
         if not str(log) or user_path(log).is_dir():
             raise ValueError(f"log={str(log)!r} is no file; give a path like 'runs/step.jsonl', or None for no log")
@@ -134,7 +138,29 @@ def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[
         return tracker
     if callable(log):
         return _function_sink(log)
-    raise TypeError(f"log={log!r} is neither a path, nor a callable(dict, step), nor a tracker with log(dict, step=)")
+    raise TypeError(
+        f"log={log!r} is neither a path, nor a callable(dict, step), nor a tracker with log(dict, step=), nor a list "
+        "of these"
+    )
+
+
+class _Several:
+    """Gives a record to each of several logs, also if one of them fails; the failure is raised when all were asked."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    def __call__(self, record: StepRecord) -> None:
+        with ExitStack() as stack:
+            for sink in reversed(self._sinks):
+                stack.callback(sink, record)
+
+
+def picklable(log: Any) -> Any:
+    """What a copy of the optimizer goes on logging to: paths, alone or in a list; None if there are none."""
+    if isinstance(log, (list, tuple)):
+        return [path for path in log if isinstance(path, (str, Path))] or None
+    return log if isinstance(log, (str, Path)) else None
 
 
 def _function_sink(log: Callable[..., Any]) -> Sink:

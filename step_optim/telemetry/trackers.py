@@ -1,48 +1,96 @@
-"""Experiment trackers: how each of them is given a record, so that none is lost."""
+"""Experiment trackers: which one ``log=`` is."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import Any
 
+from step_optim.telemetry.alerts import KINDS, Alerts, check_kinds
 from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.sinks import Accelerate, MLflow, Sink, TensorBoard, Trackio, WandB, everything, numbers
 
-Sink = Callable[[StepRecord], None]
+
+class Tracker:
+    """A tracker for ``log=``, and what it is to send alerts about.
+
+    A tracker that is given as it is sends all that it can: W&B and trackio
+    alerts, TensorBoard texts. See `Alerts` for when.
+
+    Args:
+        tracker: see `tracker_sink`.
+        alerts: of ``("trigger", "stall", "cap", "error")``.
+
+    Raises:
+        TypeError: no tracker.
+        ValueError: an unknown kind of alert.
+
+    >>> Tracker(print)
+    Traceback (most recent call last):
+        ...
+    TypeError: Tracker(<built-in function print>) is no tracker; functions go into log= as they are
+    """
+
+    def __init__(self, tracker: Any, *, alerts: Collection[str] = KINDS) -> None:
+        self.tracker, self.alerts = tracker, check_kinds(alerts)
+        if _plain_sink(tracker) is None:
+            raise TypeError(f"Tracker({tracker!r:.200}) is no tracker; functions go into log= as they are")
 
 
 def tracker_sink(log: Any) -> Sink | None:
     """Return what gives a tracker its records: flat, with a step where it takes one. None if this is no tracker.
 
-    Trackers are objects with ``log(dict, step=...)`` or ``log(dict)``, loggers
-    with ``log_metrics(dict, step)``, and these methods themselves where they
-    are known to be a tracker's.
+    Trackers are W&B and trackio, MLflow, a ``SummaryWriter``, an Accelerator
+    and a Trainer; other objects with ``log(dict, step=...)`` or ``log(dict)``;
+    loggers with ``log_metrics(dict, step)``; these functions and methods
+    themselves where they are known to be a tracker's; and a `Tracker` around
+    any of them.
 
     Raises:
         TypeError: a ``log()`` that needs other arguments.
     """
+    kinds = log.alerts if isinstance(log, Tracker) else KINDS
+    sink = _plain_sink(log.tracker if isinstance(log, Tracker) else log)
+    if sink is None or not hasattr(sink, "alert") or not kinds:
+        return sink
+    tell, write = Alerts(sink.alert, kinds), sink
+
+    def both(record: StepRecord) -> None:
+        write(record)
+        tell(record)
+
+    return both
+
+
+def _plain_sink(log: Any) -> Sink | None:
+    """What gives a tracker its records, and may have an ``alert()``."""
     if isinstance(log, type):
         return None
     owner = _owner(log)
     decorated = owner is not None and getattr(owner, "log", None) == log  # a decorator may have taken its name
     name = "log" if decorated else getattr(log, "__name__", "").rpartition(".")[2]
-    if name == "log" and (_counts_steps(owner) or _is_a(owner, "accelerate", "Accelerator")):
+    if name == "log" and (_counts_steps(owner) or _is_trackio(owner) or _is_a(owner, "accelerate", "Accelerator")):
         log = owner
     if _counts_steps(log):
-        return _WandB(lambda: getattr(log, "run", None) or log if isinstance(log, ModuleType) else log)
+        return WandB(lambda: getattr(log, "run", None) or log if isinstance(log, ModuleType) else log)
+    if _is_trackio(log):
+        return Trackio(log)
     if _is_a(log, "accelerate", "Accelerator"):
-        return _accelerator_sink(log)
+        return Accelerate(log)
+    if callable(getattr(log, "add_scalar", None)) and callable(getattr(log, "add_text", None)):
+        return TensorBoard(log)
+    if _is_mlflow(log) or (name == "log_metrics" and _is_mlflow(owner)):
+        return MLflow((log if owner is None else owner).log_metrics)
     if name == "log" and _is_a(owner, "transformers", "Trainer"):
-        return _with_step(log, log, _everything)
+        return _with_step(log, log, everything)
     if name in ("log_metrics", "log_dict") and any(_is_a(owner, package, None) for package in _LIGHTNING):
-        return _with_step(log, log, _numbers)
+        return _with_step(log, log, numbers)
     if callable(getattr(log, "log", None)):
-        return _with_step(log, log.log, _everything)
+        return _with_step(log, log.log, everything)
     if callable(getattr(log, "log_metrics", None)):
-        return _with_step(log, log.log_metrics, _numbers)
+        return _with_step(log, log.log_metrics, numbers)
     return None
 
 
@@ -59,66 +107,6 @@ def takes(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
     return True
 
 
-_written: dict[int, tuple[Any, int | None]] = {}
-"""Runs that count their own steps, by id, and where the last record is in each: several optimizers may log to one."""
-
-
-class _WandB:
-    """Logs to a run that counts its own steps, and drops what is logged with a smaller one.
-
-    So a record goes to the step at which the run is: beside what others have
-    logged there, or one further if that already has a record of ours. Its own
-    step index is the x-axis.
-    """
-
-    def __init__(self, find: Callable[[], Any]) -> None:
-        self._find = find  # the run may begin after the optimizer was made
-
-    def __call__(self, record: StepRecord) -> None:
-        run = self._find()
-        if id(run) not in _written:
-            run.define_metric("step_optim/*", step_metric="step_optim/step")
-        _, last = _written.get(id(run), (run, None))
-        step = _current_step(run)
-        if step is None:
-            run.log(record.flat())
-        else:
-            step += step == last
-            run.log(record.flat(), step=step)
-        _written[id(run)] = run, step  # holds the run, so that its id is no other's
-
-
-def _current_step(run: Any) -> int | None:
-    """The step of the next log(); None if the run does not say (before it begins, offline stand-ins, shared mode)."""
-    try:
-        step = run.step
-    except Exception:
-        return None
-    return step if isinstance(step, int) else None
-
-
-def _accelerator_sink(accelerator: Any) -> Sink:
-    """Give each of an Accelerator's trackers a step, but for W&B's."""
-    wandb = _WandB(lambda: accelerator.get_tracker("wandb", unwrap=True))
-
-    def write(record: StepRecord) -> None:
-        if not accelerator.is_main_process:
-            return
-        if not accelerator.trackers:
-            warnings.warn(
-                "log=accelerator has no trackers, so no record is kept; call accelerator.init_trackers(...), "
-                "or log to a path",
-                stacklevel=2,
-            )
-        for tracker in accelerator.trackers:
-            if tracker.name == "wandb":
-                wandb(record)
-            else:
-                tracker.log(record.flat(), step=record.step)
-
-    return write
-
-
 def _with_step(log: Any, write: Callable[..., Any], values: Callable[[StepRecord], dict[str, Any]]) -> Sink:
     """Write with ``step=`` where that is taken, else without."""
     if takes(write, {}, step=0):
@@ -131,29 +119,31 @@ def _with_step(log: Any, write: Callable[..., Any], values: Callable[[StepRecord
     )
 
 
-def _everything(record: StepRecord) -> dict[str, Any]:
-    return record.flat()
-
-
-def _numbers(record: StepRecord) -> dict[str, Any]:
-    """What loggers of numbers bear: flags as 0 and 1, no texts."""
-    return {name: float(value) for name, value in record.flat().items() if isinstance(value, (int, float))}
-
-
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
+
+_MODULES = ("wandb", "trackio", "mlflow")
+"""Packages whose functions log to the run in progress."""
 
 
 def _owner(function: Any) -> Any:
-    """The object of a bound method; the package W&B for ``wandb.log``, which is no method before ``wandb.init``."""
+    """The object of a bound method; of a plain function of a tracker, its package."""
     package = (getattr(function, "__module__", None) or "").partition(".")[0]
-    if package == "wandb" and not hasattr(function, "__self__"):
-        return sys.modules.get("wandb")
+    if package in _MODULES and callable(function) and not hasattr(function, "__self__"):
+        return sys.modules.get(package)
     return getattr(function, "__self__", None)
 
 
 def _counts_steps(thing: Any) -> bool:
     """Whether this is W&B's run or module, or works like them: their steps are their own, others are metrics."""
     return callable(getattr(thing, "define_metric", None)) and callable(getattr(thing, "log", None))
+
+
+def _is_trackio(thing: Any) -> bool:
+    return getattr(thing, "__name__", None) == "trackio" or _is_a(thing, "trackio", "Run")
+
+
+def _is_mlflow(thing: Any) -> bool:
+    return isinstance(thing, ModuleType) and thing.__name__ == "mlflow"
 
 
 def _is_a(thing: Any, package: str, name: str | None) -> bool:

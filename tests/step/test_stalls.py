@@ -26,7 +26,7 @@ from step_optim import (
     summarise,
 )
 from step_optim.__main__ import main
-from step_optim.step.stall import STALL
+from step_optim.telemetry.alerts import STALL
 
 
 class Run:

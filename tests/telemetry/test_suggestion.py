@@ -14,7 +14,8 @@ from step_optim.__main__ import main
 from step_optim.limits import Limits
 from step_optim.telemetry import JSONLWriter, suggest_budget
 
-kls = st.floats(1e-9, 10.0)
+kls = st.floats(1e-9, 10.0).map(lambda kl: float(f"{kl:.9g}"))
+"""Equal ones, and such as differ by more than the rounding of a logarithm."""
 
 
 def moved(step: int, mean: float, slices: dict[str, float] | None = None, **values) -> StepRecord:

@@ -1,0 +1,1 @@
+"""STEP inside training frameworks."""
