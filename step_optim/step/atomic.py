@@ -83,9 +83,12 @@ class Atomic:
         step.release()
         if fixed and step.ranks.first:
             LOGGER.info("step %d: %r", record.step, budget)
-        # An error of the log must not take the place of the error that is being raised.
+        # An error of the ledger or the log must not take the place of the error that is being raised.
         with nullcontext() if error is None or settled else suppress(Exception):
-            self._sink(record)
+            try:
+                run.keep(record, step.kl)
+            finally:
+                self._sink(record)
         return settled
 
     def _settles(self, error: BaseException | None) -> bool:
