@@ -37,7 +37,7 @@ from step_optim.controllers import (
 )
 from step_optim.movement import Movement
 from step_optim.optimizer import STEPOptimizer
-from step_optim.telemetry import StepRecord, read_log, summarise
+from step_optim.telemetry import Ledger, StepRecord, read_log, summarise
 
 __version__ = "0.1.0"
 
@@ -50,6 +50,7 @@ __all__ = [
     "GateStalled",
     "Interpolate",
     "KLClosure",
+    "Ledger",
     "ModelSearch",
     "Movement",
     "Outcome",

@@ -1,4 +1,7 @@
-"""Command line: ``step-optim`` with ``watch``, ``report``, ``summary``, ``integrity``, ``suggest`` or ``replay``."""
+"""Command line: ``step-optim`` with ``watch``, ``report``, ``summary``, ``integrity``, ``suggest`` or ``replay``.
+
+And ``step-optim ledger``, with the ledger of several stages.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from contextlib import suppress
 from step_optim.host.paths import user_path
 from step_optim.telemetry.budget_text import SYNTAX, read_budget
 from step_optim.telemetry.integrity import check
+from step_optim.telemetry.ledger import Ledger
 from step_optim.telemetry.log import read_log
 from step_optim.telemetry.record import StepRecord, jsonable
 from step_optim.telemetry.replay import WORST, Replay, replay
@@ -24,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "watch":
             return _watch(options.log, once=options.once)
+        if options.command == "ledger":
+            return _ledger(options.ledger, as_json=options.json)
         logs = _by_label(options.logs)
         if options.command == "report":
             return _report(logs, options.out)
@@ -58,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     watch = commands.add_parser("watch", help="a run on the terminal, while it goes on")
     watch.add_argument("log", metavar="LOG", help="its JSONL log, which need not be there yet")
     watch.add_argument("--once", action="store_true", help="show what there is, and return")
+    ledger = commands.add_parser("ledger", help="path length against displacement, over stages of training")
+    ledger.add_argument("ledger", metavar="FILE", help="the ledger's JSON file")
+    ledger.add_argument("--json", action="store_true", help="as one JSON object")
     for command in (summary, integrity, suggest, replayed, report):
         command.add_argument("logs", nargs="+", metavar="[LABEL=]LOG", help="a JSONL log, with a label if you like")
     return parser
@@ -90,6 +99,14 @@ def _summary(runs: dict[str, list[StepRecord]], *, as_json: bool) -> int:
         print(label)
         for line in lines(found):
             print(f"  {line}")
+    return 0
+
+
+def _ledger(path: str, *, as_json: bool) -> int:
+    if not user_path(path).exists():
+        raise FileNotFoundError(f"there is no ledger {path}")
+    ledger = Ledger(path)
+    print(json.dumps(jsonable(ledger.figures()), indent=2, allow_nan=False) if as_json else ledger)
     return 0
 
 

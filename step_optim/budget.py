@@ -39,6 +39,16 @@ class Budget:
             against its budget by its upper confidence bound over all prompts
             like these (see `precision.upper_bound`), instead of by itself.
         reference: another name of ``drift``.
+        path: cap on the path length: the sum of the mean movements of all
+            committed steps, over resumes, and over stages of training with a
+            `Ledger`. A step may then move the mean by no more than what is
+            left of it: min(eps_g, path - path so far). What is left is 0 once
+            it is below 1e-6 of the cap. It does not bound the drift: n equal
+            steps in one direction drift n times as far as their KLs add up to.
+        path_slices: cap on the path length of slices, like ``slices``.
+
+    With ``confidence``, what a path has left is compared with the upper bound
+    of the step's movement, and the path goes on by the movement itself.
 
     Each number may be a callable of the step index (a schedule), and
     ``math.inf`` turns a part off: ``Budget(mean=math.inf)`` only measures.
@@ -60,6 +70,8 @@ class Budget:
     prompt: Bound | None
     token: Bound | None
     confidence: float | None
+    path: Bound | None
+    path_slices: Bounds
 
     def __init__(
         self,
@@ -72,24 +84,28 @@ class Budget:
         token: Bound | None = None,
         confidence: float | None = None,
         reference: Bound | None = None,
+        path: Bound | None = None,
+        path_slices: Bounds = None,
     ) -> None:
         """Refuse bad numbers now, before any weight moves."""
         if reference is not None and drift is not None:
             raise TypeError(f"drift={drift!r} and reference={reference!r} are two names of one cap; give one of them")
         cap = drift if reference is None else reference
         given: dict[str, Any] = {"mean": mean, "slices": slices, "drift": cap, "drift_slices": drift_slices}
-        given |= {"prompt": prompt, "token": token}
+        given |= {"prompt": prompt, "token": token, "path": path, "path_slices": path_slices}
         if all(bound is None for bound in given.values()):
             raise ValueError(
                 "Budget() limits nothing; pass mean=, slices=, drift= or drift_slices= in nats per token, or prompt= "
-                "or token= for the worst one (mean=math.inf to only measure)"
+                "or token= for the worst one, or path= or path_slices= for all steps together (mean=math.inf to only "
+                "measure)"
             )
         for name, bound in given.items():
             called = "reference" if name == "drift" and reference is not None else name
             check_bound(bound, called, may_map="slices" in name)
             object.__setattr__(self, name, bound)
         object.__setattr__(self, "confidence", _checked_confidence(confidence))
-        if confidence is not None and all(bound is None for bound in (mean, slices, cap, drift_slices)):
+        means = (mean, slices, cap, drift_slices, path, path_slices)
+        if confidence is not None and all(bound is None for bound in means):
             raise ValueError(
                 f"budget.confidence={confidence!r} is about means, and only prompt= or token= is limited; give mean=, "
                 "slices=, drift= or drift_slices= too, or leave confidence out"
@@ -129,8 +145,8 @@ class Budget:
         Args:
             warmup: how many steps to measure, at least 2; 20 or more are better.
             trigger_rate: of the steps, about how many should be over budget.
-            ceiling: upper bounds, during the warm-up and afterwards. Its caps on the drift, its limits of the worst
-                prompt and token and its confidence are in force all the time.
+            ceiling: upper bounds, during the warm-up and afterwards. Its caps on the drift and the path, its limits
+                of the worst prompt and token and its confidence are in force all the time.
 
         Raises:
             TypeError: a number of steps or a rate that is no number.
@@ -157,8 +173,12 @@ class Budget:
 
     @property
     def _bounds(self) -> list[Bound | None]:
-        by_slice = (bound for part in (self.slices, self.drift_slices) for bound in members(part))
-        return [self.mean, self.drift, self.prompt, self.token, *by_slice]
+        by_slice = (bound for _, part in self._by_slice for bound in members(part))
+        return [self.mean, self.drift, self.prompt, self.token, self.path, *by_slice]
+
+    @property
+    def _by_slice(self) -> list[tuple[str, Bounds]]:
+        return [("slices", self.slices), ("drift_slices", self.drift_slices), ("path_slices", self.path_slices)]
 
     @property
     def limits_anything(self) -> bool:
@@ -182,8 +202,9 @@ class Budget:
         >>> Budget(mean=0.1, slices={"safety": 0.03}).limited_slices(["math", "safety"])
         ['safety']
         """
-        parts = (self.slices, self.drift_slices)
-        return [name for name in slices if any(of_slice(part, name) not in (None, math.inf) for part in parts)]
+        return [
+            name for name in slices if any(of_slice(part, name) not in (None, math.inf) for _, part in self._by_slice)
+        ]
 
     def check_slices(self, names: Iterable[str] | None) -> None:
         """Refuse a budget for slices that the KL closure does not have.
@@ -191,8 +212,7 @@ class Budget:
         Args:
             names: the closure's slices; None if it cannot say before it is called.
         """
-        parts = [("slices", self.slices), ("drift_slices", self.drift_slices)]
-        for part, bounds in parts:
+        for part, bounds in self._by_slice:
             if names is None or bounds is None:
                 continue
             known = sorted(names)
@@ -221,7 +241,7 @@ class Budget:
         return self
 
     def at(self, step: int, slices: Iterable[str] = ()) -> Limits:
-        """Resolve schedules at a step index, for the slices that exist."""
+        """Resolve schedules at a step index, for the slices that exist; `Limits.after` takes off the path so far."""
         names = list(slices)
         return Limits(
             resolved(self.mean, step, "mean"),
@@ -231,6 +251,8 @@ class Budget:
             resolved(self.prompt, step, "prompt"),
             resolved(self.token, step, "token"),
             self.confidence,
+            resolved(self.path, step, "path"),
+            resolved_slices(self.path_slices, step, "path_slices", names),
         )
 
 
@@ -261,6 +283,8 @@ class AutoBudget(Budget):
             prompt=above.prompt,
             token=above.token,
             confidence=above.confidence,
+            path=above.path,
+            path_slices=above.path_slices,
         )
         object.__setattr__(self, "ceiling", ceiling)
         object.__setattr__(self, "warm_up", WarmUp(warmup, trigger_rate, above.confidence))

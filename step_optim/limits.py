@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from step_optim.movement import Movement, Unmeasured
+from step_optim.path_length import PathLength
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ class Limits:
     confidence: float | None = None
     """Whether the mean, slices and drift are judged by their upper bounds at this confidence; None by themselves."""
 
+    path: float = math.inf
+    """Cap on the path length: the sum of K_global over all committed steps."""
+
+    path_slices: Mapping[str, float] = field(default_factory=dict)
+    """Cap on the path length of each slice."""
+
+    lowered: tuple[str, ...] = ()
+    """Of ``"mean"`` and ``"slice:<name>"``, those whose limit is what a cap on the path has left; see `after`."""
+
     @property
     def reference(self) -> float:
         """Another name of `drift`."""
@@ -71,18 +81,63 @@ class Limits:
     @property
     def limits_anything(self) -> bool:
         """Whether any part is finite."""
-        return self.caps_drift or min(self.mean, self.prompt, self.token, *self.slices.values(), math.inf) < math.inf
+        by_step = min(self.mean, self.prompt, self.token, *self.slices.values(), math.inf)
+        return self.caps_drift or min(by_step, self.path, *self.path_slices.values()) < math.inf
 
     def of(self, name: str) -> float:
-        """Return the limit of a constraint, by its name in `Verdict.ratios`.
+        """Return the limit of a constraint, by its name in `Verdict.ratios`, or in `told`.
 
         >>> Limits(mean=0.03, drift_slices={"safety": 0.01}).of("drift:safety")
         0.01
         """
         kind, _, part = name.partition(":")
         if part:
-            return (self.drift_slices if kind == "drift" else self.slices)[part]
+            return {"slice": self.slices, "drift": self.drift_slices, "path": self.path_slices}[kind][part]
         return float(getattr(self, kind))
+
+    def after(self, path: PathLength) -> Limits:
+        """Return the limits of a step that begins after a path: no more than what is left of each cap on it.
+
+        >>> limits = Limits(mean=0.03, path=0.5).after(PathLength(0.48))
+        >>> round(limits.mean, 3), limits.lowered
+        (0.02, ('mean',))
+        """
+        left = {"mean": path.left(self.path)}
+        left |= {f"slice:{name}": path.left(cap, name) for name, cap in self.path_slices.items()}
+        own = {"mean": self.mean} | {f"slice:{name}": limit for name, limit in self.slices.items()}
+        less = {name: rest for name, rest in left.items() if rest < own.get(name, math.inf)}
+        slices = {name.removeprefix("slice:"): rest for name, rest in less.items() if name != "mean"}
+        return replace(self, mean=less.get("mean", self.mean), slices={**self.slices, **slices}, lowered=tuple(less))
+
+    def told(self, constraint: str) -> str:
+        """Return what a constraint is called in records and messages: ``"path"``, ``"path:<slice>"`` where that bound.
+
+        >>> Limits(mean=0.02, path=0.5, lowered=("mean",)).told("mean")
+        'path'
+        """
+        if constraint not in self.lowered:
+            return constraint
+        return "path" if constraint == "mean" else constraint.replace("slice:", "path:", 1)
+
+    @staticmethod
+    def judged_as(name: str) -> str:
+        """Return what a constraint that is `told` is called in `Verdict.ratios`.
+
+        >>> Limits.judged_as("path"), Limits.judged_as("path:math"), Limits.judged_as("drift")
+        ('mean', 'slice:math', 'drift')
+        """
+        return "mean" if name == "path" else name.replace("path:", "slice:", 1) if name.startswith("path:") else name
+
+    @property
+    def used_up(self) -> tuple[str, ...]:
+        """The constraints of which a cap on the path has left nothing: no step that moves the policy is within it."""
+        return tuple(name for name in self.lowered if self.of(name) == 0)
+
+    @property
+    def as_set(self) -> dict[str, float]:
+        """The finite budgets on the mean and the slices, by constraint, but for those that a path has lowered."""
+        limits = {"mean": self.mean} | {f"slice:{name}": limit for name, limit in self.slices.items()}
+        return {name: limit for name, limit in limits.items() if limit < math.inf and name not in self.lowered}
 
     def without_caps(self) -> Limits:
         """Return the budgets on the step alone."""
@@ -131,7 +186,8 @@ class Limits:
         return Verdict(ratios, finite=movement.is_finite and (drift is None or drift.is_finite))
 
     def reading(self, name: str, movement: Movement) -> float:
-        """Return what a movement, or a drift, reads that is held against a limit, by its name in `Verdict.ratios`."""
+        """Return what a movement, or a drift, reads that is held against a limit, by its name in `told`."""
+        name = self.judged_as(name)
         figures = self._drift_figures if name.startswith("drift") else self._step_figures
         return next(kl for constraint, kl, _ in figures(movement) if constraint == name)
 

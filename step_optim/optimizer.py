@@ -29,7 +29,9 @@ from step_optim.step.atomic import Atomic
 from step_optim.step.checks import check_controller, check_inner, check_line, check_rates, default_controller
 from step_optim.step.progress import Run
 from step_optim.step.proposal import loss_closure
+from step_optim.step.stages import Stages
 from step_optim.step.step import Step
+from step_optim.telemetry.ledger import Ledger
 from step_optim.telemetry.log import open_log, picklable
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.sinks import Sink
@@ -55,6 +57,7 @@ class STEPOptimizer(AdjustableOptimizer):
             budget caps the drift and the KL closure has a pool, and `Interpolate` otherwise.
         log: a path for JSON lines, a tracker (W&B, trackio, MLflow, TensorBoard, accelerate, ...; see
             `telemetry.Tracker`), a callable(dict, step), or a list of these.
+        ledger: what stages of training share, so that caps on path and drift span them: `Ledger`.
         on_error: what an exception in the audit does, once the weights are
             restored: ``"raise"`` it, or ``"reject"`` the step and record it.
         snapshot: where the copies are kept that a rollback needs (weights,
@@ -110,6 +113,7 @@ class STEPOptimizer(AdjustableOptimizer):
         budget: Budget | Bound,
         controller: Controller | None = None,
         log: str | Path | Callable[..., Any] | Any = None,
+        ledger: Ledger | None = None,
         on_error: str = "raise",
         snapshot: str = "device",
         adaptive_rate: bool = False,
@@ -137,6 +141,7 @@ class STEPOptimizer(AdjustableOptimizer):
         self._snapshot_on = snapshot
         self._param_like = known_copies(optimizer) if param_like is None else param_like
         self._snapshot, self._sink = self._new_snapshot(), self._open_log()
+        self._run.stages = None if ledger is None else Stages(ledger, self._ranks)
         if kl is not None:
             self.bind(kl)
 

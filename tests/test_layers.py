@@ -14,7 +14,7 @@ PACKAGE = Path(step_optim.__file__).parent
 
 LAYERS = (
     ("host", "precision"),
-    ("movement",),
+    ("movement", "path_length"),
     ("limits", "snapshot", "objective"),
     ("trigger_rate", "bound"),
     ("warm_up",),
@@ -92,7 +92,7 @@ def test_there_is_no_circle() -> None:
 
 def test_torch_is_not_needed_for_movement_and_budget() -> None:
     """Figures and limits are plain python."""
-    for name in ("precision", "movement", "limits", "trigger_rate", "warm_up", "bound", "budget"):
+    for name in ("precision", "movement", "path_length", "limits", "trigger_rate", "warm_up", "bound", "budget"):
         source = (PACKAGE / f"{name}.py").read_text()
         assert "import torch" not in source
         assert "from torch" not in source

@@ -223,6 +223,10 @@ class KLClosure(ABC):
         """What a resumed run needs: plain values and tensors."""
         return {}
 
+    def origin_state(self) -> dict[str, Any]:
+        """What `load_state_dict` has to be given later to know pi_ref, whatever is trained until then."""
+        return self.state_dict()
+
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that does not belong to this closure, before anything has changed."""
 

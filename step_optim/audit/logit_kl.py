@@ -51,6 +51,14 @@ class LogitKL(DirectedKL):
             for name, other in self._others.items():
                 other.check_state_dict(self._of(name, state))
 
+    def origin_state(self) -> dict[str, Any]:
+        """pi_ref, with the head [V, D] that its hidden states had: a later stage may train one that is frozen now."""
+        state, head = self.state_dict(), getattr(self._origin, "head", None)
+        if head is not None:
+            bias = None if head.bias is None else head.bias.detach()
+            state |= {"weight": head.weight.detach(), "bias": bias}
+        return state | {name: other.origin_state() for name, other in self._others.items() if name in state}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over pi_ref."""
         self.check_state_dict(state)

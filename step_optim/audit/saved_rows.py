@@ -42,6 +42,8 @@ def rows_from_state(state: Mapping[str, Any], live: Head | None, prompt_of_row: 
         head = Head(state["weight"].to(x.device), None if state["bias"] is None else state["bias"].to(x.device))
         if _shapes(head) != _shapes(live):
             raise ValueError(f"the checkpoint's pi_ref has a head of shapes {_shapes(head)}, not {_shapes(live)}")
+        if _is_frozen(live) and _equal(head, live):
+            head = live  # one head in memory, not two
     shape = len(prompt_of_row), vocabulary if head is None else head.weight.shape[1]
     if x.shape != shape:
         raise ValueError(f"the checkpoint's pi_ref has the shape {tuple(x.shape)}, not {shape}, [response token, D]")
@@ -97,4 +99,16 @@ def _texts(control: ControlSet) -> list[Hashable]:
 
 
 def _shapes(head: Head) -> list[tuple[int, ...]]:
-    return [tuple(part.shape) for part in (head.weight, head.bias) if part is not None]
+    return [tuple(part.shape) for part in _parts(head)]
+
+
+def _parts(head: Head) -> list[Tensor]:
+    return [part for part in (head.weight, head.bias) if part is not None]
+
+
+def _is_frozen(head: Head) -> bool:
+    return not any(part.requires_grad for part in _parts(head))
+
+
+def _equal(a: Head, b: Head) -> bool:
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(_parts(a), _parts(b), strict=True))

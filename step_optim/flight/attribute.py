@@ -14,6 +14,7 @@ from step_optim.flight.attribution import Attribution, Part, figures
 from step_optim.flight.kept import KeptStep
 from step_optim.flight.parts import By, check_by, parts_of
 from step_optim.flight.visit import Site, Visit
+from step_optim.limits import Limits
 
 
 def attributed(site: Site, kept: KeptStep | None, by: By, audits: int) -> Attribution:
@@ -77,7 +78,7 @@ class _Attributing:
 
     def _constraint(self) -> str:
         """What bound; where the candidate is not finite or nothing is limited, the mean."""
-        bound = self._visit.kept.record.bound or self._candidate.verdict.binding
+        bound = Limits.judged_as(self._visit.kept.record.bound or self._candidate.verdict.binding or "mean")
         return bound if bound in self._figures else "mean"
 
     @staticmethod

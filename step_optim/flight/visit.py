@@ -20,6 +20,7 @@ from step_optim.host.ranks import Ranks
 from step_optim.host.undo import depth, finish
 from step_optim.limits import Limits, Verdict
 from step_optim.movement import Movement
+from step_optim.path_length import PathLength
 from step_optim.snapshot.path import Path
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.snapshot.weights import square
@@ -124,7 +125,7 @@ class Visit:
         site.run.anchored = None  # from here on the reference may be another policy, and the snapshot's weights too
         site.snapshot.capture_weights()
         site.snapshot.capture_rest(site.run.modules or kl.modules())
-        self._auditor = Auditor(kl, self._budget(), self.kept.step, site.snapshot, site.ranks)
+        self._auditor = Auditor(kl, self._budget(), PathLength(), self.kept.step, site.snapshot, site.ranks)
         places = site.snapshot.previous
         self._check_fit(ends[0], places)
         self.previous, self.candidate = ([v.to(p.device) for v, p in zip(end, places, strict=True)] for end in ends)
@@ -241,6 +242,7 @@ class Visit:
 
 
 def _budget_of(limits: Limits) -> Budget:
+    """The budgets that were in force; those on the mean and the slices have what a cap on the path had left."""
     return Budget(
         limits.mean,
         dict(limits.slices) or None,

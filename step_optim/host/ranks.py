@@ -114,8 +114,13 @@ class Ranks:
     @property
     def first(self) -> bool:
         """Whether this is the process that writes the log. It can be asked without the others."""
+        return self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among them, from 0 on. It can be asked without the others."""
         group = self._members()
-        return group is None or dist.get_rank(group) == 0
+        return 0 if group is None else dist.get_rank(group)
 
     def exchange(self, value: T) -> list[T]:
         """Give every process's value to every process, in the order of the ranks.

@@ -79,11 +79,11 @@ class Atomic:
         )
         progress = run.progress.after(record, adaptive_rate=adaptive_rate)
         run.progress, run.budget, run.open, run.notes, run.ended, step.ended = progress, budget, None, {}, now, True
-        # An error of the log or the recorder must not take the place of the error that is being raised.
+        # An error of what keeps the step must not take the place of the error that is being raised.
         quiet = nullcontext if error is None or settled else partial(suppress, Exception)
         try:
             with quiet():
-                self._keep(record, stands=stands)
+                self._give_to_recorder(record, stands=stands)
         finally:
             if stands:
                 step.remember()
@@ -91,11 +91,14 @@ class Atomic:
             if fixed and step.ranks.first:
                 LOGGER.info("step %d: %r", record.step, budget)
             with quiet():
-                self._sink(record)
+                try:
+                    run.keep(record, step.kl)
+                finally:
+                    self._sink(record)
         return settled
 
-    def _keep(self, record: StepRecord, *, stands: bool) -> None:
-        """Give the recorder a step that stands, before `remember` lets theta_t go."""
+    def _give_to_recorder(self, record: StepRecord, *, stands: bool) -> None:
+        """Let the flight recorder have a step that stands, before `remember` lets theta_t go."""
         if stands and self._run.recorder is not None and self._step.ranks.first:
             self._run.recorder.take(record, self._step.snapshot, self._step.auditor.names)
 

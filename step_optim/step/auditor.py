@@ -22,6 +22,7 @@ from step_optim.host.ranks import Ranks
 from step_optim.isolation.eval_mode import isolated
 from step_optim.limits import Limits, Verdict
 from step_optim.movement import Movement
+from step_optim.path_length import PathLength
 from step_optim.snapshot.path import Path
 from step_optim.snapshot.rounding import Rounding
 from step_optim.snapshot.snapshot import Snapshot
@@ -35,14 +36,17 @@ class Auditor:
     Args:
         kl: measures movement.
         budget: resolved at ``step``.
+        path: how long it is before this step.
         step: the step index.
         snapshot: has the weights.
         ranks: who has to agree.
     """
 
-    def __init__(self, kl: KLClosure, budget: Budget, step: int, snapshot: Snapshot, ranks: Ranks) -> None:
+    def __init__(
+        self, kl: KLClosure, budget: Budget, path: PathLength, step: int, snapshot: Snapshot, ranks: Ranks
+    ) -> None:
         self.kl, self._snapshot, self._ranks = kl, snapshot, ranks
-        self._budget, self._step = budget, step
+        self._budget, self._path, self._step = budget, path, step
         self.limits = Limits()
         self.drift_before: Movement | None = None
         """Of theta_t from pi_ref; known if there is a cap."""
@@ -60,7 +64,7 @@ class Auditor:
 
     def resolve_budget(self, slices: Iterable[str]) -> None:
         """Find the limits of this step, for these slices."""
-        self.limits = self._budget.at(self._step, slices)
+        self.limits = self._budget.at(self._step, slices).after(self._path)
 
     def audit(self, *, with_drift: bool = False) -> Audit:
         """Measure the current weights; the figures are those of all processes together.
@@ -118,6 +122,10 @@ class Auditor:
     def ratios(self, point: Point) -> Mapping[str, float]:
         """A point's figures against the budgets as they were set, also where a cap was exceeded before the step."""
         return self.limits.judge(point.movement, point.drift if self.limits.caps_drift else None).ratios
+
+    def used_up(self, candidate: Point) -> list[str]:
+        """The constraints that the candidate exceeds because a cap on the path has left nothing."""
+        return [name for name in self.limits.used_up if candidate.ratios.get(name, 0.0) > 1]
 
     def not_finite(self) -> Point:
         """The candidate, where its update is not finite: infeasible without an audit."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Hashable
 from typing import Any
@@ -72,7 +71,7 @@ class FixedReference:
         """
         if still is None or not kl.opaque:
             return
-        finite = [limit for limit in (limits.mean, *limits.slices.values()) if limit < math.inf]
+        finite = list(limits.as_set.values())
         if not finite and (candidate is None or not candidate.movement.is_finite):
             return  # nothing to compare with; the next step looks again
         scale = min(finite) if finite or candidate is None else candidate.movement.largest

@@ -44,16 +44,17 @@ def _limited(budget: Budget, kl: KLClosure) -> Iterator[tuple[str, int]]:
     counts = None if kl.sharded else kl.counts
     if counts is None:
         return
-    if budget.mean is not None or budget.drift is not None:
+    if any(bound is not None for bound in (budget.mean, budget.drift, budget.path)):
         yield "the control set", counts["mean"]
     for name in budget.limited_slices(kl.slices or ()):
         yield f"slice {name!r}", counts[name]
 
 
 def below_noise(limits: Limits, kl: KLClosure) -> bool:
-    """Warn of budgets that rounding alone would exceed; whether there are any."""
+    """Warn of budgets that rounding alone would exceed; whether there are any. What a path has left may end there."""
     floor = kl.noise_floor
-    asked = {"mean": limits.mean, **limits.slices, "worst prompt": limits.prompt, "worst token": limits.token}
+    asked = {name.removeprefix("slice:"): limit for name, limit in limits.as_set.items()}
+    asked |= {"worst prompt": limits.prompt, "worst token": limits.token}
     found = [] if floor is None else floor.above(asked)
     if found and floor is not None:
         wider = f", or {kl.noise_remedy}" if kl.noise_remedy else ""

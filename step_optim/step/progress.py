@@ -13,9 +13,11 @@ from step_optim.audit.closure import KLClosure
 from step_optim.budget import AutoBudget, Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
+from step_optim.path_length import PathLength
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.origin import settle_origin
 from step_optim.step.radius import next_scale
+from step_optim.step.stages import Stages
 from step_optim.step.warned import Warned
 from step_optim.telemetry.alerts import STALL
 from step_optim.telemetry.record import StepRecord
@@ -115,13 +117,17 @@ class Run:
     """Whose buffers are part of the policy."""
     recorder: Recorder | None = None
     """What keeps steps for later; None if nothing does."""
+    stages: Stages | None = None
+    """What ties it to a ledger, as one stage of several."""
 
     def take(self, kl: KLClosure, controller: Controller, origin: str | None) -> None:
         """Go on with a KL closure, and the controller that goes with it; see `STEPOptimizer.bind`."""
         anew = origin in ("now", "adapter_off")
         if not anew:
-            kl.load_state_dict(self.kl_state)
+            kl.load_state_dict(self.kl_state or self._first_policy(kl, origin))
         settle_origin(kl, self.kl, origin)
+        if self.stages is not None:
+            self.stages.measured_from(origin)
         another = self.kl is not None and kl is not self.kl
         if anew or another:
             self.controller.forget_reference(self.memory)
@@ -130,6 +136,11 @@ class Run:
         self.kl, self.kl_state, self.anchored, self.controller = kl, {}, None, controller
         self.warned.fixed.forget(kl)
         self.warned.of_budget(self.budget, kl)
+
+    def _first_policy(self, kl: KLClosure, origin: str | None) -> Mapping[str, Any]:
+        """What the ledger has of pi_ref, unless the closure that is bound knows it."""
+        known = origin == "keep" and self.kl is not None
+        return {} if self.stages is None or known else self.stages.pi_ref(kl)
 
     def seen(self, record: StepRecord, kl: KLClosure) -> tuple[Budget, Mapping[str, float]]:
         """Return the budget of the steps to come, and what an automatic one was fixed at by this step.
@@ -147,6 +158,24 @@ class Run:
             return budget, budget.fixed
         return budget, {}
 
+    @property
+    def path(self) -> PathLength:
+        """How long the path is so far, with the stages before."""
+        path = self.progress.summary.path
+        return path if self.stages is None else replace(path, before=self.stages.before)
+
+    def begin(self) -> PathLength:
+        """Begin a step; return the path length before it."""
+        if self.stages is not None:
+            self.stages.begin()
+        return self.path
+
+    def keep(self, record: StepRecord, kl: KLClosure) -> None:
+        """Enter a step into the ledger, if there is one."""
+        if self.stages is not None:
+            summary, bound = self.progress.summary, kl if kl is self.kl else None
+            self.stages.keep(record, summary.steps, summary.path, bound, self.budget)
+
     def without_model(self) -> Run:
         """Return what a copy of the optimizer goes on with; the KL closure holds a model, so it stays behind."""
         return Run(
@@ -158,6 +187,7 @@ class Run:
             progress=self.progress,
             memory=self.controller.copied(self.memory),
             recorder=self.recorder,
+            stages=self.stages,
         )
 
     def _kl_state(self) -> dict[str, Any]:
@@ -174,6 +204,7 @@ class Run:
             "kl": self._kl_state(),
             **({"budget": budget} if (budget := self.budget.state_dict()) else {}),
             **({"scale": self.progress.scale} if self.adaptive_rate else {}),
+            **({} if self.stages is None else {"stage": self.stages.name}),
         }
 
     def loader(self, state: Mapping[str, Any] | None) -> Callable[[], None]:
@@ -185,6 +216,14 @@ class Run:
         progress, kl_state, budget = self.progress, self.kl_state, self.budget
         if state is not None:
             progress, kl_state, budget = _read(state, self.controller, self.budget)
+        stages, stage = self.stages, None if state is None else state.get("stage")
+        if stages is not None and stage not in (
+            None,
+            stages.name,
+        ):  # its moments go on, and its figures are in the ledger
+            progress = Progress(scale=progress.scale)
+        elif stages is not None and stage is None and not stages.ledger.is_first:
+            kl_state = {}  # of a run that had no ledger; pi_ref is the one of the first stage
         if state is not None and self.kl is not None:
             self.kl.check_state_dict(kl_state)
             budget.check_slices(self.kl.slices)
@@ -195,6 +234,8 @@ class Run:
             self.progress, self.kl_state, self.budget, self.anchored = progress, kl_state, budget, None
             if state is None:
                 return
+            if stages is not None:
+                stages.resumed = stage in (None, stages.name)
             if self.kl is not None:
                 self.kl.load_state_dict(kl_state)
                 self.kl_state = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from step_optim.controllers.base import Action
 from step_optim.limits import Limits
@@ -17,7 +18,8 @@ CHANGE = 2.0
 
 
 LEAST = 1 / 16
-"""Caps alone do not bring the scale below this: a policy that sits on its cap has to go on being pushed."""
+"""Caps alone, on the drift or on the path, do not bring the scale below this: a policy that sits on its cap has to go
+on being pushed."""
 
 
 def next_scale(scale: float, record: StepRecord) -> float:
@@ -48,8 +50,10 @@ def next_scale(scale: float, record: StepRecord) -> float:
     knows_room = limits.caps_drift and before is not None and record.candidate_drift is not None
     if not (by_step.limits_anything or knows_room):
         return scale
-    largest = max(by_step.judge(record.candidate).ratios.values(), default=0.0)
-    wanted = scale * _clamped(CHANGE if largest == 0 else math.sqrt(AIM / largest))
+    ratios = by_step.judge(record.candidate).ratios
+    wanted = scale * _factor(ratio for name, ratio in ratios.items() if name not in limits.lowered)
+    left = scale * _factor(ratio for name, ratio in ratios.items() if name in limits.lowered)
+    wanted = min(wanted, max(left, min(scale, LEAST)))
     if before is not None and record.candidate_drift is not None and limits.caps_drift:
         wanted = min(wanted, max(scale * _clamped(_room(limits, before, record.candidate_drift)), min(scale, LEAST)))
     return min(1.0, wanted)
@@ -65,6 +69,12 @@ def _room(limits: Limits, before: Movement, proposed: Movement) -> float:
         if end > max(start, aim):
             factors.append((math.sqrt(aim) - math.sqrt(start)) / (math.sqrt(end) - math.sqrt(start)))
     return min(factors)
+
+
+def _factor(ratios: Iterable[float]) -> float:
+    """The factor at which a proposal would have used `AIM` of the budgets that it used these parts of."""
+    largest = max(ratios, default=0.0)
+    return _clamped(CHANGE if largest == 0 else math.sqrt(AIM / largest))
 
 
 def _clamped(factor: float) -> float:

@@ -58,6 +58,8 @@ class Stall:
             return self._not_finite()
         if bound.startswith("drift"):
             return self._at_the_cap()
+        if bound.startswith("path"):
+            return self._at_the_end(bound)
         return self._too_far(self._read(self.candidate.movement), self.limits.of(bound))
 
     def _read(self, movement: Movement) -> float:
@@ -103,6 +105,14 @@ class Stall:
             f"{told}. Smaller steps cannot help a policy that sits at the cap: take controller=Steer(), which leads "
             "steps back along the gradient of the drift and goes on learning; raise the cap, Budget(drift=...); pull "
             "the policy back by a KL penalty in the loss; or restart from an earlier checkpoint"
+        )
+
+    def _at_the_end(self, bound: str) -> str:
+        asked, left = self._read(self.candidate.movement), self.limits.of(self.limits.judged_as(bound))
+        return (
+            f"The last proposal moved {asked:.3g} nats per token{self._sure}, and the cap on the path, "
+            f"{self.limits.of(bound):.3g}, has {left:.3g} left for all steps to come. End the training "
+            "here, raise the cap, or use up what is left with Interpolate() or a lower learning rate"
         )
 
     def _too_far(self, kl: float, limit: float) -> str:
@@ -151,6 +161,10 @@ def _named(constraint: str) -> str:
         return "the cap on the drift from pi_ref"
     if constraint.startswith("drift:"):
         return f"the cap on the drift of slice {constraint.removeprefix('drift:')!r} from pi_ref"
+    if constraint == "path":
+        return "the cap on the path length"
+    if constraint.startswith("path:"):
+        return f"the cap on the path length of slice {constraint.removeprefix('path:')!r}"
     if constraint == "mean":
         return "the budget of the mean"
     if constraint in ("prompt", "token"):

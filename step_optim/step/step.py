@@ -35,9 +35,8 @@ from step_optim.telemetry.record import StepRecord
 class Step:
     """One transaction on the policy: the paper's Algorithm 1.
 
-    `begin` captures theta_t, `propose` runs the inner step, `decide` leaves
-    the candidate, an audited part of it, or theta_t in the weights. What is
-    decided stands with `record`; if anything fails before that, `restore` puts
+    `begin` captures theta_t, `propose` runs the inner step, `decide` leaves the candidate, an audited part of it, or
+    theta_t in the weights. What is decided stands with `record`; if anything fails before that, `restore` puts
     everything back.
 
     Args:
@@ -66,7 +65,7 @@ class Step:
         self._raises = raises
         self._may_wait = may_wait and kl.takes_any_weights and ranks.size == 1
         self.clock = Clock()
-        self.auditor = Auditor(kl, run.budget, run.progress.step, snapshot, ranks)
+        self.auditor = Auditor(kl, run.budget, run.begin(), run.progress.step, snapshot, ranks)
         self._held_out = HeldOut(kl, run.progress.step, snapshot, ranks, raises=raises)
         self.lr: tuple[float, ...] = ()
         self.scale = run.progress.scale if run.adaptive_rate else 1.0
@@ -240,9 +239,8 @@ class Step:
     def _candidate(self) -> Point | None:
         """Audit the weights that the inner step proposed; None if no bit of them, on any rank, is another one.
 
-        An update that is not finite is infeasible without a forward: the
-        control set may not touch its bad rows. An optimizer that only measures
-        leaves even that to the bare run.
+        An update that is not finite is infeasible without a forward: the control set may not touch its bad rows. An
+        optimizer that only measures leaves even that to the bare run.
         """
         with self.clock("snapshot"):
             update = self.snapshot.update()
@@ -290,10 +288,10 @@ class Step:
     def _judge(self, candidate: Point) -> Outcome:
         if candidate.feasible:
             return Outcome(Action.COMMIT, candidate)
-        if not math.isfinite(self.update_norm):
+        if not math.isfinite(self.update_norm) or (self.auditor.used_up(candidate) and self.run.controller.shrinks):
             if self.run.recorder is not None:
                 self.snapshot.keep_candidate()
-            return Outcome(Action.REJECT)  # no part of it is finite either
+            return Outcome(Action.REJECT)  # no part of it is finite either; or no part of it is within a used-up path
         with self.clock("search"):
             run, rejected = self.run, self.run.progress.rejected_in_a_row
 
@@ -321,7 +319,9 @@ class Step:
     def _warn_of_stall(self, candidate: Point) -> None:
         """If it was the fifth rejection in a row, or the fiftieth, say why and what helps."""
         rejected = self.run.progress.rejected_in_a_row + 1
-        if is_told(rejected) and rejected > (self.run.controller.patience or 0):
+        if used_up := self.auditor.used_up(candidate):
+            self.run.warned.of_used_up(self.auditor.limits, used_up, self.run.path)
+        elif is_told(rejected) and rejected > (self.run.controller.patience or 0):
             self.run.warned.of_stall(self._why(candidate, rejected))
 
     def _why(self, candidate: Point, rejected: int) -> Stall:
@@ -333,7 +333,7 @@ class Step:
         constraint = candidate.constraint
         return Stall(
             rejected,
-            run.progress.bound_by(constraint),
+            run.progress.bound_by(auditor.limits.told(constraint)),
             candidate,
             auditor.limits,
             self.update_norm,

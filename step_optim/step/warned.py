@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
+from step_optim.limits import Limits
 from step_optim.movement import Movement
+from step_optim.path_length import PathLength
 from step_optim.precision import ratio_interval
 from step_optim.step.fixed_reference import FixedReference
 from step_optim.step.measurable import below_noise, few_prompts
@@ -30,6 +33,7 @@ class Warned:
         self._few: set[str] = set()
         self._generalisation: set[str] = set()
         self._methods: set[str] = set()
+        self._used_up: set[tuple[str, float]] = set()
         self._no_gradient = False
 
     def of_budget(self, budget: Budget, kl: KLClosure) -> None:
@@ -97,6 +101,21 @@ class Warned:
                 f"held-out prompts {what} {ratio:.2g} times as far as the control set (95 % interval {low:.2g} to "
                 f"{high:.2g}): budgets on the control set do not carry to prompts like these. Give the control set "
                 f"more prompts of their kinds (optimizer.last.candidate.precision tells how many){pool}",
+                stacklevel=2,
+            )
+
+    def of_used_up(self, limits: Limits, constraints: Sequence[str], path: PathLength) -> None:
+        """Caps on the path have left nothing."""
+        for name in map(limits.told, constraints):
+            cap, slice_ = limits.of(name), name.partition(":")[2] or None
+            if (name, cap) in self._used_up:
+                continue
+            self._used_up.add((name, cap))
+            which, of = ("path", "") if slice_ is None else (f"path_slices[{slice_!r}]", f" of slice {slice_!r}")
+            warnings.warn(
+                f"budget.{which}={cap:.6g} is used up: the path length{of} is {path.of(slice_):.6g} nats per token. "
+                "All further steps that would move the policy there are rejected. End the training here, or raise the "
+                f"cap: optimizer.set_budget(Budget({which.partition('[')[0]}=...))",
                 stacklevel=2,
             )
 

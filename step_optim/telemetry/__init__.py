@@ -1,5 +1,6 @@
 """Telemetry: records of steps, logs and trackers, summaries, suggestions, replays, and whether conditions differed."""
 
+from step_optim.telemetry.ledger import Ledger, Stage
 from step_optim.telemetry.log import JSONLWriter, Trace, open_log, read_log, read_trace
 from step_optim.telemetry.record import StepRecord, TrialRecord
 from step_optim.telemetry.replay import CaughtStep, Replay, replay
@@ -10,7 +11,9 @@ from step_optim.telemetry.trackers import Tracker
 __all__ = [
     "CaughtStep",
     "JSONLWriter",
+    "Ledger",
     "Replay",
+    "Stage",
     "StepRecord",
     "Suggestion",
     "Summary",

@@ -113,7 +113,7 @@ class Alerts:
         return kind == "stall" or latest is None or not 0 <= step - latest <= QUIET
 
 
-CAPS = ("drift",)
+CAPS = ("drift", "path")
 """How the names of constraints begin that bound a run, and not a step."""
 
 
@@ -125,8 +125,12 @@ def _against(constraint: str, record: StepRecord) -> str:
     figures = record.candidate_drift if constraint.startswith("drift") else record.candidate
     if figures is None or not limit:
         return f"{constraint} is over its {kind} of {limit:g}"
-    reading = record.candidate_bounds.get(constraint)
+    name = record.budget.judged_as(constraint)
+    reading = record.candidate_bounds.get(name)
     reading = record.budget.reading(constraint, figures) if reading is None else reading
+    if name != constraint:
+        left = record.budget.of(name)
+        return f"{constraint} has {left:.3g} of its cap of {limit:.3g} left, and the candidate takes {reading:.3g}"
     return f"{constraint} at {reading / limit:.3g} times its {kind}"
 
 

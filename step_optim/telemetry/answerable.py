@@ -13,11 +13,16 @@ def answerable(budget: Budget) -> Budget:
     """Refuse a budget that no log can answer for.
 
     Raises:
-        ValueError: an automatic one, or one with a confidence.
+        ValueError: an automatic one, one with a cap on the path, or one with a confidence.
     """
     if isinstance(budget, AutoBudget):
         raise ValueError(
             f"budget={budget!r} depends on the steps before; give numbers, those that it was fixed at, say"
+        )
+    if budget.path is not None or budget.path_slices is not None:
+        raise ValueError(
+            f"budget={budget!r} caps the path, and another budget would have led to another path: leave path= and "
+            "path_slices= out"
         )
     if budget.confidence is not None:
         raise ValueError(

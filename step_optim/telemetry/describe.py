@@ -71,7 +71,7 @@ def decided(
         candidate=proposed,
         accepted=proposed.still() if accepted is None else accepted.movement,
         triggered=candidate is not None and not candidate.feasible,
-        bound=None if candidate is None else candidate.verdict.binding,
+        bound=None if candidate is None else _bound(known.budget, candidate),
         candidate_bounds=_bounds(known.budget, candidate),
         accepted_bounds=_bounds(known.budget, accepted),
         alpha=None if not moved else 0.0 if accepted is None else accepted.alpha,
@@ -86,6 +86,11 @@ def decided(
         error=None if proposed.is_finite else _not_finite(known, proposed),
         success=proposed.is_finite,
     )
+
+
+def _bound(limits: Limits, candidate: Point) -> str | None:
+    binding = candidate.verdict.binding
+    return None if binding is None else limits.told(binding)
 
 
 def _bounds(limits: Limits, point: Point | None) -> dict[str, float]:

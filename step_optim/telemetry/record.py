@@ -55,12 +55,12 @@ class StepRecord:
     accepted: Movement
     """Movement of what was committed: zero after a rejection."""
     budget: Limits
-    """The budgets in force."""
+    """The budgets in force. Of those that ``lowered`` names it has what a cap on the path had left."""
     triggered: bool = False
     """Whether the candidate was infeasible, so that the controller acted."""
     bound: str | None = None
-    """The constraint with the largest KL / budget at the candidate: mean, slice:<name>, prompt, token, drift or
-    drift:<name>."""
+    """The constraint with the largest KL / budget at the candidate: mean, slice:<name>, prompt, token, drift,
+    drift:<name>; path or path:<name> where what a cap on the path had left was less than the budget of the step."""
     candidate_bounds: Mapping[str, float] = field(default_factory=dict)
     """With `Budget(confidence=)`, the upper confidence bounds of the candidate that were judged, by constraint."""
     accepted_bounds: Mapping[str, float] = field(default_factory=dict)
@@ -170,6 +170,9 @@ class StepRecord:
             prompt=float(limits.get("prompt", math.inf)),
             token=float(limits.get("token", math.inf)),
             confidence=_float(limits.get("confidence")),
+            path=float(limits.get("path", math.inf)),
+            path_slices=_floats(limits.get("path_slices", {})),
+            lowered=tuple(limits.get("lowered", ())),
         )
         values["exceeded_before"] = tuple(values.get("exceeded_before", ()))
         values["trials"] = tuple(

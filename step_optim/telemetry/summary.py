@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from step_optim.controllers.base import Action
+from step_optim.path_length import PathLength
 from step_optim.precision import ratio_interval
 from step_optim.telemetry.record import StepRecord
 
@@ -100,12 +101,22 @@ class Summary:
             sums |= {FIXED + name: limit for name, limit in record.fixed_budget.items()}
         return Summary(sums)
 
+    @property
+    def steps(self) -> int:
+        """How many steps there were."""
+        return int(self._sums.get("steps", 0))
+
+    @property
+    def path(self) -> PathLength:
+        """The sum of the committed movements."""
+        return PathLength(self._sums.get("accepted_sum", 0.0), dict(self._by_constraint(PATH)))
+
     def figures(self) -> dict[str, Any]:
         """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds.
 
         Audits per trigger are those beyond the candidate's: what a controller spends on one decision.
         ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, prompt, token, drift,
-        drift:<name> or "not finite"; ``fixed_budget`` has what `Budget.auto` was last fixed at.
+        drift:<name>, path, path:<name> or "not finite"; ``fixed_budget`` has what `Budget.auto` was last fixed at.
         Progress is the share of what the inner optimizer proposed that was kept, see `StepRecord.progress`; corrections
         are gradients that `Steer` measured; the path length is the sum of what was committed, of which drift is what is
         left from one end to the other; the pull rate is the share of steps at which it pulled. Generalisation is

@@ -234,6 +234,20 @@ def test_what_is_not_finite_is_kept(tmp_path):
     assert not any(tensor.isnan().any() for tensor in kept.previous)
 
 
+@pytest.mark.filterwarnings("ignore:budget.path=.* is used up")
+def test_what_a_used_up_path_rejects_is_kept(tmp_path):
+    """Nothing of it was tried, and it can be measured and taken apart all the same."""
+    problem, optimizer = recorded(tmp_path, budget=Budget(mean=1.0, path=1e-3))
+    for previous, candidate in proposals(problem, optimizer, 6):
+        kept = read_flight(tmp_path)[-1]
+        assert same_bits(kept.previous, previous)
+        assert same_bits(kept.candidate, candidate)
+    assert kept.record.action is Action.REJECT
+    assert kept.record.bound == "path"
+    assert optimizer.remeasure(kept, [1.0]).trials[-1].movement == kept.record.candidate
+    assert optimizer.attribute(kept, by="module").constraint == "mean"
+
+
 def test_a_window_is_one_step(tmp_path):
     """From its beginning to its end."""
     problem, optimizer = recorded(tmp_path)

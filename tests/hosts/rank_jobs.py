@@ -21,13 +21,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributions import Normal
 from torch.nn.parallel import DistributedDataParallel
 
-from step_optim import Budget, PolicyKL, Steer, STEPOptimizer, TokenKL
+from step_optim import Budget, Ledger, PolicyKL, Steer, STEPOptimizer, TokenKL
 from step_optim.host import watchdog
 from step_optim.host.ranks import Ranks
 from step_optim.step import step as step_module
 from tests.hosts.rank_training import INF, Training, control_set, local, pool, story
 from tests.models import tiny_llama
-from tests.strategies import Policy
+from tests.strategies import Policy, policy_problem, wrap
 
 
 def train(kind: str, *, steps: int = 6, budget: Any = None, **options: Any) -> dict[str, Any]:
@@ -496,3 +496,37 @@ def late(folder: str) -> list[str]:
             run.optimizer.step()
     watchdog.LOGGER.removeHandler(handler)
     return said
+
+
+def in_stages(folder: str, *, kind: str, shard: bool, frozen_head: bool = False) -> dict[str, Any]:
+    """Train two stages with a cap on the path of both; under DDP the second goes on where the first has ended."""
+    paths, weights = [], None
+    for name in ("sft", "dpo"):
+        ledger = Ledger(f"{folder}/ledger.json", stage=name)
+        budget, options = Budget(mean=1e-3, path=2e-3), {"own": True, "frozen_head": frozen_head}
+        run = Training(kind, budget=budget, shard=shard, ledger=ledger, **options)
+        if weights is not None:
+            run.model.load_state_dict(weights)
+        for step in range(2):
+            run.step(step)
+        paths.append(run.optimizer.summary()["path_length"])
+        weights = copy.deepcopy(run.model.state_dict()) if kind == "ddp" else None
+    last = run.optimizer.last
+    return {"paths": paths, "drift": last.reference_drift.mean, "left": last.budget.mean, "stages": str(ledger)}
+
+
+def in_a_later_stage(folder: str) -> None:
+    """Begin a stage with observations that each process has for itself."""
+    problem = policy_problem()
+    wrap(problem, 1e-3, ledger=Ledger(f"{folder}/ledger.json", stage="dpo"))
+
+
+def apart(folder: str) -> str:
+    """Begin a second stage where only the first process sees what the first stage has written."""
+    ledger = Ledger(f"{folder}/{dist.get_rank()}/ledger.json", stage="dpo", origin="own")
+    run = Training("ddp", budget=1e-3, ledger=ledger)
+    try:
+        run.step(0)
+    except RuntimeError as error:
+        return str(error)
+    return "went on"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from step_optim import Action, Movement, STEPOptimizer, StepRecord, read_log
 from step_optim.limits import Limits
+from step_optim.path_length import PathLength
 from step_optim.telemetry import Tracker, open_log
 from step_optim.telemetry.alerts import KINDS, QUIET, Alert, Alerts
 
@@ -97,6 +99,22 @@ def test_what_is_held_against_a_budget_is_its_bound() -> None:
     """With a confidence, the figure is the upper bound that was judged."""
     bounded = record(0, "mean", candidate_bounds={"mean": 0.4})
     assert told([bounded])[0].text.startswith("Step 0: mean at 4 times its budget")
+
+
+def test_the_end_of_a_path_is_told_as_what_is_left_of_it() -> None:
+    """And not as a candidate that is far below the cap; with a confidence it is the bound that was compared."""
+    limits = Limits(mean=0.3, path=2.0, path_slices={"math": 1.0}).after(PathLength(1.75, {"math": 0.9375}))
+    moved = Movement(0.5, {"math": 0.125})
+    steps = [
+        StepRecord(i, Action.SHRINK, moved, moved.still(), limits, True, name, alpha=0.5, candidate_bounds=bounds)
+        for i, (name, bounds) in enumerate([("path", {}), ("path:math", {})])
+    ]
+    steps.append(replace(steps[0], step=200, candidate_bounds={"mean": 0.75}))
+    assert [(alert.kind, alert.text.partition("; ")[0]) for alert in told(steps)] == [
+        ("cap", "Step 0: path has 0.25 of its cap of 2 left, and the candidate takes 0.5"),
+        ("cap", "Step 1: path:math has 0.0625 of its cap of 1 left, and the candidate takes 0.125"),
+        ("cap", "Step 200: path has 0.25 of its cap of 2 left, and the candidate takes 0.75"),
+    ]
 
 
 def test_a_budget_of_nothing_is_no_division() -> None:

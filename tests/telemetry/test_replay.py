@@ -253,6 +253,8 @@ WHOLE = StepRecord(7, Action.COMMIT, Movement(0.01), Movement(0.0), Limits())
     ("record", "budget", "message"),
     [
         (WHOLE, Budget(mean=0.1, confidence=0.9), "confidence=0.9 needs the KL of each prompt"),
+        (WHOLE, Budget(mean=0.1, path=1.0), "caps the path, .* leave path= and path_slices= out"),
+        (WHOLE, Budget(mean=0.1, path_slices=1.0), "caps the path, .* leave path= and path_slices= out"),
         (WHOLE, Budget.auto(), "Budget.auto.* depends on the steps before"),
         (WHOLE, Budget(slices={"b": 0.1}), "limits 'b', and step 7 of the log has no slices"),
         (WHOLE, Budget(slices=0.1), "limits 'any slice', and step 7 of the log has no slices"),

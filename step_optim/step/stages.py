@@ -1,0 +1,189 @@
+"""A run as one stage of several: what it takes over from its ledger, and what it writes there."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from step_optim.audit.closure import KLClosure
+from step_optim.budget import Budget
+from step_optim.controllers.base import Action
+from step_optim.host.ranks import Ranks
+from step_optim.movement import Movement
+from step_optim.path_length import PathLength
+from step_optim.telemetry.ledger import Ledger, Stage, read_stages
+from step_optim.telemetry.record import StepRecord
+
+
+class Stages:
+    """What ties a run to its ledger.
+
+    Args:
+        ledger: of this stage; one optimizer writes it.
+        ranks: the first of them writes.
+
+    Raises:
+        TypeError: no `Ledger`.
+        ValueError: one without a stage.
+    """
+
+    def __init__(self, ledger: Ledger, ranks: Ranks) -> None:
+        if not isinstance(ledger, Ledger):
+            raise TypeError(f"ledger={ledger!r:.60} is no Ledger; give Ledger('runs/ledger.json', stage='sft'), say")
+        if ledger.stage is None:
+            raise ValueError(f"ledger={ledger!r} names no stage to write; give it one, Ledger(path, stage='sft')")
+        self.ledger, self.name, self._ranks = ledger, ledger.stage, ranks
+        self._begun = False
+        """Whether a step of this process has begun."""
+        self._since: str | None = None
+        """When the stage began; None before the first step of this process that counts."""
+        self.resumed = False
+        """Whether a checkpoint of this stage was loaded."""
+        self._own = ledger.origin == "own"
+        self._read_as: tuple[int, int] | None = None
+        """As which process of how many pi_ref was read here."""
+        found = ledger.found
+        self._displaced = None if found is None else (found.displacement, found.displacement_slices)
+
+    @property
+    def before(self) -> PathLength:
+        """Path length of the stages before."""
+        return self.ledger.before
+
+    def begin(self) -> None:
+        """Look, before the first step, whether all is still as it was when the run was made.
+
+        Raises:
+            RuntimeError: it is not.
+        """
+        if self._begun:
+            return
+        ledger, ranks = self.ledger, self._ranks
+        views = ranks.exchange((ledger.is_first, ledger.stages, read_stages(ledger.path) if ranks.first else ()))
+        if any(is_first != views[0][0] for is_first, _, _ in views):
+            raise RuntimeError(f"not all processes can read {ledger.path}; put it where all of them see it")
+        ledger.begin(self, *views[0][1:])
+        if self._read_as not in (None, (self._ranks.rank, self._ranks.size)):
+            raise RuntimeError(
+                "torch.distributed began after the KL closure was bound: this process has the pi_ref of another one. "
+                "Initialise it before the optimizer is made, or bind the KL closure afterwards"
+            )
+        self._begun = True
+
+    # -- pi_ref -------------------------------------------------------------------------------------------------------
+
+    def _file(self, kl: KLClosure) -> Path:
+        """Where pi_ref is: processes with prompts of their own have a file each."""
+        alone = kl.replica is not None or self._ranks.rank == 0
+        path = self.ledger.path
+        return path.with_name(f"{path.stem}.pi_ref{'' if alone else f'.{self._ranks.rank}'}.pt")
+
+    def pi_ref(self, kl: KLClosure) -> Mapping[str, Any]:
+        """Return what the first stage has saved, for a KL closure to load; nothing if this is the first step of it.
+
+        Raises:
+            ValueError: it does not fit, or is missing.
+        """
+        if self.ledger.origin == "own" or not kl.measures_drift:
+            return {}
+        file = self._file(kl)
+        remedies = (
+            "bind it with the prompts of the first stage (control.save, ControlSet.load; pool and held-out set, too); "
+            "or say what this stage measures from, bind(kl, origin='adapter_off') or 'now'; or measure each stage "
+            f"from its own start, {type(self.ledger).__name__}(..., origin='own')"
+        )
+        if not file.exists():
+            if self.ledger.is_first:
+                return {}
+            raise ValueError(f"{file} is missing: the stages before have saved no pi_ref that {kl!r} needs; {remedies}")
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        size = self._ranks.size if kl.replica is None else 1
+        try:
+            if saved["processes"] != size:
+                raise ValueError(f"it was saved by {saved['processes']} processes, and there are {size}")
+            kl.check_state_dict(saved["kl"])
+        except ValueError as error:
+            raise ValueError(f"the ledger's pi_ref, {file}, does not fit {kl!r}: {error}; {remedies}") from error
+        self._read_as = (self._ranks.rank, self._ranks.size) if kl.replica is None else None
+        state: Mapping[str, Any] = saved["kl"]
+        return state
+
+    def measured_from(self, origin: str | None) -> None:
+        """Take note of what ``bind(origin=)`` said."""
+        if origin != "keep":
+            self._own = self.ledger.origin == "own" or origin is not None
+
+    def _save(self, kl: KLClosure) -> None:
+        """Save pi_ref of the first stage, once."""
+        file = self._file(kl)
+        mine = kl.replica is None or self._ranks.first
+        if self._own or not mine or not self.ledger.is_first or not kl.has_origin or file.exists():
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f"{file.name}.part")
+        torch.save({"processes": self._ranks.size if kl.replica is None else 1, "kl": kl.origin_state()}, aside)
+        os.replace(aside, file)
+
+    # -- figures ------------------------------------------------------------------------------------------------------
+
+    def keep(self, record: StepRecord, steps: int, path: PathLength, kl: KLClosure | None, budget: Budget) -> None:
+        """Write what this stage has done, with the step that was decided last.
+
+        A step that moved nothing is left out: checkpointing makes some before a checkpoint is loaded.
+
+        Args:
+            record: of this step.
+            steps: of this stage, with this one.
+            path: of this stage, with this step.
+            kl: what measured it, if it is the bound one.
+            budget: of the steps to come.
+        """
+        if record.action is Action.UNCHANGED:
+            return
+        if kl is not None:
+            self._displaced = _displacement(record.reference_drift)
+            self._save(kl)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if self._since is None:
+            self._since = self._first_step(now)
+        stage = Stage(
+            self.name,
+            steps,
+            path.mean,
+            path.slices,
+            *(self._displaced or (None, {})),
+            origin="own" if self._own else "first",
+            began=self._since,
+            ended=now,
+            budget=repr(budget),
+        )
+        (self.ledger.write if self._ranks.first else self.ledger.enter)(stage)
+
+    def _first_step(self, now: str) -> str:
+        """Look at the entry that this process begins with; return when the stage began."""
+        found = self.ledger.found
+        if found is None or found.steps == 0:
+            return now
+        if not self.resumed and self._ranks.first:
+            _warn_of_restart(found)
+        return found.began if self.resumed else now
+
+
+def _displacement(drift: Movement | None) -> tuple[float | None, Mapping[str, float]]:
+    return (None, {}) if drift is None else (drift.mean, dict(drift.slices))
+
+
+def _warn_of_restart(found: Stage) -> None:
+    warnings.warn(
+        f"the ledger has {found.steps} steps of stage {found.stage!r}, path length {found.path:.3g}, and this run "
+        "begins at step 0 without the checkpoint of its optimizer. It is taken for a new start from the stage's first "
+        "weights: those steps count no longer. If the weights go on from them, their path length is lost: load the "
+        f"optimizer's state_dict before the first step, or give the ledger a new stage, {found.stage + '-2'!r} say",
+        stacklevel=2,
+    )
