@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -59,8 +59,8 @@ class Budget:
 
     >>> Budget(mean=0.03, slices={"safety": 0.01}).at(0, ["math", "safety"]).slices
     {'safety': 0.01}
-    >>> Budget(reference=0.05) == Budget(drift=0.05)
-    True
+    >>> Budget(reference=0.05)
+    Budget(drift=0.05)
     """
 
     mean: Bound | None
@@ -254,6 +254,10 @@ class Budget:
             resolved(self.path, step, "path"),
             resolved_slices(self.path_slices, step, "path_slices", names),
         )
+
+    def __repr__(self) -> str:
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        return f"Budget({', '.join(f'{name}={bound!r}' for name, bound in given.items() if bound is not None)})"
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -217,11 +217,8 @@ class Run:
         if state is not None:
             progress, kl_state, budget = _read(state, self.controller, self.budget)
         stages, stage = self.stages, None if state is None else state.get("stage")
-        if stages is not None and stage not in (
-            None,
-            stages.name,
-        ):  # its moments go on, and its figures are in the ledger
-            progress = Progress(scale=progress.scale)
+        if stages is not None and stage not in (None, stages.name):
+            progress = Progress(scale=progress.scale)  # moments go on; the figures are in the ledger
         elif stages is not None and stage is None and not stages.ledger.is_first:
             kl_state = {}  # of a run that had no ledger; pi_ref is the one of the first stage
         if state is not None and self.kl is not None:

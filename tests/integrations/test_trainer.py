@@ -16,7 +16,7 @@ import trl
 from peft import LoraConfig
 from torch import nn
 
-from step_optim import Action, Budget, Gate, STEPOptimizer, TokenKL, read_log, summarise
+from step_optim import Action, Budget, Gate, Ledger, STEPOptimizer, TokenKL, read_log, summarise
 from step_optim.integrations.columns import step_optimizer
 from step_optim.integrations.trainer import STEPCallback
 from tests.hosts.common import differing, everything
@@ -318,3 +318,45 @@ def test_a_trainer_without_step_is_refused(tmp_path) -> None:
         plain(tmp_path, callbacks=[callback(tmp_path)], max_steps=1).train()
     with pytest.raises(RuntimeError, match="has no STEPOptimizer"):
         STEPCallback().attach(plain(tmp_path, max_steps=1))
+
+
+def dpo(folder: Path, model: Any = None, **options: Any) -> Any:
+    """TRL's DPO, which adds a LoRA."""
+    pairs = {
+        "prompt": ["one", "two", "red", "blue"] * 4,
+        "chosen": [" fish"] * 16,
+        "rejected": [" dogs"] * 16,
+    }
+    return trl.DPOTrainer(
+        model,
+        args=quiet(trl.DPOConfig, folder, **options),
+        train_dataset=datasets.Dataset.from_dict(pairs),
+        processing_class=byte_tokenizer(),
+        peft_config=LORA,
+    )
+
+
+def test_a_ledger_holds_caps_over_sft_and_dpo(tmp_path) -> None:
+    """Each stage trains an adapter of its own, merged before the next: path and drift are from the very first policy."""
+    ledger, budget = tmp_path / "ledger.json", Budget(mean=1e-3, path=2.5e-3, drift=3e-3)
+    first = seeded(lambda: sft(tmp_path / "sft", max_steps=2, save_strategy="no"))
+    callback(tmp_path / "sft", budget, ledger=Ledger(ledger, stage="sft")).attach(first)
+    first.train()
+    merged = first.model.merge_and_unload()
+    second = seeded(lambda: dpo(tmp_path / "dpo", merged, max_steps=4, save_strategy="no"))
+    callback(tmp_path / "dpo", budget, ledger=Ledger(ledger, stage="dpo")).attach(second)
+    with pytest.warns(UserWarning, match=r"budget.path=0.0025 is used up"):
+        second.train()
+
+    records = [record for stage in ("sft", "dpo") for record in read_log(tmp_path / stage / "run.jsonl")]
+    figures = Ledger(ledger).figures()
+    assert [stage["stage"] for stage in figures["stages"]] == ["sft", "dpo"]
+    assert [stage["steps"] for stage in figures["stages"]] == [2, 4]
+    assert figures["path"] == pytest.approx(sum(record.accepted.mean for record in records), rel=1e-12) <= 2.5e-3
+    assert any((record.bound or "").startswith("path") for record in records)
+    assert figures["displacement"] == records[-1].reference_drift.mean <= 3e-3
+    model = policy(vocab=len(byte_tokenizer()))  # as it was before the first stage
+    observer = TokenKL(model, ragged_control())
+    observer.anchor()
+    model.load_state_dict(second.model.merge_and_unload().state_dict())
+    assert figures["displacement"] == pytest.approx(observer.audit().movement.mean, rel=1e-3)
