@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,13 @@ from torch.optim import Optimizer
 from step_optim.audit.closure import KLClosure, Unbound
 from step_optim.budget import Bound, Budget
 from step_optim.controllers.base import Action, Controller
+from step_optim.flight.attribute import attributed
+from step_optim.flight.attribution import Attribution
+from step_optim.flight.kept import KeptStep
+from step_optim.flight.parts import By
+from step_optim.flight.recorder import FlightRecorder, recorder_of
+from step_optim.flight.remeasure import remeasured
+from step_optim.flight.visit import Site
 from step_optim.host.ranks import WORLD, Ranks
 from step_optim.host.wrapper import hooked
 from step_optim.snapshot.known import ParamLike, known_copies
@@ -26,6 +33,7 @@ from step_optim.step.stages import Stages
 from step_optim.step.step import Step
 from step_optim.telemetry.ledger import Ledger
 from step_optim.telemetry.log import open_log, picklable
+from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.sinks import Sink
 
 
@@ -71,6 +79,8 @@ class STEPOptimizer(AdjustableOptimizer):
         process_group: who decides together under torch.distributed:
             ``"world"``, a ProcessGroup, or None if this process decides alone.
             A log that is a path is written by the first of them.
+        recorder: keeps steps on disk, to measure them again and to take them apart: a `FlightRecorder`, or the path of
+            its folder. None keeps none, and costs nothing.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -110,6 +120,7 @@ class STEPOptimizer(AdjustableOptimizer):
         warm_start: bool | None = None,
         param_like: ParamLike | None = None,
         process_group: Any = WORLD,
+        recorder: FlightRecorder | str | Path | None = None,
     ) -> None:
         check_inner(optimizer)
         if on_error not in ("raise", "reject"):
@@ -124,7 +135,8 @@ class STEPOptimizer(AdjustableOptimizer):
         adaptive_rate = adaptive_rate or bool(warm_start)
         if adaptive_rate:
             check_rates(optimizer)
-        super().__init__(optimizer, Run(budget, controller, named, adaptive_rate), Ranks(process_group))
+        run = Run(budget, controller, named, adaptive_rate, recorder=recorder_of(recorder, optimizer))
+        super().__init__(optimizer, run, Ranks(process_group))
         self._on_error, self._log = on_error, log
         self._snapshot_on = snapshot
         self._param_like = known_copies(optimizer) if param_like is None else param_like
@@ -204,6 +216,53 @@ class STEPOptimizer(AdjustableOptimizer):
 
     def _ending(self, step: Step) -> Atomic:
         return Atomic(step, self._sink, self._on_error)
+
+    def remeasure(self, kept: KeptStep | None, alphas: Sequence[float]) -> StepRecord:
+        """Measure more points between theta_t and the candidate of a kept step; afterwards all is as before.
+
+        It takes a reading of theta_t's policy, and an audit of the candidate and of each alpha. All processes call it
+        together, between two steps and outside of a backward pass. The KL closure that is bound measures.
+
+        Args:
+            kept: one of `read_flight`; None for the latest that ``recorder=`` has kept.
+            alphas: parts of the update, 0 to 1.
+
+        Returns:
+            The step's record, with a trial for each alpha behind its own.
+
+        Raises:
+            RuntimeError: inside a window, or without a KL closure.
+            ValueError: a step of other parameters or slices; an alpha beyond 0 to 1; no kept step.
+        """
+        self._refuse_inside_window("remeasure()")
+        return remeasured(self._site, kept, alphas)
+
+    def attribute(self, kept: KeptStep | None = None, *, by: By = "group", audits: int = 16) -> Attribution:
+        """Tell which part of a kept step moved which slice; afterwards all is as before.
+
+        Each part is rolled back to theta_t with the others at the candidate: its effect is K(candidate) - K(without
+        it), in nats per token. Beside it stands <grad K(candidate), delta of the part>, where the KL closure has
+        gradients. For what both do not add up to, see `Attribution`. It takes a reading of theta_t's policy, an audit
+        of the candidate, at most ``audits`` audits of parts, and at most ``audits`` gradients (one for each constraint,
+        the nearest to their budgets first): a forward and a backward pass over the control set each.
+
+        Args:
+            kept: one of `read_flight`; None for the latest that ``recorder=`` has kept.
+            by: what the parts are: ``"group"``; ``"layer"``, by depth; ``"module"``, the owner of the parameter (of
+                LoRA's matrices the adapted module); a mapping name pattern -> part; or a function of the name.
+            audits: of more parts, those of the largest first-order predictions (or shares of the update) get their own
+                audit, and all others one together.
+
+        Raises:
+            RuntimeError: inside a window, or without a KL closure.
+            ValueError: as `remeasure`; parts that are unknown, or names that are.
+        """
+        self._refuse_inside_window("attribute()")
+        return attributed(self._site, kept, by, audits)
+
+    @property
+    def _site(self) -> Site:
+        return Site(self._run, self._inner, self._snapshot, self._ranks)
 
     @property
     def step_was_skipped(self) -> bool:

@@ -25,6 +25,7 @@ LAYERS = (
     ("controllers",),
     ("telemetry",),
     ("step",),
+    ("flight",),
     ("optimizer",),
     ("report", "integrations"),
     ("testing", "integrity", "__main__"),

@@ -22,13 +22,17 @@ class Path:
     """
 
     def __init__(self, weights: Sequence[float], squares: Sequence[float]) -> None:
-        self._weights = list(weights)
         if len(weights) != len(squares):
             raise ValueError(f"{len(weights)} weights for {len(squares)} tensors; give one for each")
         if not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"the weights {list(weights)} must be numbers above 0")
         self._weights, total = list(weights), sum(squares)
         self._shares = [square / total if total > 0 else 1 / len(squares) for square in squares]
+
+    @property
+    def weights(self) -> list[float]:
+        """How early each tensor arrives."""
+        return list(self._weights)
 
     def parts(self, alpha: float) -> list[float]:
         """Return the part of each tensor, 0 to 1; exactly 0 and exactly 1 at the ends."""

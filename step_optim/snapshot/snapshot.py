@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
@@ -130,6 +130,18 @@ class Snapshot:
     def candidate(self) -> list[Tensor]:
         """What the inner step proposed, in the same order. To be read."""
         return self._weights.candidate
+
+    def proposal(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (theta_t, the candidate), tensor by tensor, once a step is decided. To be read.
+
+        After a commit nobody need have kept the candidate: the weights are it.
+        """
+        return self._weights.proposal()
+
+    @property
+    def way(self) -> list[float] | None:
+        """How early each tensor of `previous` arrives at the candidate; None on the straight line."""
+        return None if self._path is None else self._path.weights
 
     @property
     def parameters(self) -> list[Tensor]:

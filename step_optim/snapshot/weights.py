@@ -153,9 +153,9 @@ class Weights:
         for now, previous, shards in self._differences():
             if now.is_meta:  # no bits that could differ
                 continue
-            square = _square(now, previous)
-            sure = is_synchronous(now) and bool(square > 0)  # else 0.0 may have become -0.0
-            squares.append(shards * square)
+            moved = square(now, previous)
+            sure = is_synchronous(now) and bool(moved > 0)  # else 0.0 may have become -0.0
+            squares.append(shards * moved)
             differences.append(sure or differs(now, previous))
         return Update(differences, squares)
 
@@ -218,10 +218,15 @@ class Weights:
         for copy in self._copies:
             yield self._store.saved(copy.tensor), copy.saved, self._shards(copy.tensor)
 
+    def proposal(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (theta_t, the candidate) of each piece of memory; in place is the candidate, if it was not kept."""
+        for copy in self._copies:
+            yield self._store.saved(copy.tensor), copy.saved if self._has_candidate else copy.tensor.detach()
+
     @torch.no_grad()
     def squares(self) -> list[float]:
         """‖candidate - theta_t‖² of each of `previous`, counted as in `update`."""
-        return [shards * float(_square(candidate, previous)) for previous, candidate, shards in self.ends()]
+        return [shards * float(square(candidate, previous)) for previous, candidate, shards in self.ends()]
 
     @torch.no_grad()
     def alignment(self) -> tuple[float, float]:
@@ -290,7 +295,7 @@ IN_CACHE = 2**17
 """Elements that a CPU subtracts at once: a temporary of the size of all weights costs more than the arithmetic."""
 
 
-def _square(now: Tensor, previous: Tensor) -> Tensor:
+def square(now: Tensor, previous: Tensor) -> Tensor:
     """‖now - previous‖², 0-dim float64; what did not move counts as 0, be it infinite."""
     if not is_synchronous(now) or now.dim() != 1:
         return _square_of(now, previous)

@@ -7,6 +7,7 @@ import logging
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -78,18 +79,28 @@ class Atomic:
         )
         progress = run.progress.after(record, adaptive_rate=adaptive_rate)
         run.progress, run.budget, run.open, run.notes, run.ended, step.ended = progress, budget, None, {}, now, True
-        if stands:
-            step.remember()
-        step.release()
-        if fixed and step.ranks.first:
-            LOGGER.info("step %d: %r", record.step, budget)
-        # An error of the ledger or the log must not take the place of the error that is being raised.
-        with nullcontext() if error is None or settled else suppress(Exception):
-            try:
-                run.keep(record, step.kl)
-            finally:
-                self._sink(record)
+        # An error of what keeps the step must not take the place of the error that is being raised.
+        quiet = nullcontext if error is None or settled else partial(suppress, Exception)
+        try:
+            with quiet():
+                self._give_to_recorder(record, stands=stands)
+        finally:
+            if stands:
+                step.remember()
+            step.release()
+            if fixed and step.ranks.first:
+                LOGGER.info("step %d: %r", record.step, budget)
+            with quiet():
+                try:
+                    run.keep(record, step.kl)
+                finally:
+                    self._sink(record)
         return settled
+
+    def _give_to_recorder(self, record: StepRecord, *, stands: bool) -> None:
+        """Let the flight recorder have a step that stands, before `remember` lets theta_t go."""
+        if stands and self._run.recorder is not None and self._step.ranks.first:
+            self._run.recorder.take(record, self._step.snapshot, self._step.auditor.names)
 
     def _settles(self, error: BaseException | None) -> bool:
         if not (self._rejects and self._step.proposed) or isinstance(error, (GateStalled, Unmeasured)):

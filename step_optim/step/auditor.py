@@ -171,7 +171,7 @@ class Auditor:
             self._distill,
             self._draw,
             self._normals,
-            self._names,
+            self.names,
             self._bend,
             self._inner,
             self._ranks.agree,
@@ -191,8 +191,8 @@ class Auditor:
             self._rounding = self._snapshot.rounding()
         return self._rounding.realised(alphas, self._ranks)
 
-    def _names(self) -> dict[str, int | None]:
-        """Names of the outermost modules' parameters."""
+    def names(self) -> dict[str, int | None]:
+        """Where the outermost modules' parameters are in the snapshot, by name; None of those that do not move."""
         return self._snapshot.names(named_parameters(outermost([*self.kl.modules(), *self.kl.used])))
 
     def _bend(self, weights: Sequence[float]) -> Callable[[float], Sequence[float]]:

@@ -78,9 +78,14 @@ class FixedReference:
         key = _key(kl)
         self._looks[key] = self._looks.get(key, 0) + 1
         # NaN is no sign of it, and an error of the candidate's audit besides.
-        if key not in self._told and still.largest > max(ROUNDING * scale, min(FLOAT32, MATTERS * scale)):
+        if key not in self._told and is_movement(still.largest, scale):
             self._told.add(key)
             warnings.warn(_told(kl, still.largest), stacklevel=2)
+
+
+def is_movement(reading: float, scale: float) -> bool:
+    """Whether a reading at theta_t [nats per token] is more than rounding, beside budgets of a scale."""
+    return reading > max(ROUNDING * scale, min(FLOAT32, MATTERS * scale))
 
 
 def _told(kl: KLClosure, reading: float) -> str:

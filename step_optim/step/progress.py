@@ -14,6 +14,7 @@ from step_optim.budget import AutoBudget, Budget
 from step_optim.controllers.base import Action, Controller
 from step_optim.movement import Movement
 from step_optim.path_length import PathLength
+from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.origin import settle_origin
 from step_optim.step.radius import next_scale
 from step_optim.step.stages import Stages
@@ -73,6 +74,13 @@ class OpenStep(Protocol):
         """Around any other call of the inner optimizer that may move weights."""
 
 
+class Recorder(Protocol):
+    """What keeps steps for later, as the end of a step sees it."""
+
+    def take(self, record: StepRecord, snapshot: Snapshot, names: Callable[[], Mapping[str, int | None]]) -> None:
+        """Keep a step that was decided, or do not; both of its ends are in the snapshot."""
+
+
 @dataclass
 class Run:
     """The state of a run.
@@ -107,6 +115,8 @@ class Run:
     """What was warned of so far."""
     modules: Sequence[nn.Module] = ()
     """Whose buffers are part of the policy."""
+    recorder: Recorder | None = None
+    """What keeps steps for later; None if nothing does."""
     stages: Stages | None = None
     """What ties it to a ledger, as one stage of several."""
 
@@ -176,6 +186,7 @@ class Run:
             kl_state=self._kl_state(),
             progress=self.progress,
             memory=self.controller.copied(self.memory),
+            recorder=self.recorder,
             stages=self.stages,
         )
 

@@ -35,9 +35,8 @@ from step_optim.telemetry.record import StepRecord
 class Step:
     """One transaction on the policy: the paper's Algorithm 1.
 
-    `begin` captures theta_t, `propose` runs the inner step, `decide` leaves
-    the candidate, an audited part of it, or theta_t in the weights. What is
-    decided stands with `record`; if anything fails before that, `restore` puts
+    `begin` captures theta_t, `propose` runs the inner step, `decide` leaves the candidate, an audited part of it, or
+    theta_t in the weights. What is decided stands with `record`; if anything fails before that, `restore` puts
     everything back.
 
     Args:
@@ -240,9 +239,8 @@ class Step:
     def _candidate(self) -> Point | None:
         """Audit the weights that the inner step proposed; None if no bit of them, on any rank, is another one.
 
-        An update that is not finite is infeasible without a forward: the
-        control set may not touch its bad rows. An optimizer that only measures
-        leaves even that to the bare run.
+        An update that is not finite is infeasible without a forward: the control set may not touch its bad rows. An
+        optimizer that only measures leaves even that to the bare run.
         """
         with self.clock("snapshot"):
             update = self.snapshot.update()
@@ -291,6 +289,8 @@ class Step:
         if candidate.feasible:
             return Outcome(Action.COMMIT, candidate)
         if not math.isfinite(self.update_norm) or (self.auditor.used_up(candidate) and self.run.controller.shrinks):
+            if self.run.recorder is not None:
+                self.snapshot.keep_candidate()
             return Outcome(Action.REJECT)  # no part of it is finite either; or no part of it is within a used-up path
         with self.clock("search"):
             run, rejected = self.run, self.run.progress.rejected_in_a_row
