@@ -30,7 +30,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from step_optim import StepRecord, TokenKL, read_log
-from step_optim.integrations.trainer import STEPCallback
+from step_optim.hosts.trainer import STEPCallback
 
 CLIPPED = "clip_ratio/region_mean"
 """TRL's name for the share of tokens on which the clipping of the loss acted."""

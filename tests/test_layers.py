@@ -27,7 +27,7 @@ LAYERS = (
     ("step",),
     ("flight",),
     ("optimizer",),
-    ("report", "integrations"),
+    ("report", "hosts"),
     ("testing", "integrity", "__main__"),
     ("__init__",),
 )

@@ -17,8 +17,8 @@ from peft import LoraConfig
 from torch import nn
 
 from step_optim import Action, Budget, Gate, Ledger, STEPOptimizer, TokenKL, read_log, summarise
-from step_optim.integrations.columns import step_optimizer
-from step_optim.integrations.trainer import STEPCallback
+from step_optim.hosts.columns import step_optimizer
+from step_optim.hosts.trainer import STEPCallback
 from tests.hosts.common import differing, everything
 from tests.hosts.text import forget_accelerator, innermost, policy, quiet, seeded, texts
 from tests.models import ragged_control

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from step_optim.integrations.columns import OF_THE_RUN, OF_THE_STEPS, Recent, step_optimizer
+from step_optim.hosts.columns import OF_THE_RUN, OF_THE_STEPS, Recent, step_optimizer
 from step_optim.optimizer import STEPOptimizer
 
 

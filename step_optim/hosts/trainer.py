@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Bound, Budget
-from step_optim.integrations.columns import Recent, step_optimizer
-from step_optim.integrations.model_card import add_section, section
+from step_optim.hosts.columns import Recent, step_optimizer
+from step_optim.hosts.model_card import add_section, section
 from step_optim.optimizer import STEPOptimizer
 
 

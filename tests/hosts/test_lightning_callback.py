@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
 from step_optim import Gate, PolicyKL, STEPOptimizer, read_log, summarise
-from step_optim.integrations.lightning import STEPCallback
+from step_optim.hosts.lightning import STEPCallback
 from tests.hosts.lightning_loops import OBSERVATIONS, Module, loader, trainer_for
 
 pytestmark = [
