@@ -62,7 +62,7 @@ class Recent:
         self._last: StepRecord | None = None
 
     def begin(self, optimizer: STEPOptimizer) -> None:
-        """What was before is of no row to come."""
+        """Forget the records so far."""
         self._records.clear()
         self._last = optimizer.last
 

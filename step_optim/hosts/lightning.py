@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,13 +25,16 @@ class STEPCallback(Callback):
         progress_bar: the figures shown there, by their names after ``step_optim/``.
 
     Raises:
+        TypeError: no tuple.
         ValueError: a name that is no figure.
 
     >>> STEPCallback(progress_bar=("max_accepted_kl", "trigger_rate")).progress_bar
     ('max_accepted_kl', 'trigger_rate')
     """
 
-    def __init__(self, progress_bar: tuple[str, ...] = ("max_accepted_kl", "trigger_rate")) -> None:
+    def __init__(self, progress_bar: Collection[str] = ("max_accepted_kl", "trigger_rate")) -> None:
+        if isinstance(progress_bar, str) or not isinstance(progress_bar, Collection):
+            raise TypeError(f"progress_bar={progress_bar!r} is no tuple; give names, or () for none")
         unknown = [name for name in progress_bar if name not in (*OF_THE_STEPS, *OF_THE_RUN)]
         if unknown:
             raise ValueError(
@@ -38,6 +42,9 @@ class STEPCallback(Callback):
             )
         self.progress_bar = tuple(progress_bar)
         self._recent: dict[int, Recent] = {}
+        self._logged: set[str] = set()
+        """Names that have been logged: a figure that is not measured any more is NaN."""
+        self._hooks: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the first row.
@@ -45,24 +52,41 @@ class STEPCallback(Callback):
         Raises:
             RuntimeError: no optimizer is a `STEPOptimizer`.
         """
-        self._recent, every = {}, getattr(trainer, "log_every_n_steps", 0)
+        self._recent, self._logged = {}, set()
         for place, optimizer in _optimizers(trainer):
-            self._recent[place] = Recent(most=every or 1)
-            self._recent[place].begin(optimizer)
+            self._recent_of(place, optimizer, trainer)
         if not self._recent:
             raise RuntimeError(
                 "STEPCallback found no STEPOptimizer among the Trainer's optimizers; return one from "
                 "configure_optimizers()"
             )
 
+    def _recent_of(self, place: int, optimizer: STEPOptimizer, trainer: Trainer) -> Recent:
+        """The latest steps of an optimizer; a batch may make several."""
+        if place not in self._recent:
+            recent = self._recent[place] = Recent(most=getattr(trainer, "log_every_n_steps", 0) or 1)
+            recent.begin(optimizer)
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: recent.see(optimizer)))
+        return self._recent[place]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Log the latest steps."""
         for place, optimizer in _optimizers(trainer):
-            self._recent[place].see(optimizer)
-            for name, value in self._recent[place].row(optimizer).items():
-                shown = name.removeprefix("step_optim/") in self.progress_bar
-                ending = f"/{place}" if len(self._recent) > 1 else ""
-                pl_module.log(name + ending, value, prog_bar=shown, on_step=True, on_epoch=False, rank_zero_only=True)
+            recent = self._recent_of(place, optimizer, trainer)
+            recent.see(optimizer)  # the record of a window comes after its steps
+            ending = f"/{place}" if len(self._recent) > 1 else ""
+            row = {name + ending: value for name, value in recent.row(optimizer).items()}
+            mine = [name for name in self._logged if name.endswith(ending)] if row else []
+            for name, value in (dict.fromkeys(mine, math.nan) | row).items():
+                self._logged.add(name)
+                shown = name.removeprefix("step_optim/").removesuffix(ending) in self.progress_bar
+                pl_module.log(name, value, prog_bar=shown, on_step=True, on_epoch=False, rank_zero_only=True)
 
 
 def _optimizers(trainer: Trainer) -> Iterator[tuple[int, STEPOptimizer]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from step_optim.host.paths import user_path
 from step_optim.optimizer import STEPOptimizer
 
 BEGIN, END = "<!-- step_optim: begin -->", "<!-- step_optim: end -->"
@@ -29,9 +30,9 @@ def section(optimizer: STEPOptimizer) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
         f"{BEGIN}\n## Trust region\n\n"
-        "Each optimizer step was audited with `step_optim`: how far it moved the policy was measured on a fixed "
-        "control set, in nats per token, and a step over the budget was shortened, steered or rejected. Movement on "
-        f"other prompts was not bounded.\n\n| | |\n| --- | --- |\n{table}\n{END}\n"
+        "Optimizer steps were audited with `step_optim`: how far each moved the policy was measured on a fixed control "
+        "set, as a mean KL in nats, and a step over the budget was shortened, steered or rejected. Movement on other "
+        f"prompts was not bounded.\n\n| | |\n| --- | --- |\n{table}\n{END}\n"
     )
 
 
@@ -51,7 +52,11 @@ def _figures(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if figures[name] is not None:
             yield what, f"{figures[name]:.4g}"
     for name, drift in figures["reference_drift_by_slice"].items():
-        yield f"Drift of slice {name}", f"{drift:.4g}"
+        yield f"Drift of slice {_in_a_cell(name)}", f"{drift:.4g}"
+
+
+def _in_a_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _share(rate: float | None) -> str:
@@ -59,13 +64,19 @@ def _share(rate: float | None) -> str:
 
 
 def add_section(path: str | Path, text: str) -> None:
-    """Put a section at the end of a model card, in the place of an older one; a card that is not there is begun.
+    """Put a section at the end of a model card, and take an older one out; a card that is not there is begun.
 
     Args:
         path: of the card, README.md.
         text: as `section` returns it.
+
+    Raises:
+        ValueError: an older section has no end.
     """
-    card = Path(path)
+    card = user_path(path)
     old = card.read_text(encoding="utf-8") if card.exists() else ""
-    without = re.sub(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n?", "\n", old, flags=re.DOTALL).rstrip()
+    without = re.sub(rf"\n*^{BEGIN}$(?:(?!^{BEGIN}$).)*?^{END}$\n?", "\n", old, flags=re.DOTALL | re.MULTILINE).rstrip()
+    if re.search(rf"^{BEGIN}$", without, flags=re.MULTILINE):
+        raise ValueError(f"{card} has a line {BEGIN!r} without a line {END!r} after it; take it out")
+    card.parent.mkdir(parents=True, exist_ok=True)
     card.write_text(f"{without}\n\n{text}" if without else text, encoding="utf-8")

@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Bound, Budget
 from step_optim.hosts.columns import Recent, step_optimizer
 from step_optim.hosts.model_card import add_section, section
 from step_optim.optimizer import STEPOptimizer
+from step_optim.telemetry.trackers import takes
+
+MOST = 10_000
+"""Steps that are kept for a row; a run may log none."""
+
+SHOWN = {"Largest KL": "max_accepted_kl", "Over budget": "trigger_rate", "Drift": "reference_drift"}
+"""Columns of a notebook's table."""
 
 
 class STEPCallback(TrainerCallback):
@@ -35,10 +43,10 @@ class STEPCallback(TrainerCallback):
     trainer has added. Each row of the training log gets columns
     ``step_optim/...`` of the steps since the last one; see `columns`. They are
     in ``state.log_history`` and ``trainer_state.json``, and callbacks that
-    come later see them: the progress bar always; the trackers of
-    ``report_to`` if it was attached, for the Trainer places them before
-    callbacks that are passed. ``log=`` gets every step, whatever
-    ``logging_steps`` is.
+    come later see them: the progress bar always; if it was attached, the
+    trackers of ``report_to`` too, and the table in a notebook (the Trainer
+    places these before callbacks that are passed). ``log=`` gets every step,
+    whatever ``logging_steps`` is.
 
     Args:
         kl: a KL closure, or a function of the model that makes one. None if the Trainer has a `STEPOptimizer` already,
@@ -47,7 +55,9 @@ class STEPCallback(TrainerCallback):
         **options: others of `STEPOptimizer`'s: controller, log, ...
 
     Raises:
-        TypeError: one of ``kl`` and ``budget`` without the other; an option that `STEPOptimizer` does not have.
+        TypeError: one of ``kl`` and ``budget`` without the other; a ``kl`` that takes no model; an option that
+            `STEPOptimizer` does not have.
+        ValueError: an option that `STEPOptimizer` refuses.
     """
 
     def __init__(
@@ -62,9 +72,23 @@ class STEPCallback(TrainerCallback):
                 f"STEPCallback(kl={kl!r:.60}, budget={budget!r:.60}): give both, or neither and no option for the "
                 "figures of a STEPOptimizer that the Trainer has already"
             )
+        if not (kl is None or isinstance(kl, KLClosure) or (callable(kl) and takes(kl, None))):
+            raise TypeError(
+                f"kl={kl!r:.200} is neither a KL closure nor a function of the model; give lambda model: "
+                "TokenKL(model, control), say"
+            )
         self._kl, self._options = kl, {"budget": budget, **options}
+        self._made: STEPOptimizer | None = None
+        """The optimizer that this callback has made."""
         self._optimizer: STEPOptimizer | None = None
-        self._recent = Recent()
+        """The one that is trained with."""
+        self._recent = Recent(most=MOST)
+        self._row: dict[str, float] = {}
+        """The latest row."""
+        self._handler: CallbackHandler | None = None
+        """Of the trainer that it is attached to."""
+        self._table: Any = None
+        """Of a notebook, if it gets the columns."""
         if kl is not None:
             self._check_options()
 
@@ -89,45 +113,70 @@ class STEPCallback(TrainerCallback):
         >>> step = STEPCallback(kl=lambda model: TokenKL(model, control), budget=0.03)
         >>> step.around(torch.optim.AdamW, lr=1e-4)
         (<class 'torch.optim.adamw.AdamW'>, {'lr': 0.0001})
+
+        Raises:
+            TypeError: neither a class of optimizers nor TrainingArguments.
         """
         if isinstance(optimizer, TrainingArguments):
             optimizer, found = Trainer.get_optimizer_cls_and_kwargs(optimizer)
             kwargs = found | dict(kwargs or {})
         if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
             return _class_around(optimizer, self._wrapped), {**(kwargs or {}), **more}
+        if isinstance(optimizer, (str, Optimizer)) or not callable(optimizer):
+            raise TypeError(
+                f"around({optimizer!r:.100}) needs a class of optimizers, torch.optim.AdamW say, or TrainingArguments"
+            )
         return _factory_around(optimizer, self._wrapped), {**(kwargs or {}), **more}
 
     def _wrapped(self, optimizer: Optimizer) -> STEPOptimizer:
-        return STEPOptimizer(optimizer, **self._options)
+        if self._kl is None:
+            raise RuntimeError(
+                "the Trainer has no STEPOptimizer, and STEPCallback() alone makes none; give it kl= and budget="
+            )
+        self._made = STEPOptimizer(optimizer, **self._options)
+        return self._made
 
     def attach(self, trainer: Trainer) -> STEPCallback:
-        """Give a trainer that has not trained yet the trust region, the columns, and the section of its model card.
+        """Give a trainer the trust region, the columns, and the section of its model card.
+
+        The optimizer is the one that the trainer makes when training begins,
+        or has made already.
 
         Returns:
             The callback itself.
 
         Raises:
-            RuntimeError: nothing to attach: neither ``kl`` was given nor is the Trainer's optimizer a `STEPOptimizer`.
+            RuntimeError: the trainer has a trust region already, and this one would be another.
         """
         if trainer.optimizer is not None:
-            if step_optimizer(trainer.optimizer) is None:
-                self._require_kl()
-                trainer.optimizer = self._wrapped(trainer.optimizer)
-        elif not _is_ours(trainer.optimizer_cls_and_kwargs):
-            self._require_kl()
-            chosen = trainer.optimizer_cls_and_kwargs
-            model: Any = trainer.model
-            chosen = chosen or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-            trainer.optimizer_cls_and_kwargs = self.around(*chosen)
+            trainer.optimizer = self._around_made(trainer.optimizer)
+        create = trainer.create_optimizer
+
+        def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+            trainer.optimizer = self._around_made(create(*args, **kwargs))
+            return trainer.optimizer
+
+        trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
+        self._handler = trainer.callback_handler
         self._add_to_cards_of(trainer)
         return self
 
-    def _require_kl(self) -> None:
-        if self._kl is None:
+    def _around_made(self, optimizer: Any) -> Any:
+        """Wrap an optimizer, unless a `STEPOptimizer` is in it: ours, or anybody's if only its figures are wanted."""
+        found = step_optimizer(optimizer)
+        if found is None:
+            return self._wrapped(optimizer)
+        self._check_made(found)
+        return optimizer
+
+    def _check_made(self, optimizer: STEPOptimizer) -> None:
+        if self._kl is not None and optimizer is not self._made:
             raise RuntimeError(
-                "the Trainer has no STEPOptimizer, and STEPCallback() alone makes none; give it kl= and budget="
+                f"the Trainer's optimizer is a STEPOptimizer already, with {optimizer.budget!r}: kl=, budget= and all "
+                "else of this STEPCallback would be ignored. Use STEPCallback() for its figures alone; to change it, "
+                "optimizer.bind(kl) and optimizer.budget = ..."
             )
 
     # -- events -------------------------------------------------------------------------------------------------------
@@ -142,6 +191,7 @@ class STEPCallback(TrainerCallback):
                 f"STEPCallback found no STEPOptimizer in the Trainer's {type(kwargs['optimizer']).__name__}; call "
                 "attach(trainer), or pass optimizer_cls_and_kwargs=callback.around(torch.optim.AdamW, lr=...)"
             )
+        self._check_made(optimizer)
         self._optimizer = optimizer
         if self._kl is not None and optimizer.kl is None:
             optimizer.bind(self._kl if isinstance(self._kl, KLClosure) else self._kl(kwargs["model"]))
@@ -153,14 +203,28 @@ class STEPCallback(TrainerCallback):
             self._recent.see(self._optimizer)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the columns to the row, which is in the history already."""
+        """Add the columns to a row of the training log, which is in the history already."""
         logs: dict[str, Any] | None = kwargs.get("logs")
-        if self._optimizer is None or logs is None or any(name.startswith("eval_") for name in logs):
+        if self._optimizer is None or logs is None or logs.keys().isdisjoint(("loss", "train_runtime")):
             return
         row = self._recent.take(self._optimizer)
+        self._row = row or self._row
         logs.update(row)
         if state.log_history:
             state.log_history[-1].update(row)
+        self._show_in_notebooks()
+
+    def _show_in_notebooks(self) -> None:
+        """Have a notebook's table get the columns: of the Trainer's rows it shows the loss alone."""
+        for callback in [] if self._handler is None else self._handler.callbacks:
+            table = getattr(callback, "training_tracker", None)
+            if table is not None and table is not self._table:
+                self._table, write = table, table.write_line
+                table.write_line = lambda values, write=write: write(values | self._shown())
+
+    def _shown(self) -> dict[str, float]:
+        named = {name: self._row.get(f"step_optim/{figure}") for name, figure in SHOWN.items()}
+        return {name: value for name, value in named.items() if value is not None}
 
     # -- the model card -----------------------------------------------------------------------------------------------
 
@@ -205,26 +269,14 @@ def _class_around(inner: type[Optimizer], wrap: _Wrap) -> type[Optimizer]:
         return wrap(inner(params, *args, **kwargs))
 
     names = {"__new__": make, "__module__": inner.__module__, "__qualname__": inner.__qualname__}
-    return type(inner.__name__, (_Around,), names)
-
-
-class _Around(Optimizer):
-    """What the classes of `_class_around` have in common."""
+    return type(inner.__name__, (Optimizer,), names)
 
 
 def _factory_around(factory: Any, wrap: _Wrap) -> Callable[[], Callable[..., STEPOptimizer]]:
     """Return the same around a factory: ``factory()(model, **kwargs)`` makes the optimizer."""
 
-    class Factory(_AroundFactory):
+    class Factory:
         def __call__(self, model: Any, **kwargs: Any) -> STEPOptimizer:
             return wrap(factory()(model, **kwargs))
 
     return Factory
-
-
-class _AroundFactory:
-    """What the factories of `_factory_around` have in common."""
-
-
-def _is_ours(chosen: tuple[Any, Any] | None) -> bool:
-    return chosen is not None and isinstance(chosen[0], type) and issubclass(chosen[0], (_Around, _AroundFactory))

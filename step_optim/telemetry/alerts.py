@@ -14,6 +14,12 @@ KINDS = ("trigger", "stall", "cap", "error")
 QUIET = 100
 """Steps without an event after which the next one of its kind is told again."""
 
+CAPS = ("drift", "path")
+"""How the names of constraints begin that bound a run, and not a step."""
+
+NOT_FINITE = "not finite"
+"""The constraint of a candidate that is not finite; see `StepRecord.constraint`."""
+
 STALL = 5
 """Rejections in a row that are told of; then ten times as many, and so on."""
 
@@ -41,26 +47,32 @@ class Alert:
     """A sentence, with the step and its figures."""
     level: str
     """``"info"``, ``"warn"`` or ``"error"``."""
+    step: int
+    """Step index."""
 
 
 def check_kinds(kinds: Collection[str]) -> frozenset[str]:
     """Read the argument ``alerts=``.
 
     Raises:
+        TypeError: no collection.
         ValueError: an unknown kind.
     """
+    if isinstance(kinds, str) or not isinstance(kinds, Collection):
+        raise TypeError(f"alerts={kinds!r} is no tuple: choose from {KINDS}; () for none")
     unknown = [kind for kind in kinds if kind not in KINDS]
-    if isinstance(kinds, str) or unknown:
-        raise ValueError(f"alerts={kinds!r}: choose from {KINDS}, as a tuple; () for none")
+    if unknown:
+        raise ValueError(f"alerts={kinds!r}: {unknown[0]!r} is unknown; choose from {KINDS}, () for none")
     return frozenset(kinds)
 
 
 class Alerts:
     """Tells events of a run once, and again after they have stayed away.
 
-    A run at its cap triggers at every step. So an event is told if the
-    latest one with the same constraint is `QUIET` steps ago, or none was. A
-    streak of rejections is told at 5, 50, 500, ...
+    A run at its cap triggers at every step. So an event is told if the latest
+    one like it (with the same constraint, or the same kind of error) is more
+    than `QUIET` steps ago, or none was. A streak of rejections is told at 5,
+    50, 500, ..., counted from the first step that this object sees.
 
     Args:
         send: takes an alert.
@@ -71,7 +83,7 @@ class Alerts:
     >>> alerts = Alerts(lambda alert: print(alert.title, "-", alert.text))
     >>> record = StepRecord(7, Action.SHRINK, Movement(0.06), Movement(0.03), Limits(0.03), True, "mean", alpha=0.7)
     >>> alerts(record), alerts(record)
-    STEP: over budget - Step 7: mean at 2 times its budget; shrink, alpha 0.7.
+    STEP: over budget, mean - Step 7: mean at 2 times its budget; shrink, alpha 0.7.
     (None, None)
     """
 
@@ -88,19 +100,23 @@ class Alerts:
 
     def _events(self, record: StepRecord) -> Iterator[tuple[Alert, str]]:
         """Yield what happened, and what it is about."""
-        constraint = record.constraint
+        constraint, step = record.constraint, record.step
         self._count(record)
-        if record.error is not None:
-            yield Alert("error", "STEP: a step failed", f"Step {record.step}: {record.error}", "error"), ""
+        if record.error is not None and constraint != NOT_FINITE:
+            kind = record.error.partition(":")[0]
+            yield Alert("error", f"STEP: a step failed, {kind}", f"Step {step}: {record.error}", "error", step), kind
         if constraint is not None:
-            text = f"Step {record.step}: {_against(constraint, record)}; {_decision(record)}."
+            text = f"Step {step}: {_against(constraint, record)}; {_decision(record)}."
             if constraint.startswith(CAPS):
-                yield Alert("cap", f"STEP: at the cap, {constraint}", text, "warn"), constraint
+                yield Alert("cap", f"STEP: at the cap, {constraint}", text, "warn", step), constraint
             else:
-                yield Alert("trigger", "STEP: over budget", text, "info"), constraint
-        if record.stalled or is_told(self._rejected):
-            text = f"Step {record.step}: {self._rejected} steps in a row were rejected, the latest by {constraint}."
-            yield Alert("stall", "STEP: stalled", text, "error"), str(self._rejected)
+                yield Alert("trigger", f"STEP: over budget, {constraint}", text, "info", step), constraint
+        if record.stalled:
+            text = f"Step {step}: the gate's patience was used up; {_decision(record)}."
+            yield Alert("stall", "STEP: stalled", text, "error", step), "patience"
+        elif self._rejected and is_told(self._rejected):
+            text = f"Step {step}: {self._rejected} steps in a row were rejected, the latest by {constraint}."
+            yield Alert("stall", "STEP: stalled", text, "error", step), f"streak that ends at {step}"
 
     def _count(self, record: StepRecord) -> None:
         if record.constraint is not None and record.action is Action.REJECT:
@@ -110,16 +126,12 @@ class Alerts:
 
     def _is_news(self, kind: str, subject: str, step: int) -> bool:
         latest, self._latest[kind, subject] = self._latest.get((kind, subject)), step
-        return kind == "stall" or latest is None or not 0 <= step - latest <= QUIET
-
-
-CAPS = ("drift", "path")
-"""How the names of constraints begin that bound a run, and not a step."""
+        return latest is None or not 0 <= step - latest <= QUIET
 
 
 def _against(constraint: str, record: StepRecord) -> str:
     """Say how far over its budget a candidate was."""
-    if constraint == "not finite":
+    if constraint == NOT_FINITE:
         return "the candidate is not finite"
     kind, limit = "cap" if constraint.startswith(CAPS) else "budget", record.budget.of(constraint)
     figures = record.candidate_drift if constraint.startswith("drift") else record.candidate

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -23,6 +24,7 @@ except ImportError:
     orjson = None  # type: ignore[assignment]
 
 T = TypeVar("T")
+LOGGER = logging.getLogger("step_optim")
 
 
 def _fast(line: str) -> Any:
@@ -55,6 +57,10 @@ class JSONLWriter:
         self.path = user_path(path)
         self._header = header
         self._begun = False
+        self._end: int | None = None
+        """Of the file, where this writer left it; None before the first write, and after one that failed."""
+        self._told = False
+        """Whether it was told that another writer goes on from there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as existing:  # a path that cannot be written is refused now, not after a step
             existing.seek(0)
@@ -66,11 +72,21 @@ class JSONLWriter:
         """Write one record, after the header of the segment if it is the first."""
         lines = _line(record.to_dict())
         with self.path.open("a+b", buffering=0) as file:
+            shared = self._end is not None and file.seek(0, os.SEEK_END) > self._end
+            self._end = None
             _mend(file)
             if not self._begun or file.seek(0, os.SEEK_END) == 0:
                 lines = _line({"step_optim": SCHEMA, **self._header()}) + lines
             _append(file, lines)
+            self._end = file.tell()
         self._begun = True
+        if shared and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self.path} is written by another optimizer, too: readers take its steps for those of a resumed run, "
+                "and leave out what they replace. Give each optimizer a log of its own",
+                stacklevel=2,
+            )
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
@@ -119,15 +135,16 @@ def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[
         log: that argument. A tracker (see `tracker_sink`) gets flat scalars, a
             callable the whole record; one that takes no step gets none.
         header: makes the first line of a file.
-        first: whether this process writes the file, if there are several.
+        first: whether this process writes files and trackers, if there are several. Functions are called in each.
 
     Raises:
         TypeError: none of these, or a callable that needs other arguments.
-        ValueError: a path that is no file.
+        ValueError: a path that is no file; a list with a list, or with one thing twice.
     """
     if log is None:
         return lambda record: None
     if isinstance(log, (list, tuple)):
+        _check_several(log)
         return _Several([open_log(each, header, first) for each in log])
     if isinstance(log, (str, Path)):
         if not str(log) or user_path(log).is_dir():
@@ -135,7 +152,7 @@ def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[
         return _FirstWriter(partial(JSONLWriter, log, header), first)
     tracker = tracker_sink(log)
     if tracker is not None:
-        return tracker
+        return _first_alone(tracker, first)
     if callable(log):
         return _function_sink(log)
     raise TypeError(
@@ -144,16 +161,40 @@ def open_log(log: Any, header: Callable[[], Mapping[str, Any]], first: Callable[
     )
 
 
+def _check_several(logs: Sequence[Any]) -> None:
+    if any(isinstance(log, (list, tuple)) for log in logs):
+        raise ValueError(f"log={logs!r:.200} has a list in it; give one list of all logs")
+    places = [user_path(log).absolute() if isinstance(log, (str, Path)) else log for log in logs]
+    for i, place in enumerate(places):
+        if any(place is other or (isinstance(place, Path) and place == other) for other in places[:i]):
+            raise ValueError(f"log={logs!r:.200} has {logs[i]!r:.100} twice; every record would be written twice")
+
+
+def _first_alone(sink: Sink, first: Callable[[], bool]) -> Sink:
+    def write(record: StepRecord) -> None:
+        if first():
+            sink(record)
+
+    return write
+
+
 class _Several:
-    """Gives a record to each of several logs, also if one of them fails; the failure is raised when all were asked."""
+    """Gives a record to each of several logs, also if one of them fails; then the first failure is raised."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
 
     def __call__(self, record: StepRecord) -> None:
-        with ExitStack() as stack:
-            for sink in reversed(self._sinks):
-                stack.callback(sink, record)
+        failures: list[Exception] = []
+        for sink in self._sinks:
+            try:
+                sink(record)
+            except Exception as failure:
+                failures.append(failure)
+        if failures:
+            for further in failures[1:]:
+                LOGGER.error("step %d: a further log failed", record.step, exc_info=further)
+            raise failures[0]
 
 
 def picklable(log: Any) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from step_optim.controllers.base import Action
 from step_optim.limits import Limits
 from step_optim.movement import Movement
+
+ROOT = "step_optim"
+"""What the names of a flat record begin with."""
 
 MAPPINGS = (
     "candidate_bounds",
@@ -189,12 +192,18 @@ class StepRecord:
             values[name] = _floats(values.get(name, {}))
         return cls(**values)
 
-    def flat(self) -> dict[str, float | str]:
-        """Return scalars under slash-separated names, as experiment trackers like them; a list of notes is one text."""
+    def flat(self, root: str = ROOT, spell: Callable[[str], str] = str) -> dict[str, float | str]:
+        """Return scalars under slash-separated names, as experiment trackers like them; a list of notes is one text.
+
+        Args:
+            root: what all names begin with.
+            spell: writes each part of a name after it.
+        """
         notes = {
             name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in self.notes.items()
         }
-        return dict(_flatten(self.to_dict() | {"trials": len(self.trials), "notes": jsonable(notes)}, "step_optim"))
+        values = self.to_dict() | {"trials": len(self.trials), "notes": jsonable(notes)}
+        return dict(_flatten(values, root, spell))
 
 
 def jsonable(value: Any) -> Any:
@@ -227,12 +236,12 @@ def _movement(plain: Mapping[str, Any]) -> Movement:
     return Movement(float(plain["mean"]), _floats(plain["slices"]), prompt, token)
 
 
-def _flatten(value: Any, name: str) -> Iterator[tuple[str, float | str]]:
+def _flatten(value: Any, name: str, spell: Callable[[str], str]) -> Iterator[tuple[str, float | str]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _flatten(item, f"{name}/{key}")
+            yield from _flatten(item, f"{name}/{spell(key)}", spell)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            yield from _flatten(item, f"{name}/{i}")
+            yield from _flatten(item, f"{name}/{i}", spell)
     elif value is not None:
         yield name, float(value) if value in ("NaN", "Infinity", "-Infinity") else value

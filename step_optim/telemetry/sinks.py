@@ -6,34 +6,31 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from step_optim.controllers.base import Action
 from step_optim.telemetry.alerts import Alert
-from step_optim.telemetry.record import StepRecord
+from step_optim.telemetry.record import ROOT, StepRecord
 
 Sink = Callable[[StepRecord], None]
 
-_BUDGET = "step_optim/budget"
-
-STEP = "step_optim/step"
-"""The name of the step index in a flat record: the x-axis."""
+Spell = Callable[[str], str]
+"""Writes one part of a name as a tracker takes it."""
 
 
-def everything(record: StepRecord) -> dict[str, Any]:
-    """What trackers of figures and texts are given."""
-    return record.flat()
-
-
-def numbers(record: StepRecord) -> dict[str, float]:
+def numbers(record: StepRecord, root: str = ROOT, spell: Spell = str) -> dict[str, float]:
     """What trackers of figures are given: flags as 0 and 1, whether the step was rejected, no texts, finite budgets."""
-    flat = record.flat() | {"step_optim/rejected": record.action is Action.REJECT}
+    flat = record.flat(root, spell) | {f"{root}/rejected": record.action is Action.REJECT}
     figures = {name: float(value) for name, value in flat.items() if isinstance(value, (int, float))}
-    return {name: value for name, value in figures.items() if value != math.inf or not name.startswith(_BUDGET)}
+    return {
+        name: value for name, value in figures.items() if value != math.inf or not name.startswith(f"{root}/budget")
+    }
 
 
-_written: dict[int, tuple[Any, int | None]] = {}
-"""Runs that count their own steps, by id, and where the last record is in each: several optimizers may log to one."""
+_written: WeakKeyDictionary[Any, dict[str, int | None]] = WeakKeyDictionary()
+"""Where the last record is in each run that counts its own steps, by root: several optimizers may log to one run."""
 
 
 class WandB:
@@ -41,28 +38,30 @@ class WandB:
 
     So a record goes to the step at which the run is: beside what others have
     logged there, or one further if that already has a record of ours. Its own
-    step index is the x-axis.
+    step index is the x-axis. What the training loop logs with ``step=`` may
+    then come too late, and W&B drops it: log it without.
 
     Args:
         find: returns the run, which may begin after the optimizer was made.
+        root: what all names begin with.
     """
 
-    def __init__(self, find: Callable[[], Any]) -> None:
-        self._find = find
+    def __init__(self, find: Callable[[], Any], root: str = ROOT) -> None:
+        self._find, self._root = find, root
 
     def __call__(self, record: StepRecord) -> None:
         """Log a record."""
         run = self._find()
-        if id(run) not in _written:
-            run.define_metric("step_optim/*", step_metric=STEP)
-        _, last = _written.get(id(run), (run, None))
+        places = _written.setdefault(run, {})
+        if self._root not in places:
+            run.define_metric(f"{self._root}/*", step_metric=f"{self._root}/step")
         step = _current_step(run)
         if step is None:
-            run.log(record.flat())
+            run.log(record.flat(self._root))
         else:
-            step += step == last
-            run.log(record.flat(), step=step)
-        _written[id(run)] = run, step  # holds the run, so that its id is no other's
+            step += step == places.get(self._root)
+            run.log(record.flat(self._root), step=step)
+        places[self._root] = step
 
     def alert(self, alert: Alert) -> None:
         """Send an alert, by e-mail or Slack if the user has said so there."""
@@ -83,12 +82,12 @@ def _current_step(run: Any) -> int | None:
 class Trackio:
     """Logs to trackio, or to one of its runs, which keep what is logged at any step."""
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    def __init__(self, run: Any, root: str = ROOT) -> None:
+        self._run, self._root = run, root
 
     def __call__(self, record: StepRecord) -> None:
         """Log a record."""
-        self._run.log(record.flat(), step=record.step)
+        self._run.log(record.flat(self._root), step=record.step)
 
     def alert(self, alert: Alert) -> None:
         """Send an alert: to the terminal, the dashboard, and a webhook if there is one."""
@@ -102,26 +101,29 @@ class Trackio:
 class TensorBoard:
     """Writes figures as scalars of their own, and alerts as texts, through a ``SummaryWriter``."""
 
-    def __init__(self, writer: Any) -> None:
-        self._writer, self._step = writer, 0
+    def __init__(self, writer: Any, root: str = ROOT) -> None:
+        self._writer, self._root = writer, root
 
     def __call__(self, record: StepRecord) -> None:
         """Write a record."""
-        self._step = record.step
-        for name, value in numbers(record).items():
+        for name, value in numbers(record, self._root).items():
             self._writer.add_scalar(name, value, global_step=record.step)
         self._writer.flush()
 
     def alert(self, alert: Alert) -> None:
-        """Write an alert, at the step of the record before."""
-        self._writer.add_text("step_optim/alerts", f"**{alert.title}.** {alert.text}", global_step=self._step)
+        """Write an alert."""
+        self._writer.add_text(f"{self._root}/alerts", f"**{alert.title}.** {alert.text}", global_step=alert.step)
         self._writer.flush()
 
 
 MOST = 1000
 """Metrics that MLflow takes at once."""
 
-_REFUSED = re.compile(r"[^/\w.\- :]")
+LONGEST = 250
+"""Characters of a name that MLflow takes."""
+
+_REFUSED = re.compile(r"[^\w.\- :]|_(?=x[0-9a-f]+_)|^\.+$|^$")
+"""What MLflow does not take in a part of a name, and what would be mistaken for its spelling."""
 
 
 class MLflow:
@@ -129,24 +131,30 @@ class MLflow:
 
     Args:
         log_metrics: takes a dict and ``step=``.
+        root: what all names begin with.
     """
 
-    def __init__(self, log_metrics: Callable[..., Any]) -> None:
-        self._log_metrics = log_metrics
+    def __init__(self, log_metrics: Callable[..., Any], root: str = ROOT) -> None:
+        self._log_metrics, self._root = log_metrics, root
 
     def __call__(self, record: StepRecord) -> None:
         """Log a record."""
-        for metrics in _in_parts({allowed(name): value for name, value in numbers(record).items()}, MOST):
+        figures = {_shortened(name): value for name, value in numbers(record, self._root, spelt).items()}
+        for metrics in _in_parts(figures, MOST):
             self._log_metrics(metrics, step=record.step)
 
 
-def allowed(name: str) -> str:
-    """Spell out what MLflow does not take in a name.
+def spelt(part: str) -> str:
+    """Spell out what MLflow does not take in a part of a name; no two are spelt alike.
 
-    >>> allowed("step_optim/accepted/slices/why?")
-    'step_optim/accepted/slices/why_x3f_'
+    >>> spelt("why?"), spelt("why_x3f_"), spelt("a/b"), spelt("..")
+    ('why_x3f_', 'why_x5f_x3f_', 'a_x2f_b', '_x2e__x2e_')
     """
-    return _REFUSED.sub(lambda character: f"_x{ord(character[0]):x}_", name)
+    return _REFUSED.sub(lambda found: "".join(f"_x{ord(c):x}_" for c in found[0]) or "_x_", part)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 17]}_{sha256(name.encode()).hexdigest()[:16]}"
 
 
 def _in_parts(values: Mapping[str, float], most: int) -> Iterator[dict[str, float]]:
@@ -158,9 +166,9 @@ def _in_parts(values: Mapping[str, float], most: int) -> Iterator[dict[str, floa
 class Accelerate:
     """Gives a record to each of an Accelerator's trackers as that tracker likes it, in the main process."""
 
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
-        self._wandb = WandB(lambda: accelerator.get_tracker("wandb", unwrap=True))
+    def __init__(self, accelerator: Any, root: str = ROOT) -> None:
+        self._accelerator, self._root = accelerator, root
+        self._wandb = WandB(lambda: accelerator.get_tracker("wandb", unwrap=True), root)
 
     def __call__(self, record: StepRecord) -> None:
         """Log a record."""
@@ -183,14 +191,15 @@ class Accelerate:
                     sink.alert(alert)
 
     def _sinks(self) -> Iterator[Any]:
+        root = self._root
         for tracker in self._accelerator.trackers:
             if tracker.name == "wandb":
                 yield self._wandb
             elif tracker.name == "mlflow":
-                yield MLflow(tracker.log)
+                yield MLflow(tracker.log, root)
             elif tracker.name == "trackio":
-                yield Trackio(tracker.tracker)
+                yield Trackio(tracker.tracker, root)
             elif tracker.name == "tensorboard":
-                yield TensorBoard(tracker.tracker)
+                yield TensorBoard(tracker.tracker, root)
             else:
-                yield lambda record, log=tracker.log: log(record.flat(), step=record.step)
+                yield lambda record, log=tracker.log: log(record.flat(root), step=record.step)

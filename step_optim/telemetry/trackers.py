@@ -9,34 +9,44 @@ from types import ModuleType
 from typing import Any
 
 from step_optim.telemetry.alerts import KINDS, Alerts, check_kinds
-from step_optim.telemetry.record import StepRecord
-from step_optim.telemetry.sinks import Accelerate, MLflow, Sink, TensorBoard, Trackio, WandB, everything, numbers
+from step_optim.telemetry.record import ROOT, StepRecord
+from step_optim.telemetry.sinks import Accelerate, MLflow, Sink, TensorBoard, Trackio, WandB, numbers
 
 
 class Tracker:
-    """A tracker for ``log=``, and what it is to send alerts about.
+    """A tracker for ``log=``, what it is to send alerts about, and a name for the optimizer.
 
-    A tracker that is given as it is sends all that it can: W&B and trackio
-    alerts, TensorBoard texts. See `Alerts` for when.
+    A tracker that is given as it is sends all alerts that it can: W&B and
+    trackio alerts, TensorBoard texts. See `Alerts` for when. Two optimizers
+    that log to one tracker need a name each.
 
     Args:
         tracker: see `tracker_sink`.
         alerts: of ``("trigger", "stall", "cap", "error")``.
+        name: all names begin with ``step_optim/<name>/``.
 
     Raises:
-        TypeError: no tracker.
-        ValueError: an unknown kind of alert.
+        TypeError: no tracker; alerts that are no tuple; a name that is no text.
+        ValueError: an unknown kind of alert; kinds that were chosen for a tracker without alerts; an empty name.
 
     >>> Tracker(print)
     Traceback (most recent call last):
         ...
-    TypeError: Tracker(<built-in function print>) is no tracker; functions go into log= as they are
+    TypeError: Tracker(<built-in function print>) is no tracker; paths and functions go into log= as they are
     """
 
-    def __init__(self, tracker: Any, *, alerts: Collection[str] = KINDS) -> None:
+    def __init__(self, tracker: Any, *, alerts: Collection[str] = KINDS, name: str | None = None) -> None:
         self.tracker, self.alerts = tracker, check_kinds(alerts)
-        if _plain_sink(tracker) is None:
-            raise TypeError(f"Tracker({tracker!r:.200}) is no tracker; functions go into log= as they are")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name={name!r} is no text; give one such as 'actor'")
+        if name is not None and not name.strip("/ "):
+            raise ValueError(f"name={name!r} is empty; give one such as 'actor', or None")
+        self.root = ROOT if name is None else f"{ROOT}/{name}"
+        sink = _plain_sink(tracker, self.root)
+        if sink is None:
+            raise TypeError(f"Tracker({tracker!r:.200}) is no tracker; paths and functions go into log= as they are")
+        if self.alerts and self.alerts != frozenset(KINDS) and not hasattr(sink, "alert"):
+            raise ValueError(f"alerts={alerts!r}: {type(tracker).__name__} has no alerts to send; leave alerts out")
 
 
 def tracker_sink(log: Any) -> Sink | None:
@@ -51,8 +61,8 @@ def tracker_sink(log: Any) -> Sink | None:
     Raises:
         TypeError: a ``log()`` that needs other arguments.
     """
-    kinds = log.alerts if isinstance(log, Tracker) else KINDS
-    sink = _plain_sink(log.tracker if isinstance(log, Tracker) else log)
+    named = isinstance(log, Tracker)
+    kinds, sink = (log.alerts, _plain_sink(log.tracker, log.root)) if named else (KINDS, _plain_sink(log))
     if sink is None or not hasattr(sink, "alert") or not kinds:
         return sink
     tell, write = Alerts(sink.alert, kinds), sink
@@ -64,7 +74,7 @@ def tracker_sink(log: Any) -> Sink | None:
     return both
 
 
-def _plain_sink(log: Any) -> Sink | None:
+def _plain_sink(log: Any, root: str = ROOT) -> Sink | None:
     """What gives a tracker its records, and may have an ``alert()``."""
     if isinstance(log, type):
         return None
@@ -74,23 +84,30 @@ def _plain_sink(log: Any) -> Sink | None:
     if name == "log" and (_counts_steps(owner) or _is_trackio(owner) or _is_a(owner, "accelerate", "Accelerator")):
         log = owner
     if _counts_steps(log):
-        return WandB(lambda: getattr(log, "run", None) or log if isinstance(log, ModuleType) else log)
+        return WandB(lambda: getattr(log, "run", None) or log if isinstance(log, ModuleType) else log, root)
     if _is_trackio(log):
-        return Trackio(log)
+        return Trackio(log, root)
     if _is_a(log, "accelerate", "Accelerator"):
-        return Accelerate(log)
+        return Accelerate(log, root)
     if callable(getattr(log, "add_scalar", None)) and callable(getattr(log, "add_text", None)):
-        return TensorBoard(log)
+        return TensorBoard(log, root)
     if _is_mlflow(log) or (name == "log_metrics" and _is_mlflow(owner)):
-        return MLflow((log if owner is None else owner).log_metrics)
+        return MLflow((log if owner is None else owner).log_metrics, root)
+
+    def everything(record: StepRecord) -> dict[str, Any]:
+        return record.flat(root)
+
+    def figures(record: StepRecord) -> dict[str, Any]:
+        return numbers(record, root)
+
     if name == "log" and _is_a(owner, "transformers", "Trainer"):
         return _with_step(log, log, everything)
     if name in ("log_metrics", "log_dict") and any(_is_a(owner, package, None) for package in _LIGHTNING):
-        return _with_step(log, log, numbers)
+        return _with_step(log, log, figures)
     if callable(getattr(log, "log", None)):
         return _with_step(log, log.log, everything)
     if callable(getattr(log, "log_metrics", None)):
-        return _with_step(log, log.log_metrics, numbers)
+        return _with_step(log, log.log_metrics, figures)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,62 @@ def test_a_module_without_step_is_refused() -> None:
         trainer_for(callbacks=[STEPCallback()]).fit(Module(lambda inner, policy: inner), loader())
 
 
-@pytest.mark.parametrize("names", ["trigger_rate", ("alpha",)])
-def test_unknown_figures_are_refused(names) -> None:
+def test_unknown_figures_are_refused() -> None:
     """With those that there are."""
-    with pytest.raises(ValueError, match="is no figure; choose from"):
-        STEPCallback(names)
+    with pytest.raises(ValueError, match="'alpha' is no figure; choose from"):
+        STEPCallback(("alpha",))
+    for names in ("trigger_rate", None):
+        with pytest.raises(TypeError, match="is no tuple"):
+            STEPCallback(names)
+
+
+class Several(Module):
+    """Three steps in each batch, by hand; only the first one is over budget."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__(wrap)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:
+        optimizer = self.optimizers()
+        for rate in (0.5, 1e-5, 1e-5):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+
+def test_all_steps_of_a_batch_count(tmp_path) -> None:
+    """A batch may make several, and the log has them."""
+    torch.manual_seed(0)
+    trainer = trainer_for(epochs=1, callbacks=[STEPCallback()], log_every_n_steps=15)
+    trainer.fit(Several(around(tmp_path, 1e-4)), loader())
+    records = read_log(tmp_path / "run.jsonl")
+    assert len(records) == 15
+    expected = summarise(records)["trigger_rate"]
+    assert 0 < expected < 1
+    assert float(trainer.callback_metrics["step_optim/trigger_rate"]) == pytest.approx(expected)
+
+
+class Falling(Module):
+    """Over budget in the first step alone."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = 0.5 if self.trainer.global_step == 0 else 1e-5
+        return self.loss(batch)
+
+
+def test_a_figure_that_is_not_measured_any_more_is_nan(tmp_path) -> None:
+    """Lightning would repeat the mean alpha of steps that are long over."""
+    torch.manual_seed(0)
+    options = {"logger": CSVLogger(tmp_path, flush_logs_every_n_steps=1), "log_every_n_steps": 1}
+    trainer = trainer_for(epochs=1, callbacks=[STEPCallback()], **options)
+    trainer.fit(Falling(around(tmp_path, 1e-3)), loader())
+    alphas = [float(row["step_optim/mean_alpha"]) for row in rows(tmp_path)]
+    assert 0 < alphas[0] < 1
+    assert all(math.isnan(alpha) for alpha in alphas[1:])
 
 
 def test_it_is_a_callback_of_lightnings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 from step_optim import Action, Budget, Gate, Ledger, STEPOptimizer, TokenKL, read_log, summarise
 from step_optim.hosts.columns import step_optimizer
+from step_optim.hosts.model_card import BEGIN, END, add_section
 from step_optim.hosts.trainer import STEPCallback
 from tests.hosts.common import differing, everything
 from tests.hosts.text import forget_accelerator, innermost, policy, quiet, seeded, texts
@@ -304,6 +306,8 @@ def test_a_card_that_is_not_there_is_begun_and_what_others_wrote_stays(tmp_path)
         ({"kl": on_control, "budget": -1.0}, ValueError, "mean=-1.0"),
         ({"kl": on_control, "budget": 1.0, "on_error": "stop"}, ValueError, "on_error='stop' is unknown"),
         ({"kl": on_control, "budget": 1.0, "controler": Gate()}, TypeError, "controler"),
+        ({"kl": 3, "budget": 1.0}, TypeError, "kl=3 is neither a KL closure nor a function of the model"),
+        ({"kl": lambda: 0.0, "budget": 1.0}, TypeError, "nor a function of the model"),
     ],
 )
 def test_bad_arguments_are_refused_when_it_is_made(arguments, error, text) -> None:
@@ -316,8 +320,122 @@ def test_a_trainer_without_step_is_refused(tmp_path) -> None:
     """A callback that was passed without its other half says so when training begins."""
     with pytest.raises(RuntimeError, match="found no STEPOptimizer"):
         plain(tmp_path, callbacks=[callback(tmp_path)], max_steps=1).train()
+    trainer = plain(tmp_path, max_steps=1)
+    STEPCallback().attach(trainer)
     with pytest.raises(RuntimeError, match="has no STEPOptimizer"):
-        STEPCallback().attach(plain(tmp_path, max_steps=1))
+        trainer.train()
+
+
+def test_a_second_trust_region_is_refused(tmp_path) -> None:
+    """Its budget would be ignored: where another callback or somebody else has wrapped the optimizer."""
+    trainer = seeded(lambda: plain(tmp_path, max_steps=1))
+    callback(tmp_path).attach(trainer)
+    callback(tmp_path, budget=1.0).attach(trainer)
+    with pytest.raises(RuntimeError, match=r"is a STEPOptimizer already, with Budget\(mean=0.001\)"):
+        trainer.train()
+    trainer = seeded(lambda: plain(tmp_path, max_steps=1))
+    trainer.create_optimizer()
+    trainer.optimizer = STEPOptimizer(trainer.optimizer, kl=on_control(trainer.model), budget=1e-3)
+    with pytest.raises(RuntimeError, match="is a STEPOptimizer already"):
+        callback(tmp_path, budget=1.0).attach(trainer)
+
+
+def test_what_is_set_after_it_was_attached_counts(tmp_path) -> None:
+    """As in a search over learning rates: each trial has a model and arguments of its own."""
+    arguments = quiet(transformers.TrainingArguments, tmp_path, max_steps=1, lr_scheduler_type="constant")
+    trainer = seeded(lambda: transformers.Trainer(args=arguments, model_init=lambda _: policy(), train_dataset=texts()))
+    step = callback(tmp_path).attach(trainer)
+    for rate in (1e-5, 1e-2):
+        trainer.args.learning_rate = rate
+        trainer.train(trial={})
+        assert step_optimizer(trainer.optimizer).last.lr[0] == rate
+    assert step._optimizer is step_optimizer(trainer.optimizer)
+
+
+class OwnOptimizer(transformers.Trainer):
+    """A Trainer that makes its optimizer itself."""
+
+    def create_optimizer(self, *_: Any) -> Any:
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        return self.optimizer
+
+
+def test_a_trainer_that_makes_its_optimizer_itself(tmp_path) -> None:
+    """Whatever `create_optimizer` returns is wrapped."""
+    arguments = quiet(transformers.TrainingArguments, tmp_path, max_steps=2)
+    trainer = seeded(lambda: OwnOptimizer(policy(), arguments, train_dataset=texts()))
+    callback(tmp_path, budget=1e-4).attach(trainer)
+    trainer.train()
+    check_history(trainer, tmp_path)
+    assert type(innermost(trainer.optimizer)) is torch.optim.SGD
+
+
+def test_rows_that_are_not_of_training_take_nothing(tmp_path) -> None:
+    """Evaluations under another name, and what users log."""
+
+    class Logging(transformers.Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.log({"mine": 1.0})
+            return super().compute_loss(*args, **kwargs)
+
+    arguments = quiet(transformers.TrainingArguments, tmp_path, max_steps=4, logging_steps=2)
+    trainer = seeded(lambda: Logging(policy(), arguments, train_dataset=texts(), eval_dataset=texts(2)))
+    callback(tmp_path).attach(trainer)
+    trainer.train()
+    check_history(trainer, tmp_path, every=2)
+    trainer.evaluate(metric_key_prefix="test")
+    assert "step_optim/step" not in trainer.state.log_history[-1]
+
+
+def test_the_table_of_a_notebook_has_columns(tmp_path, monkeypatch) -> None:
+    """It shows the loss alone of what the Trainer logs; whatever else there is, its lines get."""
+    shown = types.ModuleType("IPython.display")
+    shown.HTML, shown.display = (lambda html: html), (lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", shown)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    trainer = seeded(lambda: plain(tmp_path, max_steps=3))
+    trainer.add_callback(NotebookProgressCallback)
+    callback(tmp_path).attach(trainer)
+    (notebook,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, NotebookProgressCallback))
+    tables = []
+    begin = notebook.on_train_begin
+
+    def kept(*args: Any, **kwargs: Any) -> None:
+        begin(*args, **kwargs)
+        tables.append(notebook.training_tracker)
+
+    notebook.on_train_begin = kept
+    trainer.train()
+    head, *lines = tables[0].inner_table
+    assert {"Step", "Training Loss", "Largest KL", "Over budget", "Drift"} <= set(head)
+    records = read_log(tmp_path / "run.jsonl")
+    place = head.index("Largest KL")
+    assert [float(line[place]) for line in lines] == pytest.approx([record.accepted.mean for record in records])
+
+
+@pytest.mark.parametrize("given", ["adamw_torch", None, torch.optim.SGD([nn.Parameter(torch.zeros(1))])])
+def test_what_is_no_class_of_optimizers_is_refused(given, tmp_path) -> None:
+    """Now, and not when the Trainer calls it."""
+    with pytest.raises(TypeError, match="needs a class of optimizers"):
+        callback(tmp_path).around(given)
+
+
+def test_what_is_between_markers_of_others_stays(tmp_path) -> None:
+    """A card that speaks of the markers loses nothing, and a section without an end is refused."""
+    card = tmp_path / "README.md"
+    card.write_text(f"It has {BEGIN} and {END} in a line.\n\nPrecious.\n")
+    for _ in range(2):
+        add_section(card, f"{BEGIN}\nours\n{END}\n")
+    assert card.read_text() == f"It has {BEGIN} and {END} in a line.\n\nPrecious.\n\n{BEGIN}\nours\n{END}\n"
+    card.write_text(f"{BEGIN}\nours\n\n## My own results\n\nPrecious.\n")
+    with pytest.raises(ValueError, match="without a line"):
+        add_section(card, f"{BEGIN}\nours\n{END}\n")
+    assert "Precious." in card.read_text()
+    add_section(tmp_path / "new" / "README.md", "ours\n")
+    assert (tmp_path / "new" / "README.md").read_text() == "ours\n"
 
 
 def dpo(folder: Path, model: Any = None, **options: Any) -> Any:

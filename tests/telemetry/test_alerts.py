@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import types
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_a_constraint_is_told_when_it_has_been_quiet(gaps) -> None:
     found = told([record(now, bound) for now, bound in steps])
     assert [int(alert.text.split()[1].rstrip(":")) for alert in found] == [now for now, _ in expected]
     assert [alert.kind for alert in found] == ["cap" if bound == "drift" else "trigger" for _, bound in expected]
+    assert [alert.step for alert in found] == [now for now, _ in expected]
 
 
 @given(st.lists(st.sampled_from([Action.REJECT, Action.REJECT, Action.REJECT, Action.SHRINK]), max_size=120))
@@ -123,11 +125,51 @@ def test_a_budget_of_nothing_is_no_division() -> None:
     assert told([still])[0].text == "Step 0: mean is over its budget of 0; reject, alpha 0."
 
 
-@pytest.mark.parametrize("kinds", ["trigger", ("trigger", "alarm"), ["stalls"]])
-def test_unknown_kinds_are_refused(kinds) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "error"),
+    [("trigger", TypeError), (None, TypeError), (("trigger", "alarm"), ValueError), (["stalls"], ValueError)],
+)
+def test_unknown_kinds_are_refused(kinds, error) -> None:
     """With those that there are."""
-    with pytest.raises(ValueError, match=r"alerts=.*choose from \('trigger', 'stall', 'cap', 'error'\)"):
+    with pytest.raises(error, match=r"alerts=.*choose from \('trigger', 'stall', 'cap', 'error'\)"):
         Tracker(Board(), alerts=kinds)
+
+
+def test_what_a_tracker_cannot_do_is_refused() -> None:
+    """Chosen alerts for one that has none, empty names, and what is no tracker."""
+    with pytest.raises(ValueError, match="SimpleNamespace has no alerts to send"):
+        Tracker(types.SimpleNamespace(log=lambda values, step: None), alerts=("stall",))
+    with pytest.raises(ValueError, match="name='' is empty"):
+        Tracker(Board(), name="")
+    with pytest.raises(TypeError, match=r"Tracker\('run.jsonl'\) is no tracker"):
+        Tracker("run.jsonl")
+
+
+def test_a_gate_whose_patience_ends_is_told_of_once_in_a_while() -> None:
+    """Its record is that of the step which it let through."""
+    records = [record(step, "mean", stalled=step % 4 == 3) for step in range(3 * QUIET)]
+    found = told(records, ("stall",))
+    assert [alert.text for alert in found] == ["Step 3: the gate's patience was used up; shrink, alpha 0.5."]
+    again = told([*records, record(5 * QUIET, "mean", stalled=True)], ("stall",))
+    assert [alert.step for alert in again] == [3, 5 * QUIET]
+
+
+def test_two_kinds_of_errors_are_two_alerts_and_a_candidate_that_is_not_finite_is_one() -> None:
+    """A NaN is an error in the record, and what bound the step, too."""
+    errors = ["OSError: disk", "ValueError: no", "OSError: again"]
+    found = told([record(step, None, error=error) for step, error in enumerate(errors)])
+    assert [alert.text for alert in found] == ["Step 0: OSError: disk", "Step 1: ValueError: no"]
+    (alert,) = told([record(0, "not finite", Action.REJECT, error="the candidate's KL is not finite: mean nan")])
+    assert alert.kind == "trigger"
+
+
+def test_two_optimizers_have_names_of_their_own() -> None:
+    """Their curves do not mix."""
+    board = Board()
+    for name in ("actor", "critic"):
+        open_log(Tracker(board, name=name), dict)(record(0, "mean"))
+    found = {name for name, _, _ in board.scalars if name.endswith("candidate/mean")}
+    assert found == {"step_optim/actor/candidate/mean", "step_optim/critic/candidate/mean"}
 
 
 class Board:
@@ -161,9 +203,50 @@ def test_several_logs_get_every_record_also_if_one_fails(tmp_path) -> None:
 
 
 def test_a_list_is_checked_at_construction(tmp_path) -> None:
-    """Each of its parts, as if it stood alone."""
+    """Each of its parts, as if it stood alone; nothing twice, and no list in it."""
+    board = Board()
     with pytest.raises(TypeError, match="log=3 is neither"):
         open_log([tmp_path / "run.jsonl", 3], dict)
+    for twice in ([board, board], [tmp_path / "a.jsonl", str(tmp_path / "a.jsonl")]):
+        with pytest.raises(ValueError, match="twice; every record would be written twice"):
+            open_log(twice, dict)
+    with pytest.raises(ValueError, match="has a list in it"):
+        open_log([[board]], dict)
+
+
+def test_the_first_failure_of_several_logs_is_raised_and_an_interrupt_is_none(caplog) -> None:
+    """The others are logged; Ctrl-C stops at once."""
+
+    def fails(error: BaseException) -> Any:
+        def log(plain: dict[str, Any], step: int) -> None:
+            raise error
+
+        return log
+
+    with pytest.raises(OSError, match="first"):
+        open_log([fails(OSError("first")), fails(ValueError("second"))], dict)(record(0, None))
+    assert "second" in caplog.text
+    with pytest.raises(KeyboardInterrupt):
+        open_log([fails(KeyboardInterrupt()), fails(ValueError("second"))], dict)(record(0, None))
+
+
+def test_two_optimizers_that_write_one_file_are_told(tmp_path) -> None:
+    """The reader takes the second one's steps for those of a resumed run."""
+    sinks = [open_log(tmp_path / "run.jsonl", dict) for _ in range(2)]
+    sinks[0](record(0, None))
+    sinks[1](record(0, None))
+    with pytest.warns(UserWarning, match=r"run\.jsonl is written by another optimizer, too"):
+        sinks[0](record(1, None))
+    sinks[0](record(2, None))  # once
+
+
+def test_trackers_are_written_by_the_first_process_alone() -> None:
+    """As files are; functions are called in each."""
+    board, seen = Board(), []
+    for first in (True, False):
+        open_log([board, lambda plain, step: seen.append(step)], dict, lambda first=first: first)(record(7, None))
+    assert len({name for name, _, _ in board.scalars}) == len(board.scalars)
+    assert seen == [7, 7]
 
 
 def test_a_copy_goes_on_with_the_paths_of_a_list(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,8 +101,10 @@ def check_tensorboard(folder: Path) -> None:
     same([(each.step, each.value) for each in events.Scalars("step_optim/candidate/slices/why?")])
     assert [each.value for each in events.Scalars("step_optim/rejected")] == [0, 1, 0, 1, 0, 0]
     assert not any("budget/drift" in tag for tag in events.Tags()["scalars"])  # infinite, and no curve
-    texts = [each.tensor_proto.string_val[0].decode() for each in events.Tensors("step_optim/alerts/text_summary")]
+    alerts = events.Tensors("step_optim/alerts/text_summary")
+    texts = [each.tensor_proto.string_val[0].decode() for each in alerts]
     assert [text.partition("** ")[2] for text in texts] == TOLD
+    assert [each.step for each in alerts] == [1, 2]
 
 
 def check_mlflow(run: Any) -> None:
@@ -146,15 +149,16 @@ def wandb_records(folder: Path) -> list[Any]:
     return found
 
 
-def check_wandb(folder: Path) -> None:
-    import json
-
-    written = wandb_records(folder)
-    rows = [
+def wandb_rows(folder: Path) -> list[dict[str, Any]]:
+    return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in written
+        for record in wandb_records(folder)
         if record.WhichOneof("record_type") == "history"
     ]
+
+
+def check_wandb(folder: Path) -> None:
+    written, rows = wandb_records(folder), wandb_rows(folder)
     ours = [row for row in rows if "step_optim/step" in row]
     same([(row["step_optim/step"], float(row["step_optim/candidate/slices/why?"])) for row in ours])
     assert len({row["_step"] for row in ours}) == len(KLS)
@@ -239,6 +243,37 @@ def test_accelerate(name, bound, tmp_path, monkeypatch) -> None:
         "trackio": lambda: check_trackio("project"),
         "wandb": lambda: check_wandb(tmp_path),
     }[name]()
+
+
+ODD = ("why?", "why_x3f_", "/step", "", "..", "a/", "a", "a/b", "x" * 260, "ünï 日本", "mean")
+"""Slices whose names MLflow refuses, or may take for each other."""
+
+
+def test_mlflow_keeps_slices_with_odd_names_apart() -> None:
+    """Each has a curve of its own."""
+    mlflow = pytest.importorskip("mlflow")
+    moved = Movement(1.0, {name: float(place) for place, name in enumerate(ODD)})
+    with mlflow.start_run() as run:
+        open_log(mlflow, dict)(StepRecord(0, Action.COMMIT, moved, moved, Limits()))
+    metrics = mlflow.MlflowClient().get_run(run.info.run_id).data.metrics
+    found = [value for name, value in metrics.items() if name.startswith("step_optim/candidate/slices/")]
+    assert sorted(found) == [float(place) for place in range(len(ODD))]
+
+
+def test_two_optimizers_share_wandb_rows(tmp_path) -> None:
+    """With names of their own, and a training loop that logs at steps of its own, nothing is lost."""
+    wandb = pytest.importorskip("wandb")
+    run = wandb.init(project="test", dir=tmp_path)
+    sinks = [open_log(Tracker(run, name=name), dict) for name in ("actor", "critic")]
+    for step, record in enumerate(records()):
+        run.log({"loss": 1.0}, step=step)
+        for sink in sinks:
+            sink(record)
+    run.finish()
+    rows = [row for row in wandb_rows(tmp_path) if "loss" in row]
+    assert [row["_step"] for row in rows] == list(range(len(KLS)))
+    for name in ("actor", "critic"):
+        same([(row[f"step_optim/{name}/step"], float(row[f"step_optim/{name}/candidate/mean"])) for row in rows])
 
 
 def test_which_alerts_are_sent_is_the_users_choice(tmp_path) -> None:
