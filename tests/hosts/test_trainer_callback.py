@@ -338,6 +338,9 @@ def test_a_second_trust_region_is_refused(tmp_path) -> None:
     trainer.optimizer = STEPOptimizer(trainer.optimizer, kl=on_control(trainer.model), budget=1e-3)
     with pytest.raises(RuntimeError, match="is a STEPOptimizer already"):
         callback(tmp_path, budget=1.0).attach(trainer)
+    trainer.add_callback(callback(tmp_path, budget=1.0))
+    with pytest.raises(RuntimeError, match="is a STEPOptimizer already"):
+        trainer.train()
 
 
 def test_what_is_set_after_it_was_attached_counts(tmp_path) -> None:
