@@ -20,9 +20,6 @@ VERSION = 1
 
 FORMAT = "step_optim_flight"
 
-PARTIAL = ".partial"
-"""Ends the name of a file that is being written; one that a killed process has left is no step."""
-
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
@@ -105,17 +102,6 @@ def packed(
 def _on_cpu(tensor: Tensor) -> Tensor:
     """A copy of its elements alone: a view would be saved with all the memory that it is a view of."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
-
-
-def write(path: Path, data: memoryview) -> None:
-    """Write a file whole, or leave what was there: it gets its name when all of it is on the disk."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def read_kept(path: Path) -> KeptStep:

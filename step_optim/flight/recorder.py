@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from step_optim.controllers.base import Action
-from step_optim.flight.kept import PARTIAL, KeptStep, file_name, packed, read_kept, step_of, write
+from step_optim.flight.kept import KeptStep, file_name, packed, read_kept, step_of
+from step_optim.host.files import PARTIAL, check_writable, write_whole
 from step_optim.host.paths import user_path
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.snapshot.tensors import shard_count
@@ -76,7 +77,7 @@ class FlightRecorder:
         self.folder, self.max_bytes, self.keep, self.when = user_path(folder), max_bytes, keep, when
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"folder={str(folder)!r} is a file; give the path of a folder")
-        self.folder.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is refused now, not after a step
+        check_writable(self.folder, f"folder={str(folder)!r}")
         self._seen: int | None = None
         """The latest step that has ended."""
         self._ranks: dict[_File, tuple[bool, float, int]] = {}
@@ -112,7 +113,7 @@ class FlightRecorder:
             self._warn_of_size(record.step, size)
             return
         self._make_room(size)
-        write(self.folder / file_name(record.step), data)
+        write_whole(self.folder / file_name(record.step), data)
 
     def _selects(self, record: StepRecord) -> bool:
         return record.action is not Action.UNCHANGED and (self.when == "always" or record.triggered)

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from step_optim import Action, Budget, Gate, Interpolate, Project, STEPOptimizer, StepRecord, read_log
 from step_optim.flight import FlightRecorder, read_flight
-from step_optim.flight.kept import PARTIAL, packed
+from step_optim.flight.kept import packed
 from step_optim.flight.recorder import severity
+from step_optim.host.files import PARTIAL
 from step_optim.limits import Limits
 from step_optim.movement import Movement
 from tests.faults.lines import Tracer
