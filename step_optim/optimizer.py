@@ -135,7 +135,7 @@ class STEPOptimizer(AdjustableOptimizer):
         adaptive_rate = adaptive_rate or bool(warm_start)
         if adaptive_rate:
             check_rates(optimizer)
-        run = Run(budget, controller, named, adaptive_rate, recorder=recorder_of(recorder, optimizer))
+        run = Run(budget, controller, named, adaptive_rate, recorder=recorder_of(recorder, optimizer, budget))
         super().__init__(optimizer, run, Ranks(process_group))
         self._on_error, self._log = on_error, log
         self._snapshot_on = snapshot
@@ -237,7 +237,7 @@ class STEPOptimizer(AdjustableOptimizer):
         self._refuse_inside_window("remeasure()")
         return remeasured(self._site, kept, alphas)
 
-    def attribute(self, kept: KeptStep | None = None, *, by: By = "group", audits: int = 16) -> Attribution:
+    def attribute(self, kept: KeptStep | None = None, *, by: By | None = None, audits: int = 16) -> Attribution:
         """Tell which part of a kept step moved which slice; afterwards all is as before.
 
         Each part is rolled back to theta_t with the others at the candidate: its effect is K(candidate) - K(without
@@ -249,7 +249,8 @@ class STEPOptimizer(AdjustableOptimizer):
         Args:
             kept: one of `read_flight`; None for the latest that ``recorder=`` has kept.
             by: what the parts are: ``"group"``; ``"layer"``, by depth; ``"module"``, the owner of the parameter (of
-                LoRA's matrices the adapted module); a mapping name pattern -> part; or a function of the name.
+                LoRA's matrices the adapted module); a mapping name pattern -> part; or a function of the name. By
+                default the groups, if there are several, else the modules.
             audits: of more parts, those of the largest first-order predictions (or shares of the update) get their own
                 audit, and all others one together.
 

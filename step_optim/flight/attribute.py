@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,15 +18,17 @@ from step_optim.flight.visit import Site, Visit
 from step_optim.limits import Limits
 
 
-def attributed(site: Site, kept: KeptStep | None, by: By, audits: int) -> Attribution:
+def attributed(site: Site, kept: KeptStep | None, by: By | None, audits: int) -> Attribution:
     """Return which part of a kept step moved which slice; see `STEPOptimizer.attribute`."""
+    if by is None:
+        by = "group" if len(site.optimizer.param_groups) > 1 else "module"
     check_by(by)
     if isinstance(audits, bool) or not isinstance(audits, int):
-        raise TypeError(f"audits={audits!r} is no whole number")
+        raise TypeError(f"audits={audits!r} is no whole number; give 16, say")
     if audits < 2:
         raise ValueError(f"audits={audits} must be at least 2: one part, and all others together")
     visit = Visit(site, kept)
-    with visit, visit:
+    with torch.inference_mode(False), visit, visit:
         visit.begin()
         found = _Attributing(visit, site, by, audits).found()
         visit.end()
@@ -43,7 +46,7 @@ class _Attributing:
     """
 
     def __init__(self, visit: Visit, site: Site, by: By, audits: int) -> None:
-        self._visit, self._by, self._most = visit, by, audits
+        self._visit, self._site, self._by, self._most = visit, site, by, audits
         self._parts: dict[str, list[int]] = site.ranks.agree(
             parts_of(by, visit.kept.names, site.optimizer, site.snapshot) if site.ranks.first else {}
         )
@@ -74,6 +77,7 @@ class _Attributing:
             tuple(parts),
             self._visit.audits,
             self._gradients,
+            self._visit.kept.record.notes,
         )
 
     def _constraint(self) -> str:
@@ -99,7 +103,8 @@ class _Attributing:
 
     def _products(self, name: str) -> list[float]:
         self._gradients += 1
-        (normal,) = self._visit.trial.normals([name], self._visit.candidate, None)
+        with _requiring_grad(self._site.snapshot.parameters):
+            (normal,) = self._visit.trial.normals([name], self._visit.candidate, None)
         ends = zip(normal.gradient, self._visit.previous, self._visit.candidate, strict=True)
         return [_product(*each) for each in ends]
 
@@ -139,6 +144,19 @@ class _Attributing:
             {c: kl - without.get(c, math.nan) for c, kl in self._figures.items()},
             {c: math.fsum(products[place] for place in places) for c, products in first_order.items()},
         )
+
+
+@contextmanager
+def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Have gradients of parameters that were frozen since the step, too."""
+    frozen = [p for p in parameters if p.is_leaf and not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _product(gradient: Tensor, previous: Tensor, candidate: Tensor) -> float:

@@ -10,6 +10,9 @@ from typing import Any
 from step_optim.movement import Movement
 from step_optim.telemetry.record import jsonable
 
+WIDTH = 100
+"""Characters of a note in the table's head."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -36,9 +39,9 @@ class Part:
 
     @property
     def most(self) -> str | None:
-        """The slice on which this part has the largest effect; None without slices."""
+        """The slice on which this part has the largest effect; None if it has none on any."""
         slices = {name: effect for name, effect in self.effect.items() if name.startswith("slice:")}
-        known = {name: effect for name, effect in slices.items() if not math.isnan(effect)}
+        known = {name: effect for name, effect in slices.items() if effect != 0 and not math.isnan(effect)}
         return max(known, key=known.__getitem__).removeprefix("slice:") if known else None
 
 
@@ -71,6 +74,8 @@ class Attribution:
     """How many audits it took, the candidate's among them; without that of theta_t's policy, the reference."""
     gradients: int
     """How many gradients it took: a forward and a backward pass over the control set each."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What `note` said of the step: the ids of its batch, say."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; NaN and infinities become texts, as in `StepRecord.to_dict`."""
@@ -86,7 +91,8 @@ class Attribution:
         if not any(row[-1] for row in rows):
             head, rows = head[:-1], [row[:-1] for row in rows]
         title = f"step {self.step}, {self.constraint}: the candidate reads {figure:.3g} nats per token"
-        return "\n".join([title, *_aligned([head, *rows])])
+        notes = [f"{name}: {_listed(value)}" for name, value in self.notes.items()]
+        return "\n".join([title, *notes, *_aligned([head, *rows], left=(0, 5))])
 
     def _row(self, part: Part) -> list[str]:
         name, first = self.constraint, part.first_order.get(self.constraint)
@@ -114,18 +120,17 @@ def figures(movement: Movement, drift: Movement | None, *, tails: bool = False) 
     return found
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of one width each; the first and the last-named to the left, numbers to the right."""
+def _listed(value: Any) -> str:
+    """A note, or as many parts of it as fit on a line."""
+    shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return shown if len(shown) <= WIDTH else f"{shown[: WIDTH - 4]} ..."
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """Columns of one width each: texts at these places begin at the left, numbers end at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = [
-        not any(c.isdigit() for c in column) for column in ("".join(column[1:]) for column in zip(*rows, strict=True))
-    ]
-    left[0] = True
-    lines = [
-        "  ".join(
-            cell.ljust(width) if to_left else cell.rjust(width)
-            for cell, width, to_left in zip(row, widths, left, strict=True)
-        )
-        for row in rows
-    ]
-    return [line.rstrip() for line in lines]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
+    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,6 +28,10 @@ from step_optim.snapshot.weights import square
 from step_optim.step.auditor import Auditor
 from step_optim.step.fixed_reference import is_movement
 from step_optim.step.progress import Run
+
+TOLERANCE = 0.01
+"""Part of a KL by which two measurements of one candidate may differ before it is warned of: `Interpolate` searches
+alpha to 0.01."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ class Visit:
         self._anchor()
         self._auditor.start_from(self._auditor.drift() if self.limits.caps_drift else None)
         self.trial = self._auditor.trial(self._candidate(), 0, {}, str)
+        check_same(self.kept, self.trial.candidate)
 
     def _loaded(self) -> tuple[KeptStep, list[Tensor], list[Tensor]] | None:
         """Read the step; only the first process does, since the folder may be there alone."""
@@ -180,7 +186,12 @@ class Visit:
                 "load the run's checkpoint"
             )
         budget = _budget_of(limits)
-        budget.check_slices(kl.slices)
+        try:
+            budget.check_slices(kl.slices)
+        except ValueError as error:
+            raise ValueError(
+                f"step {self.kept.step} was made under other budgets than {kl!r} can judge: {error}"
+            ) from error
         return budget
 
     def _anchor(self) -> None:
@@ -239,6 +250,22 @@ class Visit:
     def end(self) -> None:
         """All processes have come so far: it stands on every one, or on none."""
         self._site.ranks.exchange(None)
+
+
+def check_same(kept: KeptStep, now: Point) -> None:
+    """Warn if the candidate reads otherwise than at the step: what is measured would not go with the record."""
+    then = kept.record
+    for what, before, after in (("", then.candidate, now.movement), ("a drift of ", then.candidate_drift, now.drift)):
+        if before is None or after is None or not before.is_finite:
+            continue
+        if not math.isclose(after.mean, before.mean, rel_tol=TOLERANCE):
+            warnings.warn(
+                f"the candidate of step {kept.step} reads {what}{after.mean:.4g} nats per token now, and read "
+                f"{before.mean:.4g} then, so what is measured does not go with the record: the KL closure "
+                "measures other prompts, or from another pi_ref, or buffers are others by now (BatchNorm's, which no "
+                "kept step has)",
+                stacklevel=4,
+            )
 
 
 def _budget_of(limits: Limits) -> Budget:

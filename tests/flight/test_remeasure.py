@@ -7,6 +7,7 @@ import functools
 import math
 import random
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,8 +251,55 @@ def test_whatever_happens_in_it_leaves_no_trace(tmp_path, fault):
     own = [at for at in places if at[0][0].startswith("flight/visit")]
     draw = random.Random(0)
     for at in [*draw.sample(own, min(len(own), 25)), *draw.sample(places, 20)]:
-        _, problem, optimizer = disturbed(tmp_path / "hit", fault, at)
+        _, problem, optimizer = disturbed(Path(tempfile.mkdtemp(dir=tmp_path)), fault, at)
         assert train(problem, optimizer, [2]) == expected, at
+
+
+def test_inference_mode_leaves_no_trace_either(tmp_path):
+    """An evaluation callback runs in it; tensors that are made there could not be written by the next step."""
+    left = []
+    for looks in (False, True):
+        problem, optimizer = recorded(tmp_path / str(looks))
+        train(problem, optimizer, 2)
+        if looks:
+            with torch.inference_mode():
+                inside = optimizer.remeasure(None, [0.5]), str(optimizer.attribute())
+            assert inside == (optimizer.remeasure(None, [0.5]), str(optimizer.attribute()))
+        left.append(train(problem, optimizer, [2, 3]))
+    assert left[0] == left[1]
+
+
+def test_parameters_that_were_frozen_since_have_their_part(tmp_path):
+    """Nothing has to be trained to look at a step; and they are frozen still."""
+    problem, optimizer = recorded(tmp_path)
+    train(problem, optimizer, 2)
+    expected = optimizer.attribute(by="module").to_dict()
+    for parameter in problem.model.parameters():
+        parameter.requires_grad_(False)
+    assert optimizer.attribute(by="module").to_dict() == expected
+    assert not any(parameter.requires_grad for parameter in problem.model.parameters())
+
+
+def test_both_say_if_the_candidate_reads_otherwise(tmp_path):
+    """A step that another closure has measured, by the bound one."""
+    problem, optimizer = recorded(tmp_path)
+    other = PolicyKL(lambda: problem.model(torch.full((3, 5), 0.1)), model=problem.model)
+    problem.backward(0)
+    optimizer.step(kl=other)
+    for call in (lambda: optimizer.remeasure(None, [0.5]), optimizer.attribute):
+        with pytest.warns(UserWarning, match=r"the candidate of step 0 reads .* and read"):
+            call()
+
+
+def test_an_attribution_has_the_notes_of_the_step(tmp_path):
+    """Which batch did it stands in the table's head."""
+    problem, optimizer = recorded(tmp_path)
+    problem.backward(0)
+    optimizer.note(batch=[3, 1, 4], source="math")
+    optimizer.step()
+    found = optimizer.attribute()
+    assert found.to_dict()["notes"] == {"batch": [3, 1, 4], "source": "math"}
+    assert str(found).splitlines()[1:3] == ["batch: 3, 1, 4", "source: math"]
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
