@@ -40,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _replay(runs, options)
         return _integrity(runs) if options.command == "integrity" else _summary(runs, as_json=options.json)
     except (OSError, ValueError, ImportError) as error:
-        print(f"step_optim: {error}", file=sys.stderr)
+        print(f"step-optim: {error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="step_optim", description=__doc__)
+    parser = argparse.ArgumentParser(prog="step-optim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     summary = commands.add_parser("summary", help="trigger rate, alpha, overhead ... of logs")
     summary.add_argument("--json", action="store_true", help="as one JSON object, by label")
@@ -149,6 +149,10 @@ def _replay(runs: dict[str, list[StepRecord]], options: argparse.Namespace) -> i
 
 def _replayed(label: str, records: list[StepRecord], budget: Sequence[str]) -> Replay:
     slices = dict.fromkeys(name for record in records for name in record.candidate.slices)
+    if not records:
+        raise ValueError(
+            f"{label}: the log has no steps, of which a budget could have caught any; give the log of a run"
+        )
     try:
         return replay(records, read_budget(budget, slices))
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -27,7 +28,8 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
         partial.write_bytes(data)
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
 
 

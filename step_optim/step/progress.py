@@ -126,7 +126,9 @@ class Run:
         if not anew:
             kl.load_state_dict(self.kl_state or self._first_policy(kl, origin))
         settle_origin(kl, self.kl, origin)
-        if self.stages is not None:
+        if self.stages is not None and self.kl_state and not anew and self.stages.resumed:
+            self.stages.measured_as_before()
+        elif self.stages is not None:
             self.stages.measured_from(origin)
         another = self.kl is not None and kl is not self.kl
         if anew or another:
@@ -218,7 +220,7 @@ class Run:
             progress, kl_state, budget = _read(state, self.controller, self.budget)
         stages, stage = self.stages, None if state is None else state.get("stage")
         if stages is not None and stage not in (None, stages.name):
-            progress = Progress(scale=progress.scale)  # moments go on; the figures are in the ledger
+            progress, kl_state = Progress(scale=progress.scale), {}  # moments go on; the rest is in the ledger
         elif stages is not None and stage is None and not stages.ledger.is_first:
             kl_state = {}  # of a run that had no ledger; pi_ref is the one of the first stage
         if state is not None and self.kl is not None:
@@ -232,8 +234,10 @@ class Run:
             if state is None:
                 return
             if stages is not None:
-                stages.resumed = stage in (None, stages.name)
+                stages.resumed = stage in (None, stages.name) and progress.step > 0
             if self.kl is not None:
+                if stages is not None and stages.resumed and kl_state:
+                    stages.measured_as_before()
                 self.kl.load_state_dict(kl_state)
                 self.kl_state = {}
             self.controller.load_state_dict(dict(state["controller"]))

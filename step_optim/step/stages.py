@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import warnings
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -14,10 +14,11 @@ import torch
 from step_optim.audit.closure import KLClosure
 from step_optim.budget import Budget
 from step_optim.controllers.base import Action
+from step_optim.host.files import write_whole
 from step_optim.host.ranks import Ranks
-from step_optim.movement import Movement
 from step_optim.path_length import PathLength
-from step_optim.telemetry.ledger import Ledger, Stage, read_stages
+from step_optim.telemetry.ledger import Ledger
+from step_optim.telemetry.ledger_file import Stage, policy_file, read_ledger
 from step_optim.telemetry.record import StepRecord
 
 
@@ -46,6 +47,7 @@ class Stages:
         self.resumed = False
         """Whether a checkpoint of this stage was loaded."""
         self._own = ledger.origin == "own"
+        """Whether displacement is from the stage's own start, or what it was told."""
         self._read_as: tuple[int, int] | None = None
         """As which process of how many pi_ref was read here."""
         found = ledger.found
@@ -65,8 +67,9 @@ class Stages:
         if self._begun:
             return
         ledger, ranks = self.ledger, self._ranks
-        views = ranks.exchange((ledger.is_first, ledger.stages, read_stages(ledger.path) if ranks.first else ()))
-        if any(is_first != views[0][0] for is_first, _, _ in views):
+        now = read_ledger(ledger.path)[1] if ranks.first else ()
+        views = ranks.exchange((ledger.is_first, ledger.id, ledger.stages, now))
+        if any(is_first != views[0][0] for is_first, *_ in views):
             raise RuntimeError(f"not all processes can read {ledger.path}; put it where all of them see it")
         ledger.begin(self, *views[0][1:])
         if self._read_as not in (None, (self._ranks.rank, self._ranks.size)):
@@ -80,9 +83,7 @@ class Stages:
 
     def _file(self, kl: KLClosure) -> Path:
         """Where pi_ref is: processes with prompts of their own have a file each."""
-        alone = kl.replica is not None or self._ranks.rank == 0
-        path = self.ledger.path
-        return path.with_name(f"{path.stem}.pi_ref{'' if alone else f'.{self._ranks.rank}'}.pt")
+        return policy_file(self.ledger.path, None if kl.replica is not None else self._ranks.rank)
 
     def pi_ref(self, kl: KLClosure) -> Mapping[str, Any]:
         """Return what the first stage has saved, for a KL closure to load; nothing if this is the first step of it.
@@ -102,7 +103,12 @@ class Stages:
             if self.ledger.is_first:
                 return {}
             raise ValueError(f"{file} is missing: the stages before have saved no pi_ref that {kl!r} needs; {remedies}")
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = _read_policy(file)
+        if saved["ledger"] != self.ledger.id:
+            raise ValueError(
+                f"{file} is the pi_ref of another ledger than {self.ledger.path}: that one was deleted or replaced, or "
+                "the file was copied. Delete it or move it away, or put its ledger back"
+            )
         size = self._ranks.size if kl.replica is None else 1
         try:
             if saved["processes"] != size:
@@ -119,16 +125,20 @@ class Stages:
         if origin != "keep":
             self._own = self.ledger.origin == "own" or origin is not None
 
+    def measured_as_before(self) -> None:
+        """Take note that pi_ref is the one of this stage's checkpoint."""
+        found = self.ledger.found
+        self._own = self.ledger.origin == "own" or (found is not None and found.origin == "own")
+
     def _save(self, kl: KLClosure) -> None:
         """Save pi_ref of the first stage, once."""
         file = self._file(kl)
         mine = kl.replica is None or self._ranks.first
         if self._own or not mine or not self.ledger.is_first or not kl.has_origin or file.exists():
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f"{file.name}.part")
-        torch.save({"processes": self._ranks.size if kl.replica is None else 1, "kl": kl.origin_state()}, aside)
-        os.replace(aside, file)
+        size, data = self._ranks.size if kl.replica is None else 1, io.BytesIO()
+        torch.save({"ledger": self.ledger.id, "processes": size, "kl": kl.origin_state()}, data)
+        write_whole(file, data.getbuffer())
 
     # -- figures ------------------------------------------------------------------------------------------------------
 
@@ -146,9 +156,8 @@ class Stages:
         """
         if record.action is Action.UNCHANGED:
             return
-        if kl is not None:
-            self._displaced = _displacement(record.reference_drift)
-            self._save(kl)
+        if kl is not None and record.reference_drift is not None:  # a step that failed has none, and moved nothing
+            self._displaced = record.reference_drift.mean, dict(record.reference_drift.slices)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if self._since is None:
             self._since = self._first_step(now)
@@ -164,6 +173,8 @@ class Stages:
             budget=repr(budget),
         )
         (self.ledger.write if self._ranks.first else self.ledger.enter)(stage)
+        if kl is not None:
+            self._save(kl)
 
     def _first_step(self, now: str) -> str:
         """Look at the entry that this process begins with; return when the stage began."""
@@ -175,8 +186,25 @@ class Stages:
         return found.began if self.resumed else now
 
 
-def _displacement(drift: Movement | None) -> tuple[float | None, Mapping[str, float]]:
-    return (None, {}) if drift is None else (drift.mean, dict(drift.slices))
+def _read_policy(file: Path) -> dict[str, Any]:
+    """Read what `Stages` has saved.
+
+    Raises:
+        ValueError: the file is damaged, or something else.
+    """
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or not saved.keys() >= {"ledger", "processes", "kl"}:
+            raise ValueError("it has other entries")
+    except OSError:
+        raise
+    except Exception as error:  # a file can be damaged in as many ways as torch has errors
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file}, a ledger's pi_ref, is damaged or another file ({type(error).__name__}: {first:.120}). Put it "
+            "back; or measure each stage from its own start, Ledger(..., origin='own')"
+        ) from error
+    return saved
 
 
 def _warn_of_restart(found: Stage) -> None:

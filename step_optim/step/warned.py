@@ -33,11 +33,12 @@ class Warned:
         self._few: set[str] = set()
         self._generalisation: set[str] = set()
         self._methods: set[str] = set()
-        self._used_up: set[tuple[str, float]] = set()
+        self._used_up: set[str] = set()
         self._no_gradient = False
 
     def of_budget(self, budget: Budget, kl: KLClosure) -> None:
         """Look at a budget that was set: it may be below the audit's noise, or limit slices of few prompts."""
+        self._used_up.clear()
         # A schedule is held against the noise in every step.
         self.of_noise = not budget.is_scheduled and below_noise(budget.at(0, kl.slices or ()), kl)
         new = [each for each in few_prompts(budget, kl) if each not in self._few]
@@ -108,14 +109,14 @@ class Warned:
         """Caps on the path have left nothing."""
         for name in map(limits.told, constraints):
             cap, slice_ = limits.of(name), name.partition(":")[2] or None
-            if (name, cap) in self._used_up:
+            if name in self._used_up:
                 continue
-            self._used_up.add((name, cap))
+            self._used_up.add(name)
             which, of = ("path", "") if slice_ is None else (f"path_slices[{slice_!r}]", f" of slice {slice_!r}")
             warnings.warn(
                 f"budget.{which}={cap:.6g} is used up: the path length{of} is {path.of(slice_):.6g} nats per token. "
-                "All further steps that would move the policy there are rejected. End the training here, or raise the "
-                f"cap: optimizer.set_budget(Budget({which.partition('[')[0]}=...))",
+                "Steps that would move the policy there are rejected as long as that is so. End the training here, or "
+                f"raise the cap: optimizer.set_budget(Budget({which.partition('[')[0]}=...))",
                 stacklevel=2,
             )
 

@@ -1,6 +1,7 @@
 """Telemetry: records of steps, logs and trackers, summaries, suggestions, replays, and whether conditions differed."""
 
-from step_optim.telemetry.ledger import Ledger, Stage
+from step_optim.telemetry.ledger import Ledger
+from step_optim.telemetry.ledger_file import Stage
 from step_optim.telemetry.log import JSONLWriter, Trace, open_log, read_log, read_trace
 from step_optim.telemetry.record import StepRecord, TrialRecord
 from step_optim.telemetry.replay import CaughtStep, Replay, replay

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from dataclasses import replace
 
 from step_optim.budget import AutoBudget, Budget
 from step_optim.limits import Limits
@@ -32,8 +34,13 @@ def answerable(budget: Budget) -> Budget:
     return budget
 
 
-def limits_of(record: StepRecord, budget: Budget) -> Limits:
+def limits_of(record: StepRecord, budget: Budget, slices: Collection[str] = ()) -> Limits:
     """Return a budget's limits at a step. All of them are on what was measured there, if the candidate is finite.
+
+    Args:
+        record: of the step.
+        budget: schedules are taken at its index.
+        slices: those of all steps of the log: at a step that has not measured one of these it is not limited.
 
     Raises:
         ValueError: the log does not have what is limited.
@@ -46,18 +53,25 @@ def limits_of(record: StepRecord, budget: Budget) -> Limits:
     """
     limits = budget.at(record.step, record.candidate.slices)
     if record.candidate.is_finite:
-        _check_slices(record, budget)
+        _check_slices(record, budget, slices)
         _check_measured(record, limits)
-    return limits
+    drift = record.candidate if record.candidate_drift is None else record.candidate_drift
+    elsewhere = {*slices} - {*record.candidate.slices}
+    return replace(
+        limits,
+        slices={name: limit for name, limit in limits.slices.items() if name not in elsewhere},
+        drift_slices={n: cap for n, cap in limits.drift_slices.items() if n not in elsewhere or n in drift.slices},
+    )
 
 
-def _check_slices(record: StepRecord, budget: Budget) -> None:
-    """Refuse limits on slices that a step does not have; one for all of them, where there are none."""
+def _check_slices(record: StepRecord, budget: Budget, elsewhere: Collection[str]) -> None:
+    """Refuse limits on slices that no step has; one for all of them, where there are none."""
     slices = record.candidate.slices
     drifts = slices if record.candidate_drift is None else record.candidate_drift.slices
     asked = budget.at(record.step, slices or ["any slice"])
     for part, by_slice, known in (("slices", asked.slices, slices), ("drift_slices", asked.drift_slices, drifts)):
-        missing = [name for name, limit in by_slice.items() if limit < math.inf and name not in known]
+        found = {*known, *elsewhere}
+        missing = [name for name, limit in by_slice.items() if limit < math.inf and name not in found]
         if missing:
             raise ValueError(
                 f"budget.{part} limits {missing[0]!r}, and step {record.step} of the log has "

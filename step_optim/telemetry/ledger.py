@@ -2,64 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from step_optim.host.files import check_writable
 from step_optim.host.paths import user_path
 from step_optim.path_length import PathLength
-from step_optim.telemetry.record import jsonable
-
-SCHEMA = 1
-"""Version of the file's format."""
-
-ORIGINS = ("first", "own")
-"""What displacement is measured from: the policy at the start of the first stage, or whatever the stage itself has."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage of training has done so far. KL figures are in nats per token."""
-
-    stage: str
-    """Its name."""
-    steps: int = 0
-    """Steps that were decided; rejected ones count."""
-    path: float = 0.0
-    """Sum of K_global over its committed steps."""
-    path_slices: Mapping[str, float] = field(default_factory=dict)
-    """Sum of K_s, by slice."""
-    displacement: float | None = None
-    """KL of its latest policy from pi_ref; None if the KL closure does not measure it."""
-    displacement_slices: Mapping[str, float] = field(default_factory=dict)
-    """The same by slice."""
-    origin: str = "first"
-    """Whose start pi_ref is: that of the ``"first"`` stage, or the stage's ``"own"``."""
-    began: str = ""
-    """When its first step was decided, ISO 8601 in UTC."""
-    ended: str = ""
-    """When its latest step was."""
-    budget: str = ""
-    """The budget of that step."""
-
-    @property
-    def length(self) -> PathLength:
-        """Its path length."""
-        return PathLength(self.path, self.path_slices)
-
-    @classmethod
-    def read(cls, plain: Mapping[str, Any]) -> Stage:
-        """Read what stands in a file; fields of newer versions are ignored."""
-        known = {each.name: plain[each.name] for each in fields(cls) if each.name in plain}
-        for name in ("path_slices", "displacement_slices"):
-            known[name] = {slice_: float(kl) for slice_, kl in plain[name].items()}
-        displacement = plain["displacement"]
-        known |= {"stage": str(plain["stage"]), "steps": int(plain["steps"]), "path": float(plain["path"])}
-        return cls(**known | {"displacement": None if displacement is None else float(displacement)})
+from step_optim.telemetry.ledger_file import ORIGINS, Stage, policies, read_ledger, write_ledger
+from step_optim.telemetry.summary import Summary
 
 
 class Ledger:
@@ -89,7 +43,8 @@ class Ledger:
 
     Raises:
         TypeError: a stage that is no text.
-        ValueError: another file than a ledger; a stage that others came after; an unknown origin.
+        ValueError: another file than a ledger, or one that cannot be written; a stage that others came after; an
+            unknown origin.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -104,15 +59,21 @@ class Ledger:
             raise TypeError(f"stage={stage!r} is no name; give a text, such as 'sft'")
         if origin not in ORIGINS:
             raise ValueError(f"origin={origin!r} is unknown; use 'first' or 'own'")
-        self.path, self.stage, self.origin = user_path(path), stage, origin
-        self.stages = read_stages(self.path)
+        if not isinstance(path, (str, Path)) or not str(path) or user_path(path).is_dir():
+            raise ValueError(f"path={path!r:.200} is no file; give one such as 'runs/ledger.json'")
+        self.path, self.stage, self.origin = user_path(path).absolute(), stage, origin
+        known, self.stages = read_ledger(self.path)
         """Those of the file, and this one as far as it is now."""
+        self.id = known or uuid4().hex
+        """Tells this ledger from others; it stands in its files."""
         names = [each.stage for each in self.stages]
         if stage in names[:-1]:
             raise ValueError(
                 f"stage={stage!r} ended when {names[names.index(stage) + 1]!r} began ({self.path}). Give a new stage a "
                 f"name of its own; or, to train on from there, Ledger(path).forget({names[names.index(stage) + 1]!r})"
             )
+        if stage is not None:
+            check_writable(self.path.parent, f"path={str(path)!r}")
         self._look()
         self._writer: object = None
         self._written: str | None = None
@@ -132,11 +93,12 @@ class Ledger:
         """Whether no stage came before this one."""
         return not self._earlier
 
-    def begin(self, writer: object, known: tuple[Stage, ...], now: tuple[Stage, ...]) -> None:
+    def begin(self, writer: object, name: str, known: tuple[Stage, ...], now: tuple[Stage, ...]) -> None:
         """Begin with what was read, unless another run has added to it since then.
 
         Args:
             writer: who enters the steps of this stage from now on; one alone may.
+            name: the first process's `id`.
             known: what the first process read when its ledger was made. Another one may have been too early for the
                 last step of the stage before.
             now: what it reads now.
@@ -146,12 +108,17 @@ class Ledger:
         """
         if self._writer is not None and self._writer is not writer:
             raise RuntimeError(f"{self!r} belongs to another optimizer already; make a Ledger for each")
+        if known and not now:
+            raise RuntimeError(
+                f"{self.path} has gone since Ledger(stage={self.stage!r}) was made, and with it the path length of the "
+                "stages before; put it back, or make the ledger anew"
+            )
         if now != known:
             raise RuntimeError(
                 f"{self.path} was written by another run since Ledger(stage={self.stage!r}) was made: its path length "
                 "would not be counted. Make the ledger and the optimizer of a stage once the stage before has ended"
             )
-        self._writer, self.stages = writer, known
+        self._writer, self.id, self.stages = writer, name, known
         self._look()
 
     def enter(self, stage: Stage) -> None:
@@ -170,7 +137,39 @@ class Ledger:
                 f"{self.path} was written by another run since the latest step of stage {self.stage!r}: two runs at "
                 "once cannot share a ledger, and a stage ends when the next one begins. Give each run its own file"
             )
-        self._written = write_stages(self.path, self.stages)
+        self._written = write_ledger(self.path, self.id, self.stages)
+
+    def end_at(self, checkpoint: Mapping[str, Any]) -> None:
+        """Let the last stage end at a checkpoint of it: later steps, whose weights are not gone on with, do not count.
+
+        Args:
+            checkpoint: the optimizer's ``state_dict()`` of that time.
+
+        Raises:
+            ValueError: it is of another stage, or of no `STEPOptimizer` with a ledger.
+        """
+        own = checkpoint.get("step_optim", {})
+        if not self.stages or own.get("stage") != self.stages[-1].stage:
+            last = self.stages[-1].stage if self.stages else None
+            raise ValueError(
+                f"the checkpoint is of stage {own.get('stage')!r}, and the last one in {self.path} is {last!r}; give "
+                "the state_dict() of that stage's STEPOptimizer"
+            )
+        summary = Summary(own["summary"])
+        figures = summary.figures()
+        self.stages = (
+            *self.stages[:-1],
+            replace(
+                self.stages[-1],
+                steps=summary.steps,
+                path=summary.path.mean,
+                path_slices=summary.path.slices,
+                displacement=figures["reference_drift"],
+                displacement_slices=figures["reference_drift_by_slice"],
+            ),
+        )
+        self._look()
+        self._written = write_ledger(self.path, self.id, self.stages)
 
     def forget(self, stage: str) -> None:
         """Drop a stage, and all after it, whose weights are not gone on with.
@@ -182,9 +181,9 @@ class Ledger:
         if stage not in names:
             raise ValueError(f"stage={stage!r} is not in {self.path}; it has {names}")
         self.stages = self.stages[: names.index(stage)]
-        self._written = write_stages(self.path, self.stages)
+        self._written = write_ledger(self.path, self.id, self.stages)
         if not self.stages:
-            for policy in self.path.parent.glob(f"{self.path.stem}.pi_ref*.pt"):
+            for policy in policies(self.path):
                 policy.unlink()
 
     def figures(self) -> dict[str, Any]:
@@ -256,36 +255,3 @@ def _text(value: float | None) -> str:
 
 def _length(stages: Sequence[Stage]) -> PathLength:
     return reduce(PathLength.plus, (stage.length for stage in stages), PathLength())
-
-
-def read_stages(path: Path) -> tuple[Stage, ...]:
-    """Read the stages of a ledger's file; none if there is no file.
-
-    Raises:
-        ValueError: it is another file, or of a newer version.
-    """
-    if not path.exists():
-        return ()
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        if (schema := plain["step_optim_ledger"]) > SCHEMA:
-            raise ValueError(f"it has schema {schema}, this version reads up to {SCHEMA}; upgrade")
-        return tuple(map(Stage.read, plain["stages"]))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a ledger ({type(error).__name__}: {error}); choose another path"
-        ) from error
-
-
-def write_stages(path: Path, stages: Sequence[Stage]) -> str:
-    """Write a ledger's file and return what stands in it.
-
-    A reader, and a run that is killed meanwhile, finds the old one or the new one.
-    """
-    plain = {"step_optim_ledger": SCHEMA, "stages": [jsonable(vars(stage)) for stage in stages]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    text = json.dumps(plain, allow_nan=False)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-    return text

@@ -180,7 +180,8 @@ def replay(records: Iterable[StepRecord], budget: Budget | Bound) -> Replay:
     """
     records, budget = list(records), answerable(Budget.of(budget))
     moved = [record for record in records if record.action is not Action.UNCHANGED and not _failed(record)]
-    limits = [limits_of(record, budget) for record in moved]
+    known = {name for record in moved for name in record.candidate.slices}
+    limits = [limits_of(record, budget, known) for record in moved]
     caught = [_caught(record, each) for record, each in zip(moved, limits, strict=True)]
     differs = [_differs(*step) for step in zip(moved, limits, caught, strict=True)]
     before = differs.index(True) if any(differs) else len(moved)
@@ -223,6 +224,8 @@ def _differs(record: StepRecord, limits: Limits, caught: CaughtStep | None) -> b
     """Whether the other budget would have led to another decision; see `replay`."""
     if caught is None or not record.triggered:
         return record.triggered or caught is not None
+    if (record.bound or "").partition(":")[0] == "path":  # a cap that the other budget does not have
+        return True
     if record.action is Action.REJECT:
         return caught.interval[0] > 0
     if caught.bound == NOT_FINITE:

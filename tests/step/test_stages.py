@@ -12,8 +12,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from step_optim import (
     Budget,
@@ -31,6 +33,7 @@ from step_optim.controllers import Action
 from tests import reference
 from tests.hosts import rank_jobs as jobs
 from tests.hosts.ranks import on_ranks
+from tests.hosts.text import forget_accelerator
 from tests.models import tiny_llama
 from tests.strategies import INNER, Problem, bits, policy_problem, token_problem, wrap
 
@@ -74,6 +77,8 @@ class Oracle:
 
     def begin(self, weights) -> None:
         """A new stage, with an optimizer of its own."""
+        if self.moved and not self.stepped:  # resumed, and not gone on with: its later steps are of no weights
+            Ledger(self.file).end_at(self.saved[1])
         self.stage = f"stage {len(self.moved)}"
         self.moved[self.stage] = []
         self.saved = copy.deepcopy((weights, None, []))
@@ -90,7 +95,7 @@ class Oracle:
         self.optimizer = wrap(self.problem, self._budget, self._controller, ledger=ledger)
         if state is not None:
             self.optimizer.load_state_dict(state)
-        self.moved[self.stage] = moved
+        self.moved[self.stage], self.stepped = moved, False
 
     def save(self) -> None:
         state = self.problem.model.state_dict(), self.optimizer.state_dict(), self.moved[self.stage]
@@ -102,6 +107,7 @@ class Oracle:
             self.problem.backward(self.turn)
             self.optimizer.step()
             self.moved[self.stage].append(self.optimizer.last.accepted)
+            self.stepped = True
             self.check()
         elif what == "save":
             self.save()
@@ -201,7 +207,7 @@ def test_the_next_stage_may_load_the_optimizer_of_the_one_before(tmp_path) -> No
 
 
 def test_a_stage_without_its_checkpoint_is_told_that_its_path_is_lost(tmp_path) -> None:
-    """Once, by the first step that counts; a checkpoint says better, also that of step 0."""
+    """Once, by the first step that counts; a checkpoint says better, but for that of step 0."""
     problem = still_problem()
     optimizer = stage(problem, tmp_path, "sft")
     at_0 = copy.deepcopy(optimizer.state_dict())
@@ -217,8 +223,124 @@ def test_a_stage_without_its_checkpoint_is_told_that_its_path_is_lost(tmp_path) 
     fresh = still_problem()
     resumed = stage(fresh, tmp_path, "sft")
     resumed.load_state_dict(at_0)
-    train(fresh, resumed, 1)
+    with pytest.warns(UserWarning, match="has 3 steps of stage 'sft'"):
+        train(fresh, resumed, 1)
     assert Ledger(tmp_path / "ledger.json").stages[0].steps == 1
+
+
+def test_a_restart_under_accelerate_is_told_too(tmp_path) -> None:
+    """Its wrapper loads the optimizer's own state into it, which is no resume."""
+    problem = still_problem()
+    train(problem, stage(problem, tmp_path, "sft"))
+    moved = again(problem)
+    optimizer = Accelerator(cpu=True).prepare(stage(moved, tmp_path, "sft"))
+    moved.backward(0)
+    with pytest.warns(UserWarning, match="has 3 steps of stage 'sft'"):
+        optimizer.step()
+    forget_accelerator()
+
+
+def test_a_policy_of_another_ledger_is_refused(tmp_path) -> None:
+    """The ledger was deleted, and its pi_ref forgotten: drift would be from another training."""
+    problem = still_problem()
+    train(problem, stage(problem, tmp_path, "sft"))
+    (tmp_path / "ledger.json").unlink()
+    with pytest.raises(ValueError, match=r"ledger.pi_ref.pt is the pi_ref of another ledger .* Delete it"):
+        stage(still_problem(seed=5), tmp_path, "sft")
+    (tmp_path / "ledger.pi_ref.pt").unlink()
+    other = still_problem(seed=5)
+    train(other, stage(other, tmp_path, "sft"), 1)
+    first = Ledger(tmp_path / "ledger.json").stages[0]
+    assert first.displacement == pytest.approx(first.path, rel=1e-3)
+
+
+def test_a_kill_between_both_files_can_go_on(tmp_path) -> None:
+    """The ledger comes first: without its pi_ref the first stage saves one anew."""
+    problem = still_problem()
+    optimizer = stage(problem, tmp_path, "sft")
+    train(problem, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    (tmp_path / "ledger.pi_ref.pt").unlink()
+    resumed = stage(again(problem), tmp_path, "sft")
+    resumed.load_state_dict(saved)
+    moved = again(problem)
+    resumed = stage(moved, tmp_path, "sft")
+    resumed.load_state_dict(saved)
+    train(moved, resumed, 1)
+    assert (tmp_path / "ledger.pi_ref.pt").exists()
+    assert Ledger(tmp_path / "ledger.json").stages[0].steps == 2
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", None, "other"])
+def test_a_damaged_policy_is_named(tmp_path, data) -> None:
+    """With what can be done."""
+    problem = still_problem()
+    train(problem, stage(problem, tmp_path, "sft"))
+    file = tmp_path / "ledger.pi_ref.pt"
+    if data == "other":
+        torch.save({"weight": torch.zeros(2)}, file)
+    else:
+        file.write_bytes(file.read_bytes()[:-100] if data is None else data)
+    with pytest.raises(ValueError, match=r"ledger.pi_ref.pt, a ledger's pi_ref, is damaged or another file"):
+        stage(again(problem), tmp_path, "dpo")
+
+
+def test_a_resumed_stage_measures_from_where_it_did(tmp_path) -> None:
+    """What was bound with origin="now" is from there still, and has its star."""
+    first = still_problem()
+    train(first, stage(first, tmp_path, "sft"))
+    second = again(first)
+    optimizer = stage(second, tmp_path, "dpo")
+    optimizer.bind(second.kl, origin="now")
+    train(second, optimizer, 2)
+    assert [each.origin for each in Ledger(tmp_path / "ledger.json").stages] == ["first", "own"]
+    saved = copy.deepcopy(optimizer.state_dict())
+    for bound_first in (True, False):
+        third = again(second)
+        resumed = stage(third, tmp_path, "dpo")
+        if not bound_first:
+            ledger = Ledger(tmp_path / "ledger.json", stage="dpo")
+            resumed = STEPOptimizer(third.optimizer, budget=1e-3, ledger=ledger)
+        resumed.load_state_dict(copy.deepcopy(saved))
+        if not bound_first:
+            resumed.bind(third.kl)
+        train(third, resumed, 1)
+        stages = Ledger(tmp_path / "ledger.json").stages
+        assert [each.origin for each in stages] == ["first", "own"]
+        assert stages[-1].displacement == resumed.last.reference_drift.mean
+
+
+def test_displacement_stays_known_where_a_step_fails(tmp_path, monkeypatch) -> None:
+    """It moved nothing."""
+    problem = still_problem()
+    optimizer = stage(problem, tmp_path, "sft", on_error="reject")
+    train(problem, optimizer, 2)
+    known = Ledger(tmp_path / "ledger.json").stages[0].displacement
+    monkeypatch.setattr(problem.kl, "audit_with_drift", lambda: 1 / 0)
+    problem.backward(2)
+    optimizer.step()
+    assert optimizer.last.error is not None
+    entry = Ledger(tmp_path / "ledger.json").stages[0]
+    assert (entry.steps, entry.displacement) == (3, known)
+
+
+def test_a_stage_may_end_at_an_older_checkpoint(tmp_path) -> None:
+    """The next one goes on from the weights that were best: later steps do not count."""
+    problem = still_problem()
+    optimizer = stage(problem, tmp_path, "sft")
+    train(problem, optimizer, 2)
+    best, saved = again(problem), copy.deepcopy(optimizer.state_dict())
+    then = Ledger(tmp_path / "ledger.json").stages[0]
+    train(problem, optimizer, 3)
+    ledger = Ledger(tmp_path / "ledger.json")
+    ledger.end_at(saved)
+    now = Ledger(tmp_path / "ledger.json").stages[0]
+    assert (now.steps, now.path, now.path_slices) == (2, then.path, then.path_slices)
+    assert (now.displacement, now.displacement_slices) == (then.displacement, then.displacement_slices)
+    train(best, stage(best, tmp_path, "dpo"), 1)
+    for wrong in (saved, {}, torch.optim.SGD([nn.Parameter(torch.zeros(1))]).state_dict()):
+        with pytest.raises(ValueError, match=r"the checkpoint is of stage .* is 'dpo'"):
+            Ledger(tmp_path / "ledger.json").end_at(wrong)
 
 
 def test_steps_that_move_nothing_before_a_checkpoint_is_loaded_leave_the_entry(tmp_path) -> None:
@@ -416,10 +538,10 @@ def test_a_step_stands_where_the_ledger_cannot_be_written(tmp_path) -> None:
     problem = still_problem()
     optimizer = stage(problem, tmp_path / "runs", "sft", log=tmp_path / "run.jsonl")
     train(problem, optimizer, 1)
-    blocked = tmp_path / "runs" / "ledger.json.part"
+    blocked = tmp_path / "runs" / "ledger.json.partial"
     blocked.mkdir()
     problem.backward(1)
-    with pytest.raises(OSError, match=r"ledger\.json\.part"):
+    with pytest.raises(OSError, match=r"ledger\.json\.partial"):
         optimizer.step()
     assert optimizer.last.action is not Action.REJECT
     assert len(read_log(tmp_path / "run.jsonl")) == 2

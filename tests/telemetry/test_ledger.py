@@ -106,12 +106,76 @@ def test_a_newer_ledger_is_refused(tmp_path) -> None:
         ({"stage": ""}, TypeError, "stage='' is no name"),
         ({"stage": 3}, TypeError, "stage=3 is no name; give a text"),
         ({"stage": "sft", "origin": "last"}, ValueError, "origin='last' is unknown; use 'first' or 'own'"),
+        ({"path": ""}, ValueError, "path='' is no file"),
+        ({"path": 3}, ValueError, "path=3 is no file"),
+        ({"path": "."}, ValueError, "path='.' is no file"),
+        ({"path": "/proc/no/ledger.json", "stage": "sft"}, ValueError, "nothing can be written there"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, arguments, error, message) -> None:
     with pytest.raises(error, match=message):
-        Ledger(tmp_path / "ledger.json", **arguments)
+        Ledger(**{"path": tmp_path / "ledger.json"} | arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("path", -5.0),
+        ("path", "NaN"),
+        ("path", "Infinity"),
+        ("path_slices", {"math": -1.0}),
+        ("displacement", "NaN"),
+        ("steps", -3),
+        ("steps", 1.5),
+        ("origin", "foo"),
+        ("stage", ""),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, name, value) -> None:
+    """A cap would count with it."""
+    path = tmp_path / "ledger.json"
+    Ledger(path, stage="sft").write(Stage("sft", 2, 0.25, {"math": 0.5}, 0.5))
+    plain = json.loads(path.read_text())
+    plain["stages"][0][name] = value
+    path.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=rf"ledger\.json cannot be read as a ledger \(ValueError: {name}"):
+        Ledger(path, stage="dpo")
+
+
+def test_two_entries_of_one_stage_are_refused(tmp_path) -> None:
+    """Nobody knows which one counts."""
+    path = tmp_path / "ledger.json"
+    Ledger(path, stage="sft").write(Stage("sft", 2, 0.25))
+    plain = json.loads(path.read_text())
+    plain["stages"] *= 2
+    path.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match="two of its stages have one name"):
+        Ledger(path)
+
+
+def test_only_its_own_policies_are_forgotten(tmp_path) -> None:
+    """Also beside a name that means something to a shell."""
+    for stem in ("ledger", "run[1]"):
+        ledger = Ledger(tmp_path / f"{stem}.json", stage="sft")
+        ledger.write(Stage("sft", 2, 0.25))
+        mine = [tmp_path / f"{stem}.pi_ref{rank}.pt" for rank in ("", ".1")]
+        others = [tmp_path / f"{stem}.pi_ref_of_mine.pt", tmp_path / "run1.pi_ref.pt"]
+        for file in (*mine, *others):
+            file.touch()
+        ledger.forget("sft")
+        assert not any(file.exists() for file in mine)
+        assert all(file.exists() for file in others)
+
+
+def test_a_ledger_stays_where_it_is(tmp_path, monkeypatch) -> None:
+    """Though the process goes elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger("ledger.json", stage="sft")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ledger.write(Stage("sft", 2, 0.25))
+    assert (tmp_path / "ledger.json").exists()
 
 
 def test_a_stage_that_others_came_after_is_over(tmp_path) -> None:

@@ -619,3 +619,29 @@ def test_the_command_needs_a_budget(log, arguments) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["replay", log, *arguments])
     assert stopped.value.code == 2
+
+
+def test_a_rejection_by_a_used_up_path_differs() -> None:
+    """The other budget has no such cap; what it would have committed nobody knows from the run's decision."""
+    used_up = Limits(mean=0.0, path=0.01, lowered=("mean",))
+    record = StepRecord(0, Action.REJECT, Movement(0.02), Movement(0.0), used_up, True, "path", alpha=0.0)
+    assert replay([record], Budget(mean=0.005)).first_difference == 0
+
+
+def test_slices_that_come_and_go_are_limited_where_they_are() -> None:
+    """A name that no step has is refused still."""
+    steps = [
+        StepRecord(step, Action.COMMIT, moved, moved, Limits())
+        for step, moved in enumerate((Movement(0.01, {"a": 0.01}), Movement(0.02, {"a": 0.01, "b": 0.03})))
+    ]
+    found = replay(steps, read_budget(["slices=0.015", "slice:a=0.02"], ["a", "b"]))
+    assert [(caught.step, caught.bound) for caught in found.caught] == [(1, "slice:b")]
+    with pytest.raises(ValueError, match=r"budget\.slices limits 'c'"):
+        replay(steps, Budget(slices={"c": 0.01}))
+
+
+def test_a_log_without_steps_is_refused(tmp_path, capsys) -> None:
+    """No budget would have caught any."""
+    (tmp_path / "run.jsonl").write_text('{"step_optim": 1}\n')
+    assert main(["replay", str(tmp_path / "run.jsonl"), "--budget", "0.01"]) == 2
+    assert "the log has no steps" in capsys.readouterr().err
