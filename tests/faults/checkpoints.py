@@ -66,7 +66,7 @@ class Checkpoints:
         return list(_load(world, whole, checkpoint, good, path))
 
     def _run(self, folder: Path, steps: int) -> World:
-        world = build(self._scenario, folder)
+        world = build(self._scenario, Path(tempfile.mkdtemp(dir=folder)))  # a log is one optimizer's
         for step in range(steps):
             world.step(step)
         return world

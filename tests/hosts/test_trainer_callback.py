@@ -216,9 +216,10 @@ def test_the_optimizer_of_the_arguments(tmp_path) -> None:
     assert type(made.optimizer).__name__ == "Adafactor"
 
 
-def test_embeddings_of_8_bit_optimizers_stay_in_32(tmp_path) -> None:
+def test_embeddings_of_8_bit_optimizers_stay_in_32(tmp_path, monkeypatch) -> None:
     """The Trainer looks for bitsandbytes in the name of the class, and has to find it."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bitsandbytes.optim.GlobalOptimManager, "_instance", None)  # what is asked for here is for here
     trainer = seeded(lambda: plain(tmp_path, max_steps=1, optim="adamw_bnb_8bit"))
     callback(tmp_path).attach(trainer)
     trainer.train()
