@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,21 +14,17 @@ from step_optim.audit.closure import Draw, Normal
 from step_optim.audit.distributions import Kept, same_constants
 from step_optim.audit.draws import checked_every
 from step_optim.audit.logit_kl import LogitKL
-from step_optim.audit.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
 from step_optim.audit.parameters import tensors_of
+from step_optim.audit.policy_noise import AtRest
 from step_optim.audit.policy_output import Output, same_mask, with_rows
 from step_optim.audit.reference_kl import Incomparable
 from step_optim.audit.rows import Rows
 from step_optim.control.control_set import checked_slices
 from step_optim.host.modules import has_fsdp
 from step_optim.isolation.eval_mode import isolated
-from step_optim.isolation.stand_ins import standing_in
 from step_optim.movement import Movement
 
 REDUCTIONS = (None, "sum", "mean")
-
-NO_POLICY = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
-"""What distributions raise of parameters that are none: a scale below 0, a matrix that is not positive definite."""
 
 
 class PolicyKL(LogitKL):
@@ -126,7 +121,7 @@ class PolicyKL(LogitKL):
         self._check_transforms()
         if noise_floor:
             self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
-            self.noise_floor = self._measured(self._measure_noise)
+            self.noise_floor = self._measured(self._at_rest.noise_floor)
         self.every = checked_every(every, held_out=held_out is not None)
         if pool is not None and pool is held_out:
             raise ValueError("pool and held_out are one object; held-out observations have to be others")
@@ -308,49 +303,12 @@ class PolicyKL(LogitKL):
         token = float(tokens.max()) if self.has_tokens else None
         return Movement.over(tokens.mean(1).tolist(), self.members, token=token)
 
-    def _measure_noise(self) -> NoiseFloor | None:
-        """Read the policy at rest, and moved by less and less; every process calls fn equally often."""
-        here = self._policy()
-        self._check_rest(*self._movements(self._policy(), here))
-        called = self.used
-        if not called or any(has_fsdp(module) for module in called):
-            return None
-        held = (p for module in called for p in module._parameters.values() if p is not None)
-        weights = trained_weights(p for p in held if p.requires_grad)
-        if not weights:
-            self._warn_unless_moved(weights)
-            return None
-        ladder = read_ladder(weights, self._policy_at, lambda now, before: self._movements(now, before)[0], here)
-        if ladder.is_still:
-            self._warn_unless_moved(weights)
-        return None if ladder.is_still else ladder.floor(narrowest(weight.dtype for weight in weights))
+    @property
+    def _at_rest(self) -> AtRest:
+        def movement(now: Any, before: Any) -> Movement:
+            return self._movements(now, before)[0]
 
-    def _policy_at(self, moved: Mapping[int, Tensor]) -> Rows | Kept | None:
-        """The policy with other tensors in the place of weights; None if they give none."""
-        with standing_in(self.used, moved):
-            try:
-                output = self._evaluate()
-            except NO_POLICY:
-                return None
-            return self._kept(output)
-
-    def _warn_unless_moved(self, weights: Sequence[Tensor]) -> None:
-        """Warn, unless fn reads anything else that is trained, a bare parameter say: a graph leads there."""
-        with standing_in(self.used, {id(w): w.detach() for w in weights}), torch.enable_grad():
-            out = self.fn()
-        if not any(tensor.requires_grad for tensor in tensors_of(out).values()):
-            _warn_of_rest(weights)
-
-    def _check_rest(self, still: Movement) -> None:
-        if math.isnan(still.mean):
-            raise ValueError("the policy that fn returned has NaN in it; repair the model, or what fn makes of it")
-        if still.mean != 0:
-            raise ValueError(
-                f"unmoved weights read K = {still.mean:.3g} nats instead of 0 (worst {still.worst}): fn draws random "
-                "numbers in eval mode (samples its observations, dropout by a functional call), keeps a state, or is "
-                "not deterministic. Give it fixed observations and a function of the weights alone, or accept that "
-                "much noise with noise_floor=False"
-            )
+        return AtRest(self.fn, self._evaluate, self._kept, movement, lambda: self.used)
 
     def state_dict(self) -> dict[str, Any]:
         """pi_ref: rows of logits, or the tensors of its distribution by attribute path."""
@@ -384,13 +342,3 @@ class PolicyKL(LogitKL):
     def __repr__(self) -> str:
         kind = "logits" if self.has_logits else "distribution"
         return f"PolicyKL({self.prompts} observations, {kind}, slices={list(self.members)})"
-
-
-def _warn_of_rest(weights: Sequence[Tensor]) -> None:
-    moved = f"it read next to 0 when their {len(weights)} trained tensors were moved by {SIZES[0]:.0%}"
-    found = moved if weights else "none of their parameters requires gradients"
-    warnings.warn(
-        f"nothing that is trained moves this policy. Of the modules that fn calls: {found}. Every step would be "
-        "committed. Let fn call the model that is trained, not a copy of it; noise_floor=False leaves this check out",
-        stacklevel=5,
-    )
