@@ -357,6 +357,7 @@ class PolicyKL(MovingKL):
         return AtRest(self.fn, self._evaluate, self._kept, movement, lambda: self.used)
 
     def _reads_beside(self) -> bool:
+        self._evaluate()  # finds the modules
         return self._at_rest.reads_beside([p for module in self.used for p in module.parameters(recurse=False)])
 
     def _origin_state(self) -> dict[str, Any]:
