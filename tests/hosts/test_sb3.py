@@ -214,11 +214,13 @@ def resumed(model: Any, step: STEPCallback, seed: int = 7) -> Any:
 
 
 @pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize("budget", [1e-3, Budget(mean=1e-3, drift=2e-3)], ids=["mean", "drift"])
+@pytest.mark.parametrize(
+    "budget", [Budget(mean=1e-3), Budget(mean=1e-3, drift=2e-3), Budget.auto(8, 0.2)], ids=["mean", "drift", "auto"]
+)
 def test_a_saved_model_goes_on_as_it_would_have(name, budget, tmp_path) -> None:
     """Weights, moments, figures, drift and path, bit for bit; the checkpoint is the bare library's to read, too."""
     case = CASES[name]
-    model, step = case.model(), STEPCallback(budget)
+    model, step = case.model(), STEPCallback(budget, observations=5)
     model.learn(STEPS, callback=step)
     model.save(tmp_path / "model")
     loaded = case.algorithm.load(tmp_path / "model", env=case.env(), device="cpu")
@@ -227,9 +229,9 @@ def test_a_saved_model_goes_on_as_it_would_have(name, budget, tmp_path) -> None:
     assert equal(loaded.policy.state_dict(), model.policy.state_dict())
     if case.algorithm is RecurrentPPO:  # its states are no part of what it saves
         model._last_lstm_states = copy.deepcopy(loaded._last_lstm_states)
-    another = STEPCallback(budget)
+    another = STEPCallback(budget, observations=5)
     assert equal(resumed(loaded, another), resumed(model, step))
-    assert (another.optimizer.kl.state_dict().get("weights") is not None) == isinstance(budget, Budget)
+    assert (another.optimizer.kl.state_dict().get("weights") is not None) == budget.caps_drift
 
 
 def check_cap(first: Any, seen: list[Seen], cap: float) -> None:
