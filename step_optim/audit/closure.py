@@ -103,6 +103,12 @@ class KLClosure(ABC):
     every: int = 1
     """How often, in steps, held-out prompts are measured."""
 
+    renewals: int = 0
+    """How often observations were renewed: the reference, and perhaps pi_ref, are over other ones since."""
+
+    restarts_unasked = False
+    """Whether such a renewal makes another policy pi_ref, and nobody said that it should."""
+
     used: Sequence[nn.Module] = ()
     """Modules that the latest measurement called. Their buffers are part of the policy, and roll back with it."""
 
@@ -198,6 +204,9 @@ class KLClosure(ABC):
             own: ids of the parameters that the caller watches itself.
         """
         return None
+
+    def hold(self) -> None:
+        """A step begins: what is measured on has to stay as it is until `release`."""
 
     def release(self) -> None:
         """Let go of what only serves a step in progress: the step has ended."""

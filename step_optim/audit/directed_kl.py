@@ -59,6 +59,9 @@ class DirectedKL(ReferenceKL):
         for other in self._others.values():
             other.forget_origin()
 
+    def complete_origin(self) -> None:
+        """Read pi_ref where it is known by its weights alone, here and on the pool."""
+
     def take_origin(self) -> None:
         """Take the policy of the current weights as pi_ref, also on the pool and the held-out prompts."""
         super().take_origin()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,25 +13,22 @@ from torch.distributions import Distribution
 from step_optim.audit.closure import Draw, Normal
 from step_optim.audit.distributions import Kept, same_constants
 from step_optim.audit.draws import checked_every
-from step_optim.audit.logit_kl import LogitKL
-from step_optim.audit.noise import SIZES, NoiseFloor, narrowest, read_ladder, trained_weights
+from step_optim.audit.moving import MovingKL
+from step_optim.audit.observations import Observed
 from step_optim.audit.parameters import tensors_of
+from step_optim.audit.policy_noise import AtRest
 from step_optim.audit.policy_output import Output, same_mask, with_rows
 from step_optim.audit.reference_kl import Incomparable
 from step_optim.audit.rows import Rows
 from step_optim.control.control_set import checked_slices
 from step_optim.host.modules import has_fsdp
 from step_optim.isolation.eval_mode import isolated
-from step_optim.isolation.stand_ins import standing_in
 from step_optim.movement import Movement
 
 REDUCTIONS = (None, "sum", "mean")
 
-NO_POLICY = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
-"""What distributions raise of parameters that are none: a scale below 0, a matrix that is not positive definite."""
 
-
-class PolicyKL(LogitKL):
+class PolicyKL(MovingKL):
     """KL between the action distributions of the current weights and those before the step.
 
     Each of the N control observations counts as one prompt. Categorical
@@ -46,9 +42,9 @@ class PolicyKL(LogitKL):
     next to nothing (``noise_floor=False`` leaves that out).
 
     Args:
-        fn: takes nothing; returns logits [N, A], or a
+        fn: takes nothing, or the ``observations``; returns logits [N, A], or a
             `torch.distributions.Distribution` with batch shape [N, ...], at the
-            current weights on N fixed observations. With a ``reduction``,
+            current weights on the N observations. With a ``reduction``,
             logits may be of several parts, [N, T, A].
         slices: observation indices, or a boolean mask [N], by slice name; or
             one label per observation.
@@ -71,6 +67,14 @@ class PolicyKL(LogitKL):
         every: steps from one held-out measurement to the next, 10 by default.
         mask: which tokens count, bool [N, T]; the mean is over these. Padding
             does not count.
+        observations: what ``fn`` is given: a tensor or an array [N, ...], or a
+            nested dict, tuple or list of these (action masks and recurrent
+            states too). They are copied. `observe` renews them, before each
+            update say; ``pool`` and ``held_out`` are then a `PolicyKL` each.
+        drift: what becomes of pi_ref when they are renewed; see `observe`. To
+            ``"keep"`` it takes a copy of the weights and buffers of the modules
+            that ``fn`` calls, kept from the first step on (the pool and the
+            held-out set have one each).
 
     Raises:
         TypeError: ``fn`` is not callable, or returns neither logits nor a
@@ -79,8 +83,9 @@ class PolicyKL(LogitKL):
             move; an unknown ``reduction``; transforms that are trained; unmoved
             weights that do not read 0 (dropout in eval mode, say).
 
-    ``fn`` must be a function of the weights alone. After changing the
-    observations it closes over, call ``optimizer.refresh(restart_drift=True)``.
+    ``fn`` must be a function of the weights and of what it is given alone.
+    After changing observations that it closes over, call
+    ``optimizer.refresh(restart_drift=True)``.
 
     >>> policy = nn.Linear(3, 2)
     >>> kl = PolicyKL(lambda: policy(torch.eye(3)), slices={"left": [0], "right": [1, 2]})
@@ -90,7 +95,7 @@ class PolicyKL(LogitKL):
 
     def __init__(
         self,
-        fn: Callable[[], Tensor | Distribution],
+        fn: Callable[..., Tensor | Distribution],
         slices: Mapping[str, Sequence[int]] | Sequence[Any] | None = None,
         *,
         model: nn.Module | None = None,
@@ -100,33 +105,38 @@ class PolicyKL(LogitKL):
         held_out: Callable[[], Tensor | Distribution] | PolicyKL | None = None,
         every: int | None = None,
         mask: Tensor | None = None,
+        observations: Any = None,
+        drift: str | None = None,
     ) -> None:
-        super().__init__()
+        observed = None if observations is None else Observed(fn, observations)
+        super().__init__(observed, drift)
         if not callable(fn):
             raise TypeError(f"fn={fn!r:.60} is not callable; pass a function that returns logits or a Distribution")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is unknown; use 'sum', 'mean' or None")
-        self.fn, self._model, self._reduction, self._mask = fn, model, reduction, None
+        self.fn: Callable[[], Any] = observed or fn
+        self._model, self._reduction, self._mask = model, reduction, None
         self._differentiable: bool | None = None
         output, policy = self._measured(self._first)
         output.check_choices()
         if reduction is None and output.may_be_tokens:
             self._warn_of_sum(output)
         self._kind, self.has_logits = output.kind, isinstance(policy, Rows)
-        self.prompts = output.batch_shape[0]
-        given: Any = {} if slices is None else slices
-        self.members = checked_slices(given, self.prompts)
+        count = output.batch_shape[0]
+        self._check_observed(count, mask)
         self._parts, self._averaged = output.parts, output.beside if reduction == "mean" else 1
         self._factors = self._parts // self._averaged
-        rows = torch.arange(self.prompts, device=policy.x.device if isinstance(policy, Rows) else policy.device)
+        self._device = policy.x.device if isinstance(policy, Rows) else policy.device
         self._mask = output.checked_mask(mask, reduction)
-        prompt_of_row = rows.repeat_interleave(self._parts)
-        self._prompt_of_row = prompt_of_row if self._mask is None else prompt_of_row[self._mask]
-        self._constants = () if isinstance(policy, Rows) else policy.constants
+        given: Any = {} if slices is None else slices
+        self._lay_out(count, checked_slices(given, count))
+        self._constants: tuple[Any, ...] | None = () if isinstance(policy, Rows) else policy.constants
         self._check_transforms()
         if noise_floor:
             self._state.examine()  # what forwards write is perhaps nothing while an adapter is 0
-            self.noise_floor = self._measured(self._measure_noise)
+            self.noise_floor = self._measured(self._at_rest.noise_floor)
+        if drift == "keep":
+            self._check_keeps(self._measured(self._reads_beside))
         self.every = checked_every(every, held_out=held_out is not None)
         if pool is not None and pool is held_out:
             raise ValueError("pool and held_out are one object; held-out observations have to be others")
@@ -134,6 +144,26 @@ class PolicyKL(LogitKL):
             self.pool = self._elsewhere("pool", pool)
         if held_out is not None:
             self.held_out = self._elsewhere("held_out", held_out)
+
+    def _check_observed(self, count: int, mask: Tensor | None) -> None:
+        if self._observed is None:
+            return
+        if self._observed.count != count:
+            raise ValueError(
+                f"fn returned {count} observations for the {self._observed.count} that it was given; its first "
+                "dimension must be theirs"
+            )
+        if mask is not None:
+            raise ValueError(
+                "mask= is fixed, and observations= may be renewed: have fn return only the tokens that count, each as "
+                "an observation of its own; or leave out observations= and bind another PolicyKL for each rollout"
+            )
+
+    def _lay_out(self, count: int, members: Mapping[str, tuple[int, ...]]) -> None:
+        self.prompts, self.members = count, members
+        self._constants = None
+        prompt_of_row = torch.arange(count, device=self._device).repeat_interleave(self._parts)
+        self._prompt_of_row = prompt_of_row if self._mask is None else prompt_of_row[self._mask]
 
     @property
     def reduces_gradients(self) -> bool:  # type: ignore[override]
@@ -152,6 +182,10 @@ class PolicyKL(LogitKL):
     def _elsewhere(self, name: str, other: Callable[[], Any] | PolicyKL) -> PolicyKL:
         """Read the argument ``pool=`` or ``held_out=``."""
         if not isinstance(other, PolicyKL):
+            if self._observed is not None:
+                raise TypeError(
+                    f"{name}={other!r:.60} has no observations of its own; give {name}=PolicyKL(fn, observations=...)"
+                )
             if not callable(other):
                 raise TypeError(f"{name}={other!r:.60} is neither a function like fn nor a PolicyKL of one")
             if self._mask is not None:
@@ -161,6 +195,11 @@ class PolicyKL(LogitKL):
                 )
             other = PolicyKL(other, model=self._model, reduction=self._reduction, noise_floor=False)
         other.forget_origin()  # of another run
+        if other._observed is not None and other._after_renewal != self._after_renewal:
+            raise ValueError(
+                f"{name} was made with drift={other._after_renewal!r}, and this closure with {self._after_renewal!r}: "
+                "all are measured from one pi_ref; give both the same"
+            )
         if other._kind[0] != self._kind[0]:
             raise ValueError(f"{name} returns {other._kind[0]}, fn {self._kind[0]}: give both the same kind of policy")
         return other
@@ -179,7 +218,7 @@ class PolicyKL(LogitKL):
 
     def _check_transforms(self) -> None:
         """Refuse transforms that are trained. Only a graph tells of those that are made of bare parameters."""
-        if any(isinstance(fact, Tensor) for fact in self._constants):
+        if any(isinstance(fact, Tensor) for fact in self._constants or ()):
             with isolated(self.modules(), grad=True):
                 leaf = self._evaluate().leaf
                 if leaf is not None and leaf.trains_transforms:
@@ -225,14 +264,16 @@ class PolicyKL(LogitKL):
 
     def _kept(self, output: Output) -> Rows | Kept:
         if output.batch_shape[0] != self.prompts:
-            raise Incomparable(
-                f"fn returned {output.batch_shape[0]} observations, {self.prompts} at first; keep them fixed"
-            )
+            wanted = "at first; keep them fixed" if self._observed is None else "were given"
+            raise Incomparable(f"fn returned {output.batch_shape[0]} observations, {self.prompts} {wanted}")
         if output.kind != self._kind:
             shapes = f"{output.kind[0]} {output.kind[1:]}, {self._kind[0]} {self._kind[1:]} at first"
             raise ValueError(f"fn returned {shapes} (batch shape, parts, actions); keep class and shape fixed")
         policy = output.keep(self._mask)
-        if isinstance(policy, Kept) and not same_constants(policy.constants, self._constants):
+        if isinstance(policy, Rows):
+            return policy
+        self._constants = policy.constants if self._constants is None else self._constants
+        if not same_constants(policy.constants, self._constants):
             raise self._moving_transforms()
         return policy
 
@@ -308,60 +349,26 @@ class PolicyKL(LogitKL):
         token = float(tokens.max()) if self.has_tokens else None
         return Movement.over(tokens.mean(1).tolist(), self.members, token=token)
 
-    def _measure_noise(self) -> NoiseFloor | None:
-        """Read the policy at rest, and moved by less and less; every process calls fn equally often."""
-        here = self._policy()
-        self._check_rest(*self._movements(self._policy(), here))
-        called = self.used
-        if not called or any(has_fsdp(module) for module in called):
-            return None
-        held = (p for module in called for p in module._parameters.values() if p is not None)
-        weights = trained_weights(p for p in held if p.requires_grad)
-        if not weights:
-            self._warn_unless_moved(weights)
-            return None
-        ladder = read_ladder(weights, self._policy_at, lambda now, before: self._movements(now, before)[0], here)
-        if ladder.is_still:
-            self._warn_unless_moved(weights)
-        return None if ladder.is_still else ladder.floor(narrowest(weight.dtype for weight in weights))
+    @property
+    def _at_rest(self) -> AtRest:
+        def movement(now: Any, before: Any) -> Movement:
+            return self._movements(now, before)[0]
 
-    def _policy_at(self, moved: Mapping[int, Tensor]) -> Rows | Kept | None:
-        """The policy with other tensors in the place of weights; None if they give none."""
-        with standing_in(self.used, moved):
-            try:
-                output = self._evaluate()
-            except NO_POLICY:
-                return None
-            return self._kept(output)
+        return AtRest(self.fn, self._evaluate, self._kept, movement, lambda: self.used)
 
-    def _warn_unless_moved(self, weights: Sequence[Tensor]) -> None:
-        """Warn, unless fn reads anything else that is trained, a bare parameter say: a graph leads there."""
-        with standing_in(self.used, {id(w): w.detach() for w in weights}), torch.enable_grad():
-            out = self.fn()
-        if not any(tensor.requires_grad for tensor in tensors_of(out).values()):
-            _warn_of_rest(weights)
+    def _reads_beside(self) -> bool:
+        self._evaluate()  # finds the modules
+        return self._at_rest.reads_beside([p for module in self.used for p in module.parameters(recurse=False)])
 
-    def _check_rest(self, still: Movement) -> None:
-        if math.isnan(still.mean):
-            raise ValueError("the policy that fn returned has NaN in it; repair the model, or what fn makes of it")
-        if still.mean != 0:
-            raise ValueError(
-                f"unmoved weights read K = {still.mean:.3g} nats instead of 0 (worst {still.worst}): fn draws random "
-                "numbers in eval mode (samples its observations, dropout by a functional call), keeps a state, or is "
-                "not deterministic. Give it fixed observations and a function of the weights alone, or accept that "
-                "much noise with noise_floor=False"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """pi_ref: rows of logits, or the tensors of its distribution by attribute path."""
-        if self._origin is None:
-            return {}
+    def _origin_state(self) -> dict[str, Any]:
+        """Rows of logits, or the tensors of its distribution by attribute path."""
         if isinstance(self._origin, Rows):
-            masked = {} if self._mask is None else {"mask": self._mask}
-            return {"x": self._origin.x} | masked | self._more_state()
-        return {"tensors": {path: t.clone() for path, t in self._origin.tensors.items()}} | self._more_state()
+            return {"x": self._origin.x} | ({} if self._mask is None else {"mask": self._mask})
+        return {"tensors": {path: t.clone() for path, t in self._origin.tensors.items()}}
 
-    def _read_origin(self, state: Mapping[str, Any]) -> Rows | Kept:
+    def _read_origin(self, state: Mapping[str, Any]) -> Any:
+        if self._after_renewal == "keep" or "weights" in state:
+            return self._loaded_first(state)
         with isolated(self.modules()):
             output = self._evaluate()
             now = self._kept(output)
@@ -384,13 +391,3 @@ class PolicyKL(LogitKL):
     def __repr__(self) -> str:
         kind = "logits" if self.has_logits else "distribution"
         return f"PolicyKL({self.prompts} observations, {kind}, slices={list(self.members)})"
-
-
-def _warn_of_rest(weights: Sequence[Tensor]) -> None:
-    moved = f"it read next to 0 when their {len(weights)} trained tensors were moved by {SIZES[0]:.0%}"
-    found = moved if weights else "none of their parameters requires gradients"
-    warnings.warn(
-        f"nothing that is trained moves this policy. Of the modules that fn calls: {found}. Every step would be "
-        "committed. Let fn call the model that is trained, not a copy of it; noise_floor=False leaves this check out",
-        stacklevel=5,
-    )

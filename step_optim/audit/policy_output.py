@@ -68,9 +68,9 @@ class Output:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Equal for outputs that can be compared."""
+        """Equal for outputs of the same observations that can be compared."""
         choices = None if self.logits is None else self.logits.shape[-1]
-        return self.name, self.batch_shape, self.parts_shape, choices
+        return self.name, self.batch_shape[1:], self.parts_shape[1:], choices
 
     @property
     def parts(self) -> int:

@@ -107,6 +107,8 @@ class Run:
     """The step in progress."""
     anchored: Any = None
     """A fingerprint of the policy that is the KL closure's reference; None if that has to be taken anew."""
+    renewals: int = 0
+    """How often the KL closure's observations had been renewed at the latest step."""
     drift: Movement | None = None
     """Of the committed policy from pi_ref; None if it has to be measured."""
     ended: float | None = None
@@ -136,6 +138,7 @@ class Run:
         if another and origin is None:
             self.warned.of_another_origin(self.budget, kl, self.drift)
         self.kl, self.kl_state, self.anchored, self.controller = kl, {}, None, controller
+        self.renewals = kl.renewals
         self.warned.fixed.forget(kl)
         self.warned.of_budget(self.budget, kl)
 

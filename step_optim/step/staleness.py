@@ -9,6 +9,8 @@ from torch import Tensor
 from step_optim.audit.closure import KLClosure
 from step_optim.audit.fingerprint import Fingerprint
 from step_optim.snapshot.tensors import any_of
+from step_optim.step.measurable import check_budget
+from step_optim.step.progress import Run
 
 
 class Staleness:
@@ -52,6 +54,28 @@ class Staleness:
         """The same without buffers, which training forwards write."""
         then, now = self._then, self._now
         return then.weights_differ(now) if isinstance(then, Fingerprint) else bool(then != now)
+
+
+def anchored_before(run: Run, kl: KLClosure) -> Any:
+    """Begin with what `Step.remember` kept, which is not certain any more, and hold what is measured on.
+
+    Returns:
+        The KL closure, its fingerprint and how often it was renewed; None if the reference has to be taken anew: for
+        observations that were renewed, too.
+
+    Raises:
+        ValueError: the budget limits a slice that the new observations do not have.
+    """
+    kl.hold()
+    kept, run.anchored = run.anchored, None
+    if kl is run.kl and kl.renewals != run.renewals:
+        check_budget(run.budget, kl)
+        if not kl.has_origin:
+            run.controller.forget_reference(run.memory)
+            run.warned.of_restart(run.budget, kl)
+        run.renewals = kl.renewals
+    renewed = kept is not None and kept[0] is kl and kept[2] != kl.renewals
+    return None if renewed else kept
 
 
 def _differ(then: Any, now: Any) -> bool | Tensor:

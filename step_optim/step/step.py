@@ -25,7 +25,7 @@ from step_optim.step.measurable import below_noise
 from step_optim.step.progress import Run
 from step_optim.step.proposal import has_gradient, learning_rates, loss_closure, scaled_rates
 from step_optim.step.pulled import Pulled
-from step_optim.step.staleness import Staleness
+from step_optim.step.staleness import Staleness, anchored_before
 from step_optim.step.stall import Stall
 from step_optim.telemetry.alerts import is_told
 from step_optim.telemetry.describe import Measurements, decided, failed
@@ -100,7 +100,7 @@ class Step:
         """Capture theta_t, and take its policy as the reference unless it is that already."""
         run, kl = self.run, self.kl
         run.open = self
-        anchored, run.anchored = run.anchored, None  # until it is certain again
+        anchored = anchored_before(run, kl)
         self.auditor.resolve_budget(kl.slices or ())
         self.lr = learning_rates(self.optimizer)
         with self.clock("snapshot"):
@@ -371,7 +371,7 @@ class Step:
         run.modules = self.kl.used or run.modules
         # Without an audit, a forward in a loss closure or a window may have moved buffers away from the reference.
         moved = record is not None and record.action is Action.UNCHANGED and not self.rewind
-        run.anchored = None if moved or self._reference_is_stale else (self.kl, self._fingerprint())
+        run.anchored = None if moved or self._reference_is_stale else (self.kl, self._fingerprint(), self.kl.renewals)
 
     def release(self) -> None:
         """Let go of what only serves a step in progress."""

@@ -34,7 +34,7 @@ class Warned:
         self._generalisation: set[str] = set()
         self._methods: set[str] = set()
         self._used_up: set[str] = set()
-        self._no_gradient = False
+        self._no_gradient = self._restart = False
 
     def of_budget(self, budget: Budget, kl: KLClosure) -> None:
         """Look at a budget that was set: it may be below the audit's noise, or limit slices of few prompts."""
@@ -86,6 +86,18 @@ class Warned:
                 "what is meant, bind(kl, origin='keep'), 'adapter_off' or 'now'; or lower the cap by as much",
                 stacklevel=4,
             )
+
+    def of_restart(self, budget: Budget, kl: KLClosure) -> None:
+        """Observations were renewed, so that a cap on the drift begins anew, and nobody said that it should."""
+        if self._restart or not (budget.caps_drift and kl.restarts_unasked):
+            return
+        self._restart = True
+        warnings.warn(
+            f"observe(): {kl!r} takes the policy at this step as pi_ref, so that the cap on the drift begins anew with "
+            "every new set of observations. Say what is meant when the closure is made: PolicyKL(..., drift='keep') "
+            "measures from the policy at the start on whatever observations, drift='restart' from the latest renewal",
+            stacklevel=5,
+        )
 
     def of_generalisation(self, record: StepRecord, kl: KLClosure) -> None:
         """Held-out prompts moved more than those that judge."""
