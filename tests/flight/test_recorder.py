@@ -32,7 +32,7 @@ from tests.strategies import bits, policy_problem, wrap
 class Ends:
     """The snapshot of a step whose weights are so many numbers."""
 
-    way = None
+    way, spared = None, ()
 
     def __init__(self, size: int) -> None:
         self.parameters = [torch.arange(float(size))]
