@@ -13,7 +13,7 @@ from step_optim.host.ranks import Ranks
 from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.auditor import Auditor
 from step_optim.step.progress import Run
-from step_optim.step.unread import Probe, Unread, can_be_moved, refuse_read
+from step_optim.step.unread import Probe, Unread, can_be_moved, refuse_read, warn_of_none
 
 
 class Keeping:
@@ -72,7 +72,10 @@ class Keeping:
         for position in unread.asked or ():
             if position not in unread.read and not free.issuperset(able.intersection(places[position])):
                 raise refuse_read(names[position])
-        snapshot.check_apart(self._parameters(found))
+        if found:
+            snapshot.check_apart(self._parameters(found))
+        else:
+            warn_of_none(kl)
         self._run.unread = unread.measured(kl, found, [names[i] for i in found])
 
     def _parameters(self, positions: Sequence[int]) -> list[Tensor]:

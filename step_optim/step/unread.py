@@ -287,6 +287,15 @@ def _figures(movement: Movement) -> str:
     return repr([*figures, list(movement.prompts or ())])
 
 
+def warn_of_none(kl: KLClosure) -> None:
+    """Say that nothing keeps its step."""
+    warnings.warn(
+        f"keep=: {kl!r} reads all parameters of the optimizer, as far as can be measured near these weights, so that "
+        "none keeps its step. Is the critic in this optimizer? If it is a part of the policy, use keep=None",
+        stacklevel=2,
+    )
+
+
 def refuse_read(name: str) -> CannotKeep:
     """Return the error for a parameter that was named, and that the KL closure reads."""
     return CannotKeep(

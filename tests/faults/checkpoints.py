@@ -75,9 +75,9 @@ class Checkpoints:
 def _plausible(path: list[str]) -> bool:
     """Whether this part may have other values that no check can tell from the right ones: how a search begins, counts.
 
-    A checkpoint of a bare optimizer, and an older one, have none.
+    A checkpoint of a bare optimizer, and an older one, have none. What is unread, the next rejection checks.
     """
-    return path == ["step_optim"] or "controller" in path or path[-1] == "rejected_in_a_row"
+    return path == ["step_optim"] or "controller" in path or "unread" in path or path[-1] == "rejected_in_a_row"
 
 
 def _load(world: World, whole: World, damaged: Any, good: Any, path: list[str]) -> Iterator[str]:

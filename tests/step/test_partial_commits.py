@@ -28,7 +28,8 @@ from step_optim import (
 )
 from step_optim.flight import read_flight
 from step_optim.step.unread import culprits
-from tests.strategies import INNER, bits, budgets, controllers, picture
+from tests.faults.worlds import Follower
+from tests.strategies import INNER, bits, budgets, controllers, picture, token_problem, wrap
 
 STEPS = 4
 
@@ -319,22 +320,31 @@ def test_culprits_are_all_that_makes_a_difference(causes):
 
 
 def test_another_closure_and_other_observations_are_measured_again():
-    """refresh() and bind() say that something else may be read."""
+    """refresh() and bind() say that something else may be read; it is said if nothing is left."""
     model, optimizer, data = shared_run("unread")
-    observations = torch.randn(5, 4)
-    probes = []
-    for between in (
-        lambda: None,
-        lambda: None,
-        optimizer.refresh,
-        lambda: optimizer.bind(PolicyKL(lambda: torch.cat(model(observations), 1), noise_floor=False), origin="now"),
-    ):
+    observations, probes = torch.randn(5, 4), []
+    for between in (lambda: None, lambda: None, optimizer.refresh):
         between()
         train(model, optimizer, data)
         assert optimizer.last is not None
         probes.append(optimizer.last.probes > 0)
-    assert probes == [True, False, True, True]
+    assert probes == [True, False, True]
+    optimizer.bind(PolicyKL(lambda: torch.cat(model(observations), 1), noise_floor=False), origin="now")
+    with pytest.warns(UserWarning, match="reads all parameters of the optimizer"):
+        train(model, optimizer, data)
     assert optimizer.describe()["keep"]["parameters"] == []  # the value is a part of that policy
+    assert optimizer.last.kept == 0
+
+
+def test_a_new_group_is_measured():
+    """What is added belongs to one of the two."""
+    model, optimizer, data = shared_run("unread")
+    train(model, optimizer, data)
+    model.more = nn.Linear(4, 1)
+    optimizer.add_param_group({"params": model.more.parameters()})
+    model.more(data).sum().backward()
+    optimizer.step()
+    assert optimizer.describe()["keep"]["parameters"][2:] == ["more.weight", "more.bias"]
 
 
 class Experts(nn.Module):
@@ -388,16 +398,50 @@ def test_what_turns_out_to_be_read_is_rolled_back_with_the_rest():
     assert resumed == {"found": [4, 5], "read": [2, 3]}
 
 
+def test_a_language_model_with_a_value_head():
+    """TokenKL knows the model; its names are in the log, also those of the value head inside."""
+    problem = token_problem(3)
+    problem.model.value = nn.Linear(6, 1)
+    problem.optimizer = torch.optim.AdamW(problem.model.parameters(), lr=0.05)
+    optimizer = wrap(problem, 1e-5, Gate(), keep="unread")
+    before = copy.deepcopy(problem.model)
+    problem.backward(0)
+    problem.model.value(torch.ones(6)).sum().backward()
+    optimizer.step()
+    assert optimizer.last is not None
+    assert optimizer.describe()["keep"]["parameters"] == ["value.weight", "value.bias"]
+    for name, parameter in problem.model.named_parameters():
+        assert torch.equal(parameter, before.get_parameter(name)) == (not name.startswith("value")), name
+
+
+def test_a_critic_that_shares_memory_with_the_actor_is_read():
+    """A tied weight is one tensor; naming it is refused, finding it keeps it with the policy."""
+    torch.manual_seed(0)
+    actor, critic, observations = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(6, 4)
+    critic.weight.data = actor.weight.data
+    kl = PolicyKL(lambda: actor(observations), noise_floor=False)
+    for keep in ("unread", [critic.weight]):
+        inner = torch.optim.SGD([*actor.parameters(), *critic.parameters()], lr=0.5)
+        optimizer = STEPOptimizer(inner, kl=kl, budget=1e-6, controller=Gate(), keep=keep)
+        (actor(observations).square().mean() + critic(observations).square().mean()).backward()
+        if keep == "unread":
+            optimizer.step()
+            assert optimizer.describe()["keep"]["parameters"] == ["param_groups[0]['params'][3]"]
+        else:
+            with pytest.raises(ValueError, match="which the KL closure reads"):
+                optimizer.step()
+
+
 # -- exactness --------------------------------------------------------------------------------------------------------
 
 
 def test_an_infinite_budget_is_the_bare_run():
     """Measuring leaves no trace: weights, state, gradients, random streams."""
     runs = []
-    for wrap in (False, True):
+    for wrapped in (False, True):
         problem = PPO()
         optimizer: Any = INNER["AdamW"](problem.groups(one=True), 0.05)
-        if wrap:
+        if wrapped:
             optimizer = STEPOptimizer(optimizer, kl=problem.kl, budget=math.inf, keep="unread")
         torch.manual_seed(5)
         for index in range(3):
@@ -556,9 +600,8 @@ def test_joint_state_is_refused():
     problem = PPO()
     with pytest.raises(ValueError, match="LBFGS approximates one Hessian"):
         STEPOptimizer(torch.optim.LBFGS(problem.groups(one=True)), kl=problem.kl, budget=0.1, keep="unread")
-    from tests.faults.worlds import Follower
 
-    optimizer = _wrapped(problem, lambda p, lr: Follower(p, lr), Gate(), 1e-6, one=False)
+    optimizer = _wrapped(problem, Follower, Gate(), 1e-6, one=False)  # it has a counter that all parameters share
     problem.backward(0)
     with pytest.raises(ValueError, match="Follower keeps a"):
         optimizer.step()
