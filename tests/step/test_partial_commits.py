@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from step_optim import (
     read_log,
 )
 from step_optim.flight import read_flight
+from step_optim.flight.visit import Visit
 from step_optim.step.unread import culprits
 from tests.faults.worlds import Follower
 from tests.strategies import INNER, bits, budgets, controllers, picture, token_problem, wrap
@@ -631,6 +633,13 @@ def test_kept_steps_are_measured_again_as_they_were(tmp_path, controller):
     again = optimizer.remeasure(None, alphas).trials[len(kept.record.trials) :]
     for trial, new in zip(kept.record.trials, again, strict=False):
         assert new.movement.mean == pytest.approx(trial.movement.mean, rel=1e-6)
+    seen: list[list[Tensor]] = []
+    measured = Visit.measured
+    with mock.patch.object(Visit, "measured", lambda visit, values: seen.append(values) or measured(visit, values)):
+        optimizer.remeasure(kept, [0.25])
+    for i, (now, previous, candidate) in enumerate(zip(seen[0], *kept.ends, strict=True)):
+        assert torch.equal(now, candidate) == (i in kept.spared)  # as it was at every point that was tried
+        assert not torch.equal(now, previous)
     attribution = optimizer.attribute(by="group")
     assert attribution.candidate.mean == pytest.approx(kept.record.candidate.mean)
     with warnings.catch_warnings():
