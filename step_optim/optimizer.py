@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from step_optim.audit.closure import KLClosure, Unbound
@@ -31,6 +32,7 @@ from step_optim.step.progress import Run
 from step_optim.step.proposal import loss_closure
 from step_optim.step.stages import Stages
 from step_optim.step.step import Step
+from step_optim.step.unread import unread_of
 from step_optim.telemetry.ledger import Ledger
 from step_optim.telemetry.log import open_log, picklable
 from step_optim.telemetry.record import StepRecord
@@ -81,13 +83,18 @@ class STEPOptimizer(AdjustableOptimizer):
             A log that is a path is written by the first of them.
         recorder: keeps steps on disk, to measure them again and to take them apart: a `FlightRecorder`, or the path of
             its folder. None keeps none, and costs nothing.
+        keep: what keeps its whole step where the policy's is shrunk, led back or rolled back. ``"unread"``: all that
+            the KL closure does not read (a critic of its own, a value head), weights and optimizer state. It is
+            measured in the first step, by a gradient and a few audits. Parameters, ``critic.parameters()``: these;
+            the first step refuses them if they are read. None: nothing does.
 
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: a budget for unknown slices; parameters that the KL
             closure's model does not have; `Project` over a closure without
             logits; ``differentiable=True`` inside; an optimizer that steps in
-            the backward pass, or whose weights cannot be interpolated.
+            the backward pass, or whose weights cannot be interpolated;
+            ``keep=`` over one whose state belongs to all parameters together.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> before = torch.zeros(2)
@@ -121,6 +128,7 @@ class STEPOptimizer(AdjustableOptimizer):
         param_like: ParamLike | None = None,
         process_group: Any = WORLD,
         recorder: FlightRecorder | str | Path | None = None,
+        keep: str | Iterable[Tensor] | None = None,
     ) -> None:
         check_inner(optimizer)
         if on_error not in ("raise", "reject"):
@@ -135,7 +143,10 @@ class STEPOptimizer(AdjustableOptimizer):
         adaptive_rate = adaptive_rate or bool(warm_start)
         if adaptive_rate:
             check_rates(optimizer)
-        run = Run(budget, controller, named, adaptive_rate, recorder=recorder_of(recorder, optimizer, budget))
+        unread = unread_of(keep, optimizer)
+        run = Run(
+            budget, controller, named, adaptive_rate, recorder=recorder_of(recorder, optimizer, budget), unread=unread
+        )
         super().__init__(optimizer, run, Ranks(process_group))
         self._on_error, self._log = on_error, log
         self._snapshot_on = snapshot
@@ -321,6 +332,7 @@ class STEPOptimizer(AdjustableOptimizer):
             "controller": repr(self.controller),
             "kl": repr(self._run.kl),
             "audit": {} if self._run.kl is None else self._run.kl.describe(),
+            **({} if self._run.unread is None else {"keep": self._run.unread.describe()}),
             "torch": torch.__version__,
         }
 

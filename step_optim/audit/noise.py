@@ -194,18 +194,18 @@ def _constant(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def moved_away(weights: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Return a copy of each weight, by the id of the weight, that is moved at random by the part `AWAY` of itself.
+def moved_away(weights: Iterable[Tensor], part: float = AWAY, *, seed: int = 0) -> dict[int, Tensor]:
+    """Return a copy of each weight, by the id of the weight, that is moved at random by a part of itself.
 
-    Of a tensor of more than `MOST` elements as many are moved.
+    Of a tensor of more than `MOST` elements as many are moved. The same weights in the same order are moved alike.
     """
-    generator = torch.Generator(device="cpu").manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     moved = {}
     for weight in weights:
-        size = float(_wide(weight).square().mean().sqrt()) or 1.0
+        size = float(_wide(weight).abs().square().mean().sqrt()) or 1.0
         moved[id(weight)], some = _copy_of(weight)
         noise = torch.randn(some.shape, generator=generator, device="cpu", dtype=torch.float32)
-        some.copy_(_wide(some) + AWAY * size * noise.to(some.device))
+        some.copy_(_wide(some) + part * size * noise.to(some.device))
     return moved
 
 

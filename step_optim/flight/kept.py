@@ -36,6 +36,8 @@ class KeptStep:
     optimizer does not move. Tied parameters are in one place. Empty if no module is known."""
     way: tuple[float, ...] | None = field(repr=False, default=None)
     """How early each tensor arrives at the candidate, where the controller did not go straight; see `snapshot.path`."""
+    spared: tuple[int, ...] = field(repr=False, default=())
+    """The places of what kept its whole step: it was at the candidate at every point that was tried."""
 
     @property
     def step(self) -> int:
@@ -83,6 +85,7 @@ def packed(
     names: Mapping[str, int | None],
     way: Sequence[float] | None,
     ends: Iterable[tuple[Tensor, Tensor]],
+    spared: Sequence[int] = (),
 ) -> memoryview:
     """Return the bytes of a step's file; for the arguments see `KeptStep`."""
     pairs = [(_on_cpu(previous), _on_cpu(candidate)) for previous, candidate in ends]
@@ -92,6 +95,7 @@ def packed(
         "record": record.to_dict(),
         "names": dict(names),
         "way": None if way is None else list(way),
+        "spared": list(spared),
         "previous": [previous for previous, _ in pairs],
         "candidate": [candidate for _, candidate in pairs],
     }
@@ -114,7 +118,8 @@ def read_kept(path: Path) -> KeptStep:
     try:
         names = {str(name): None if place is None else int(place) for name, place in plain["names"].items()}
         way = None if plain["way"] is None else tuple(map(float, plain["way"]))
-        kept = KeptStep(path, StepRecord.from_dict(plain["record"]), names, way)
+        spared = tuple(map(int, plain.get("spared", ())))
+        kept = KeptStep(path, StepRecord.from_dict(plain["record"]), names, way, spared)
         if kept.step != step_of(path.name):
             raise ValueError(f"it holds step {kept.step}")
         _check_ends(plain["previous"], plain["candidate"])

@@ -119,7 +119,7 @@ class FlightRecorder:
         check_whole(snapshot.parameters)
         size = 2 * sum(parameter.numel() * parameter.element_size() for parameter in snapshot.parameters)
         if size <= self.max_bytes:
-            data = packed(record, names(), snapshot.way, snapshot.proposal())
+            data = packed(record, names(), snapshot.way, snapshot.proposal(), snapshot.spared)
             size = len(data)
         if size > self.max_bytes:
             self._warn_of_size(record.step, size)

@@ -233,9 +233,14 @@ class Visit:
         return len(self._auditor.audited)
 
     def at(self, alpha: float) -> Point:
-        """Measure theta_t + alpha (candidate - theta_t), on the way that the step went; as `Snapshot.go` writes it."""
-        way = self.kept.way
-        parts = [alpha] * len(self.previous) if way is None else Path(way, self.squares).parts(alpha)
+        """Measure theta_t + alpha (candidate - theta_t), on the way that the step went; as `Snapshot.go` writes it.
+
+        What kept its whole step is at the candidate there, too.
+        """
+        way, spared = self.kept.way, set(self.kept.spared)
+        squares = [0.0 if i in spared else square for i, square in enumerate(self.squares)]
+        parts = [alpha] * len(self.previous) if way is None else Path(way, squares).parts(alpha)
+        parts = [1.0 if i in spared else part for i, part in enumerate(parts)]
         ends = zip(self.previous, self.candidate, parts, strict=True)
         return self.measured([a if part == 0 else b if part == 1 else torch.lerp(a, b, part) for a, b, part in ends])
 

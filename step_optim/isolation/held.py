@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from step_optim.snapshot.generators import OwnState, carries_state
-from step_optim.snapshot.state import has_own_state, refill
 from step_optim.snapshot.tensors import same_bits
+from step_optim.snapshot.walk import has_own_state, refill
 
 SMALL = 2**16
 """Elements up to which a tensor that is no buffer is copied, so that writes into it are put back."""

@@ -76,8 +76,10 @@ class Copies:
     @torch.no_grad()
     def go(self, parts: float | Sequence[float]) -> None:
         """Follow the weights to theta_t + part (candidate - theta_t); see `Weights.go`."""
+        spared = self._weights.spared
         for copy in self._copies:
-            copy.go(parts if isinstance(parts, (int, float)) else parts[copy.place])
+            part = parts if isinstance(parts, (int, float)) else parts[copy.place]
+            copy.go(1 if copy.place in spared else part)
 
     @property
     def round_weights(self) -> bool:
@@ -87,8 +89,12 @@ class Copies:
     @torch.no_grad()
     def follow(self) -> None:
         """Follow the weights to where they are now, off that line."""
+        spared = self._weights.spared
         for copy in self._copies:
-            copy.follow()
+            if copy.place in spared:
+                copy.go(1)
+            else:
+                copy.follow()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -45,10 +46,21 @@ class GroupJournal:
                     self._changes.setdefault((id(group), key), (group, saved))
         self._before = []
 
-    def revert(self) -> None:
-        """Put the changed values back; a value that was changed twice goes back to its first."""
+    def written(self) -> list[tuple[dict[str, Any], str]]:
+        """The values that changed: (group, key)."""
+        self._note()
+        return [(group, key) for (_, key), (group, _) in self._changes.items()]
+
+    def revert(self, *, but: Collection[int] = ()) -> None:
+        """Put the changed values back; a value that was changed twice goes back to its first.
+
+        Args:
+            but: ids of groups that keep theirs.
+        """
         self._note()  # an interrupt may have come before it was done
-        for (_, key), (group, saved) in self._changes.items():
+        for (place, key), (group, saved) in self._changes.items():
+            if place in but:
+                continue
             if saved is _MISSING:
                 group.pop(key, None)
             elif isinstance(saved, TensorCopy):

@@ -76,6 +76,30 @@ RECOMPUTED: Mapping[str, str] = {
 """Why no point between two weights of these optimizers can be kept: no state moved along makes half a step last."""
 
 
+_RATE = "estimates one learning rate over all parameters"
+
+
+JOINT: Mapping[str, str] = {
+    "torch.LBFGS": "approximates one Hessian over all parameters",
+    "pytorch_optimizer.LBFGS": "approximates one Hessian over all parameters",
+    "prodigyopt.Prodigy": _RATE,
+    "pytorch_optimizer.Prodigy": _RATE,
+    "pytorch_optimizer.DAdaptAdam": _RATE,
+    "pytorch_optimizer.DAdaptAdan": _RATE,
+    "pytorch_optimizer.DAdaptLion": _RATE,
+    "pytorch_optimizer.DAdaptAdaGrad": _RATE,
+    "pytorch_optimizer.DAdaptSGD": _RATE,
+    "dadaptation.DAdaptAdam": _RATE,
+    "dadaptation.DAdaptAdan": _RATE,
+    "dadaptation.DAdaptLion": _RATE,
+    "dadaptation.DAdaptAdaGrad": _RATE,
+    "dadaptation.DAdaptSGD": _RATE,
+}
+"""Why the state of these optimizers belongs to all parameters together: their papers and sources say so, though they
+keep it under the first parameter, or in the groups. What others keep outside of parameters is seen in the first step.
+"""
+
+
 def known_copies(optimizer: Optimizer) -> ParamLike:
     """Return where the copies of the weights are, for an optimizer that is known to have them."""
     return next((COPIES[name] for name in _names(optimizer) if name in COPIES), ())
@@ -84,6 +108,11 @@ def known_copies(optimizer: Optimizer) -> ParamLike:
 def why_recomputed(optimizer: Optimizer) -> str | None:
     """Return why interpolated weights would not last in this optimizer; None if they do, as far as is known."""
     return next((RECOMPUTED[name] for name in _names(optimizer) if name in RECOMPUTED), None)
+
+
+def why_joint(optimizer: Optimizer) -> str | None:
+    """Return why no part of this optimizer's state is that of some parameters alone; None if that is not known."""
+    return next((JOINT[name] for name in _names(optimizer) if name in JOINT), None)
 
 
 def steps_in_backward(optimizer: Optimizer) -> bool:

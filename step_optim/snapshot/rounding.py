@@ -16,7 +16,7 @@ SAMPLE = 1024
 
 
 class Rounding:
-    """The way from theta_t to the candidate, at `SAMPLE` evenly spread elements of each tensor.
+    """The way from theta_t to the candidate, at `SAMPLE` evenly spread elements of each tensor that goes it.
 
     Args:
         weights: know both ends.
@@ -25,11 +25,11 @@ class Rounding:
 
     @torch.no_grad()
     def __init__(self, weights: Weights, path: Path | None = None) -> None:
-        self._path = path
+        self._path, spared = path, set(weights.spared)
         self._ends = [
             (i, _sample(previous), _sample(candidate), shards * previous.numel())
             for i, (previous, candidate, shards) in enumerate(weights.ends())
-            if previous.numel() > 0 and not previous.is_meta
+            if previous.numel() > 0 and not previous.is_meta and i not in spared
         ]
 
     @torch.no_grad()

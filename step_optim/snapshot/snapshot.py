@@ -39,12 +39,15 @@ class Snapshot:
         self._rng: RNGState | None = None
         self._path: Path | None = None
         """The way to the candidate; None if it is the straight line."""
+        self._spared: tuple[Tensor, ...] = ()
+        """Parameters that stay at the candidate."""
 
     # -- theta_t ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Begin a new step: until `capture_rest` is done, there is nothing to restore."""
         self._rng = self._path = None
+        self.spare(())
 
     def capture_weights(self) -> bool | Tensor:
         """Take the current weights as theta_t.
@@ -84,15 +87,45 @@ class Snapshot:
             if rewind:
                 rng.restore()
 
+        self.spare(())
+        uninterrupted(undo)
+
+    def reject(self, *, keep_state: bool = False, rewind: bool = True) -> None:
+        """`restore` all but what is spared: that keeps the candidate's weights and state.
+
+        Raises:
+            CannotKeep: the step has changed state that belongs to it and others together; nothing has moved then.
+        """
+        if not self._spared:
+            self.restore(keep_state=keep_state, rewind=rewind)
+            return
+        rng, own = self._rng, None if keep_state else self._state.entries(self._spared)
+        assert rng is not None
+
+        def undo() -> None:
+            self._weights.go(0)
+            if keep_state:
+                self._copies.go(0)
+            self._state.restore(keep_state=keep_state, but=own)
+            if rewind:
+                rng.restore()
+
         uninterrupted(undo)
 
     def restore_weights(self) -> None:
-        """Put back the weights alone."""
+        """Put back the weights alone; what is spared stays at the candidate."""
         self._weights.restore()
+        self._weights.put_spared()
 
     def restore_state(self) -> None:
-        """Put back what belongs to the optimizer, and leave weights, gradients and buffers as they are."""
-        self._state.restore_optimizer()
+        """Put back what belongs to the optimizer, and leave weights, gradients and buffers as they are.
+
+        What is spared keeps its state.
+
+        Raises:
+            CannotKeep: as `reject`.
+        """
+        self._state.restore_optimizer(self._state.entries(self._spared) if self._spared else None)
 
     def remember(self, *, as_proposed: bool) -> None:
         """Keep the current weights: the next `capture_weights` tells whether somebody else has written them.
@@ -148,14 +181,63 @@ class Snapshot:
         """The parameters themselves, in the same order, for autograd."""
         return self._weights.parameters
 
+    # -- what is spared -----------------------------------------------------------------------------------------------
+
+    def spare(self, parameters: Sequence[Tensor]) -> None:
+        """From here to the end of the step, let some parameters stay at the candidate, which is known.
+
+        Wherever weights are written, these are the candidate's, and so are their copies. Only `restore` does not
+        spare them.
+
+        Args:
+            parameters: objects in the optimizer's groups, with all that they share memory with.
+        """
+        self._spared = tuple(parameters)
+        self._weights.spare(parameters)
+
+    def check_apart(self, parameters: Sequence[Tensor]) -> None:
+        """Refuse parameters whose state is not theirs alone, as far as the inner step has shown.
+
+        Raises:
+            CannotKeep: the step has changed state that belongs to them and others together.
+        """
+        self._state.entries(parameters)
+
+    def places(self) -> list[list[int]]:
+        """Where the parts of each of the optimizer's parameters are in `previous`, group after group."""
+        return self._weights.places()
+
+    @property
+    def spared(self) -> list[int]:
+        """The places in `previous` of what stays at the candidate."""
+        return self._weights.spared
+
+    @property
+    def spared_is_finite(self) -> bool:
+        """Whether the update of all that is spared is finite."""
+        return self._weights.spared_is_finite
+
+    def moved(self) -> bool:
+        """Whether any weight that is not spared has other bits than at theta_t."""
+        return self._weights.moved()
+
     # -- points -------------------------------------------------------------------------------------------------------
 
     def bend(self, path: Path) -> None:
         """Go to the candidate by another way, until the next step begins."""
         self._path = path
 
+    def parts(self, alpha: float) -> list[float]:
+        """Return which part of its step each tensor of `previous` has made at alpha, on the way that was bent."""
+        assert self._path is not None
+        spared = set(self.spared)
+        return [1.0 if i in spared else part for i, part in enumerate(self._path.parts(alpha))]
+
     def go(self, alpha: float) -> None:
-        """Write theta_t + alpha (candidate - theta_t), with the candidate's state; copies of the weights move along."""
+        """Write theta_t + alpha (candidate - theta_t), with the candidate's state; copies of the weights move along.
+
+        What is spared stays at the candidate.
+        """
         parts = alpha if alpha in (0, 1) or self._path is None else self._path.parts(alpha)
         self._weights.go(parts)
         self._copies.go(parts)
@@ -169,16 +251,16 @@ class Snapshot:
         """A number that tells the current weights from others."""
         return self._weights.digest()
 
-    def alignment(self) -> tuple[float, float]:
-        """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖²."""
-        return self._weights.alignment()
+    def alignment(self, *, spared: bool = True) -> tuple[float, float]:
+        """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖², with or without what is spared."""
+        return self._weights.alignment(spared=spared)
 
     def inner(self, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
         """<a, b> of pairs of points, a tensor for each of `previous`; counted as in `update`."""
         return self._weights.inner(pairs)
 
     def squares(self) -> list[float]:
-        """‖candidate - theta_t‖² of each of `previous`."""
+        """‖candidate - theta_t‖² of each of `previous`; 0 of what is spared."""
         return self._weights.squares()
 
     def descent(self) -> tuple[float, float]:

@@ -9,23 +9,17 @@ with ``__slots__``, files, other processes.
 
 from __future__ import annotations
 
-import sys
-import types
-from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from step_optim.snapshot.generators import OwnState, carries_state
+from step_optim.snapshot.entries import Entries
 from step_optim.snapshot.groups import GroupJournal
 from step_optim.snapshot.store import TensorStore
 from step_optim.snapshot.tensors import plain_tensors
-
-_PLAIN = frozenset([bool, int, float, str, type(None)])
-_OPAQUE = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+from step_optim.snapshot.walk import Walk
 
 
 class OptimizerState:
@@ -39,7 +33,8 @@ class OptimizerState:
     def __init__(self, optimizer: Optimizer, *, host: bool = False) -> None:
         self._optimizer = optimizer
         self._tensors, self._buffers = TensorStore(host=host), TensorStore()
-        self._undo: list[Callable[[], Any]] = []
+        self._walk: Walk | None = None
+        self._host = host
         self._gradients = Gradients(optimizer, host=host)
         self._groups = GroupJournal(optimizer)
 
@@ -47,9 +42,8 @@ class OptimizerState:
     def capture(self, buffers: Iterable[Tensor] = ()) -> None:
         """Remember all of it, and some module buffers, which a forward in a loss closure or a window may move."""
         self._buffers.capture(t for buffer in buffers for t in plain_tensors(buffer))
-        walk = _Walk(self._optimizer)
-        self._undo = walk.undo
-        self._tensors.capture(walk.tensors)
+        self._walk = Walk(self._optimizer)
+        self._tensors.capture(self._walk.tensors)
         self._gradients.capture()
         self._groups.forget()
 
@@ -62,25 +56,40 @@ class OptimizerState:
         return self._groups
 
     @torch.no_grad()
-    def restore(self, *, keep_state: bool = False) -> None:
+    def entries(self, parameters: Sequence[Tensor]) -> Entries:
+        """Take what belongs to some parameters alone, as it is now; `restore` may leave it so.
+
+        Raises:
+            CannotKeep: the step has changed something that belongs to them and others together.
+        """
+        assert self._walk is not None
+        found = Entries(self._optimizer, parameters, host=self._host)
+        found.check(self._tensors, self._walk.held, self._groups.written())
+        return found
+
+    @torch.no_grad()
+    def restore(self, *, keep_state: bool = False, but: Entries | None = None) -> None:
         """Put all of it back, bit for bit; keys and attributes that were created since are removed.
 
         Args:
             keep_state: leave what belongs to the optimizer (moments, counters,
                 group values) as the step made it; put buffers and gradients back.
+            but: what is left as it was when this was taken.
         """
         if not keep_state:
-            self.restore_optimizer()
+            self.restore_optimizer(but)
         self._buffers.restore()
         self._gradients.restore()
 
     @torch.no_grad()
-    def restore_optimizer(self) -> None:
-        """Put back what belongs to the optimizer alone."""
-        for undo in self._undo:
+    def restore_optimizer(self, but: Entries | None = None) -> None:
+        """Put back what belongs to the optimizer alone; for ``but`` see `restore`."""
+        for undo in [] if self._walk is None else self._walk.undo:
             undo()
         self._tensors.restore()
-        self._groups.revert()
+        self._groups.revert(but=() if but is None else but.groups)
+        if but is not None:
+            but.put_back()
 
     def release(self) -> None:
         """Let the gradients go."""
@@ -114,89 +123,3 @@ class Gradients:
         """Let them go: a reference to them would keep their memory through the next backward pass."""
         self._grad_of = []
         self._store.forget()
-
-
-class _Walk:
-    """All tensors reachable from an optimizer but its parameters, and how to undo changes to what holds them."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.tensors: list[Tensor] = []
-        self.undo: list[Callable[[], Any]] = []
-        # Parameters are the business of Weights; their objects are kept here so that ids stay unique.
-        self._seen: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        self._visit(optimizer)
-
-    def _visit(self, item: Any) -> None:
-        if (
-            item is None
-            or isinstance(item, (bool, int, float, complex, str, bytes, *_OPAQUE))
-            or id(item) in self._seen
-        ):
-            return
-        self._seen[id(item)] = item
-        if isinstance(item, Tensor):
-            self.tensors += plain_tensors(item)
-        elif isinstance(item, (dict, list, deque, set)):
-            self._container(item)
-        elif isinstance(item, (tuple, frozenset)):
-            self._visit_all(item)
-        elif isinstance(item, Optimizer):
-            self._optimizer(item)
-        elif carries_state(item):
-            self.undo.append(OwnState(item).put_back)
-        elif has_own_state(item):
-            self._visit(vars(item))
-
-    def _visit_all(self, items: Iterable[Any]) -> None:
-        seen, tensors = self._seen, self.tensors
-        for item in items:
-            if type(item) is Tensor and item.layout is torch.strided:  # most of all items, in the fewest steps
-                if id(item) not in seen:
-                    seen[id(item)] = item
-                    tensors.append(item)
-            elif type(item) not in _PLAIN:
-                self._visit(item)
-
-    def _container(self, item: Any) -> None:
-        members = dict(item) if isinstance(item, dict) else list(item)
-        self._visit_all(members.values() if isinstance(members, dict) else members)
-        self.undo.append(lambda: refill(item, members))
-
-    def _optimizer(self, item: Optimizer) -> None:
-        """Attributes of an optimizer, but for its group list: scalars in there belong to GroupJournal."""
-        for group in item.param_groups:
-            self._visit_all(v for k, v in group.items() if k != "params" and not isinstance(v, Tensor))
-        attributes = dict(vars(item))
-        self._visit_all(value for name, value in attributes.items() if name != "param_groups")
-
-        def undo() -> None:
-            # A scheduler's note that step() was called stays: it warns about the order of calls.
-            called = {name: value for name, value in vars(item).items() if name == "_opt_called"}
-            refill(vars(item), attributes | called)
-
-        self.undo.append(undo)
-
-
-def refill(container: Any, members: Any) -> None:
-    """Give a container its old members again, in place. An interrupt half-way leaves it usable for a second try."""
-    if isinstance(container, list):
-        container[:] = members
-    elif isinstance(container, dict):
-        for key in [key for key in container if key not in members]:
-            del container[key]
-        container.update(members)
-        if list(container) != list(members):  # what was away is at the end now
-            for key in members:
-                container[key] = container.pop(key)
-    elif isinstance(container, set):
-        # Only what differs: a set that was emptied and refilled would iterate in another order.
-        container.difference_update(container.difference(members))
-        container.update(members)
-    else:
-        container.clear()
-        container.extend(members)
-
-
-def has_own_state(item: Any) -> bool:
-    """Whether to look into an object: not into those of the standard library (loggers, locks, files)."""
-    return hasattr(item, "__dict__") and type(item).__module__.split(".")[0] not in sys.stdlib_module_names

@@ -157,6 +157,10 @@ class TensorStore:
         """The bits that a captured tensor had, in its shape and on its device."""
         return self._copy_of[id(tensor)].saved
 
+    def copy_of(self, tensor: Tensor) -> TensorCopy | None:
+        """The copy of a tensor, or of what it shares memory with; None of one that was not captured."""
+        return self._copy_of.get(id(tensor))
+
     @property
     def in_place(self) -> bool:
         """Whether all tensors live in the memory that they had."""

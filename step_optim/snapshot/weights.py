@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from step_optim.snapshot.store import TensorStore
-from step_optim.snapshot.tensors import TensorCopy, differs, digest, is_synchronous, memory, plain_tensors, shard_count
+from step_optim.snapshot.tensors import (
+    TensorCopy,
+    any_of,
+    differs,
+    digest,
+    is_synchronous,
+    memory,
+    plain_tensors,
+    shard_count,
+)
 
 
 class Update:
@@ -57,6 +66,8 @@ class Weights:
         self._shards_of: dict[int, int] = {}
         self._whole: dict[int, Tensor] = {}
         """The DTensors that this process has parts of, by the ids of the parts."""
+        self._spared: frozenset[int] = frozenset()
+        """Ids of the tensors that are spared."""
 
     @property
     def _copies(self) -> list[TensorCopy]:
@@ -130,6 +141,46 @@ class Weights:
         place = memory(parameter)
         return next(i for i, copy in enumerate(self._copies) if memory(copy.tensor) == place)
 
+    def places(self) -> list[list[int]]:
+        """Where the parts of each of the optimizer's parameters are in `previous`, group after group."""
+        found = {memory(copy.tensor): i for i, copy in enumerate(self._copies)}
+        parameters = (p for group in self._optimizer.param_groups for p in group["params"])
+        return [[found[memory(plain)] for plain in plain_tensors(parameter)] for parameter in parameters]
+
+    def spare(self, parameters: Sequence[Tensor]) -> None:
+        """Let the parts of some parameters stay at the candidate, which is known, wherever the others go."""
+        self._spared = frozenset(id(plain) for parameter in parameters for plain in plain_tensors(parameter))
+
+    @property
+    def spared(self) -> list[int]:
+        """The places of what stays at the candidate."""
+        return [i for i, copy in enumerate(self._copies) if self._is_spared(copy)] if self._spared else []
+
+    def _is_spared(self, copy: TensorCopy) -> bool:
+        return id(copy.tensor) in self._spared
+
+    @torch.no_grad()
+    def put_spared(self) -> None:
+        """Write the candidate's weights where they are spared."""
+        if self._spared:
+            self._candidate.wait()
+        for copy in self._copies if self._spared else ():
+            if self._is_spared(copy):
+                copy.put_back()
+                copy.tensor.detach().copy_(copy.saved)
+
+    @property
+    def spared_is_finite(self) -> bool:
+        """Whether the update of all that is spared is finite."""
+        spared = set(self.spared)
+        return all(math.isfinite(float(square(b, a))) for i, (a, b, _) in enumerate(self.ends()) if i in spared)
+
+    @torch.no_grad()
+    def moved(self) -> bool:
+        """Whether any weight that is not spared has other bits than at theta_t."""
+        others = (copy for copy in self._copies if not self._is_spared(copy))
+        return bool(any_of(differs(copy.tensor.detach(), self._store.saved(copy.tensor)) for copy in others))
+
     def of(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tensor at a place as it is, at theta_t, and at the candidate."""
         copy = self._copies[place]
@@ -189,28 +240,30 @@ class Weights:
         """Write theta_t + part (candidate - theta_t); exactly theta_t at 0 and exactly the candidate at 1.
 
         Args:
-            parts: of all tensors, or one for each of `previous`.
+            parts: of all tensors, or one for each of `previous`. Of those that are spared it is 1.
         """
         if parts == 0:
             self._store.restore()
+            self.put_spared()
             return
         self._candidate.put_back()
         for i, copy in enumerate(self._copies):
-            part = parts if isinstance(parts, (int, float)) else parts[i]
+            part = 1 if self._is_spared(copy) else parts if isinstance(parts, (int, float)) else parts[i]
             there, previous = copy.saved, self._store.saved(copy.tensor)
             copy.tensor.detach().copy_(there if part == 1 else torch.lerp(previous, there, part))
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
-        """Write these weights, one tensor for each of `live`."""
+        """Write these weights, one tensor for each of `live`; what is spared gets the candidate's."""
         self._candidate.put_back()
-        for live, value in zip(self.live, values, strict=True):
-            live.copy_(value)
+        for copy, value in zip(self._copies, values, strict=True):
+            copy.tensor.detach().copy_(copy.saved if self._is_spared(copy) else value)
 
     @property
     def is_coarse(self) -> bool:
         """Whether some weights are of a dtype that has few numbers between theta_t and the candidate."""
-        return any(copy.tensor.is_floating_point() and copy.tensor.element_size() < 4 for copy in self._copies)
+        tensors = (copy.tensor for copy in self._copies if not self._is_spared(copy))
+        return any(tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors)
 
     def ends(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Yield (theta_t, the candidate, shards) of each piece of memory."""
@@ -225,19 +278,28 @@ class Weights:
 
     @torch.no_grad()
     def squares(self) -> list[float]:
-        """‖candidate - theta_t‖² of each of `previous`, counted as in `update`."""
-        return [shards * float(square(candidate, previous)) for previous, candidate, shards in self.ends()]
+        """‖candidate - theta_t‖² of each of `previous`, counted as in `update`; 0 of what is spared."""
+        found = [shards * float(square(candidate, previous)) for previous, candidate, shards in self.ends()]
+        return [0.0 if self._is_spared(copy) else each for copy, each in zip(self._copies, found, strict=True)]
 
     @torch.no_grad()
-    def alignment(self) -> tuple[float, float]:
-        """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖², counted as in `update`."""
+    def alignment(self, *, spared: bool = True) -> tuple[float, float]:
+        """<current - theta_t, candidate - theta_t> and ‖candidate - theta_t‖², counted as in `update`.
+
+        Args:
+            spared: whether what is spared counts.
+        """
         products: dict[torch.device, list[Tensor]] = {}
         for copy in self._copies:
+            if not spared and self._is_spared(copy):
+                continue
             live, previous = copy.tensor.detach(), self._store.saved(copy.tensor)
             wide = torch.complex128 if live.is_complex() else torch.float64
             step, way = (live.to(wide) - previous).flatten(), (copy.saved.to(wide) - previous).flatten()
             both = torch.stack([torch.vdot(way, step).real, torch.vdot(way, way).real])
             products.setdefault(live.device, []).append(both * self._shards(copy.tensor))
+        if not products:
+            return 0.0, 0.0
         along, length = zip(*(torch.stack(part).sum(0).tolist() for part in products.values()), strict=True)
         return sum(along), sum(length)
 

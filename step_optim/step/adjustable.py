@@ -110,6 +110,7 @@ class AdjustableOptimizer(OptimizerWrapper):
         """
         self._refuse_inside_window("refresh()")
         self._run.anchored = None
+        self._run.forget_unread()
         if self._run.kl is not None:
             self._run.kl.forget_attributes()
             if restart_drift:
@@ -128,6 +129,7 @@ class AdjustableOptimizer(OptimizerWrapper):
             self.param_groups.pop()
             raise
         self._run.anchored = None  # more weights are watched from now on
+        self._run.forget_unread()
         self.controller.forget_reference(self._run.memory)
 
     def _refuse_inside_window(self, what: str) -> None:

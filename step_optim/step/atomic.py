@@ -16,6 +16,7 @@ from step_optim.controllers.gate import GateStalled
 from step_optim.host.ranks import PeerFailed
 from step_optim.host.undo import depth, finish
 from step_optim.movement import Unmeasured
+from step_optim.snapshot.entries import CannotKeep
 from step_optim.step.step import Step
 from step_optim.telemetry.record import StepRecord
 from step_optim.telemetry.sinks import Sink
@@ -41,6 +42,7 @@ class Atomic:
         self._depth, self._grad = depth(), torch.is_grad_enabled()
         self._controller = copy.deepcopy(step.run.controller.state_dict())
         self._memory = step.run.controller.copied(step.run.memory)
+        self._unread = step.run.unread
 
     def __enter__(self) -> None:
         """Nothing has happened yet."""
@@ -103,13 +105,13 @@ class Atomic:
             self._run.recorder.take(record, self._step.snapshot, self._step.auditor.names)
 
     def _settles(self, error: BaseException | None) -> bool:
-        if not (self._rejects and self._step.proposed) or isinstance(error, (GateStalled, Unmeasured)):
+        if not (self._rejects and self._step.proposed) or isinstance(error, (GateStalled, Unmeasured, CannotKeep)):
             return False
         return not error.fatal if isinstance(error, PeerFailed) else isinstance(error, Exception)
 
     def _undo(self, error: BaseException, *, fatal: bool) -> StepRecord:
         self._step.restore()
-        self._run.drift = None
+        self._run.drift, self._run.unread = None, self._unread
         self._run.controller.load_state_dict(self._controller)
         self._run.memory = self._run.controller.copied(self._memory)
         self._step.ranks.announce_failure(error, fatal=fatal)

@@ -170,7 +170,7 @@ class Auditor:
             self._at_weights,
             self._distill,
             self._draw,
-            self._normals,
+            self.normals,
             self.names,
             self._bend,
             self._inner,
@@ -199,9 +199,8 @@ class Auditor:
         if len(self.audited) > 1:
             raise RuntimeError("bend() after other points were audited: those are on another way; call it first")
         squares = zip(*self._ranks.exchange(self._snapshot.squares()), strict=True)
-        path = Path(weights, list(map(math.fsum, squares)))
-        self._snapshot.bend(path)
-        return path.parts
+        self._snapshot.bend(Path(weights, list(map(math.fsum, squares))))
+        return self._snapshot.parts
 
     def _at(self, alpha: float) -> Point:
         if not 0 <= alpha <= 1:
@@ -245,7 +244,8 @@ class Auditor:
         with self._ranks.together():
             return self.kl.draw(count, turn, names)
 
-    def _normals(self, names: Sequence[str], values: Sequence[Tensor], draw: Draw | None) -> list[Normal]:
+    def normals(self, names: Sequence[str], values: Sequence[Tensor], draw: Draw | None = None) -> list[Normal]:
+        """Values and gradients of constraints at any weights; see `Trial.normals`."""
         self._write(values)
         self._current = None
         with self._ranks.together():

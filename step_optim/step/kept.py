@@ -14,6 +14,8 @@ def kept(
 ) -> tuple[float | None, float | None]:
     """Return the parts of the update and of the first-order decrease of the loss that stand, while they do.
 
+    What is spared is no part of the update here: all of it stands. To the decrease of the loss it counts.
+
     Args:
         outcome: what was decided.
         candidate: what was proposed; None if it moved no weight.
@@ -27,11 +29,20 @@ def kept(
     """
     if candidate is None:
         return None, None
-    if outcome.point is None or outcome.action is Action.COMMIT:
-        share = float(outcome.action is Action.COMMIT)
-        return share, share
-    realised = _share(ranks, snapshot.alignment(), otherwise=math.nan) if outcome.point.alpha != 1 else 1.0
-    return realised, _share(ranks, snapshot.descent()) if one_gradient else realised
+    if outcome.action is Action.COMMIT:
+        return 1.0, 1.0
+    if outcome.point is None and not snapshot.spared:
+        return 0.0, 0.0
+    realised = _realised(outcome.point, snapshot, ranks)
+    if one_gradient:
+        return realised, _share(ranks, snapshot.descent())
+    return realised, _share(ranks, snapshot.alignment()) if snapshot.spared else realised
+
+
+def _realised(point: Point | None, snapshot: Snapshot, ranks: Ranks) -> float | None:
+    if point is None or point.alpha == 1:
+        return 0.0 if point is None else 1.0
+    return _share(ranks, snapshot.alignment(spared=False), otherwise=math.nan)
 
 
 def _share(ranks: Ranks, own: tuple[float, float], otherwise: float | None = None) -> float | None:

@@ -18,6 +18,7 @@ from step_optim.snapshot.snapshot import Snapshot
 from step_optim.step.origin import settle_origin
 from step_optim.step.radius import next_scale
 from step_optim.step.stages import Stages
+from step_optim.step.unread import Unread
 from step_optim.step.warned import Warned
 from step_optim.telemetry.alerts import STALL
 from step_optim.telemetry.record import StepRecord
@@ -121,6 +122,12 @@ class Run:
     """What keeps steps for later; None if nothing does."""
     stages: Stages | None = None
     """What ties it to a ledger, as one stage of several."""
+    unread: Unread | None = None
+    """Which parameters keep their whole step; None if none do."""
+
+    def forget_unread(self) -> None:
+        """Measure anew, at the next step, what the KL closure reads."""
+        self.unread = None if self.unread is None else self.unread.forgotten()
 
     def take(self, kl: KLClosure, controller: Controller, origin: str | None) -> None:
         """Go on with a KL closure, and the controller that goes with it; see `STEPOptimizer.bind`."""
@@ -135,6 +142,8 @@ class Run:
         another = self.kl is not None and kl is not self.kl
         if anew or another:
             self.controller.forget_reference(self.memory)
+        if another:
+            self.forget_unread()
         if another and origin is None:
             self.warned.of_another_origin(self.budget, kl, self.drift)
         self.kl, self.kl_state, self.anchored, self.controller = kl, {}, None, controller
@@ -193,6 +202,7 @@ class Run:
             memory=self.controller.copied(self.memory),
             recorder=self.recorder,
             stages=self.stages,
+            unread=None if self.unread is None else self.unread.without_model(),
         )
 
     def _kl_state(self) -> dict[str, Any]:
@@ -210,6 +220,7 @@ class Run:
             **({"budget": budget} if (budget := self.budget.state_dict()) else {}),
             **({"scale": self.progress.scale} if self.adaptive_rate else {}),
             **({} if self.stages is None else {"stage": self.stages.name}),
+            **({"unread": known} if self.unread is not None and (known := self.unread.state_dict()) else {}),
         }
 
     def loader(self, state: Mapping[str, Any] | None) -> Callable[[], None]:
@@ -218,9 +229,9 @@ class Run:
         Raises:
             ValueError: it cannot be read, or is of another run.
         """
-        progress, kl_state, budget = self.progress, self.kl_state, self.budget
+        progress, kl_state, budget, unread = self.progress, self.kl_state, self.budget, self.unread
         if state is not None:
-            progress, kl_state, budget = _read(state, self.controller, self.budget)
+            progress, kl_state, budget, unread = _read(state, self)
         stages, stage = self.stages, None if state is None else state.get("stage")
         if stages is not None and stage not in (None, stages.name):
             progress, kl_state = Progress(scale=progress.scale), {}  # moments go on; the rest is in the ledger
@@ -234,6 +245,7 @@ class Run:
 
         def take_over() -> None:
             self.progress, self.kl_state, self.budget, self.anchored = progress, kl_state, budget, None
+            self.unread = unread
             if state is None:
                 return
             if stages is not None:
@@ -252,10 +264,8 @@ class Run:
         return take_over
 
 
-def _read(
-    state: Mapping[str, Any], controller: Controller, budget: Budget
-) -> tuple[Progress, Mapping[str, Any], Budget]:
-    """Read how far a run was, its KL closure's part of the checkpoint, and the budget that it goes on with."""
+def _read(state: Mapping[str, Any], run: Run) -> tuple[Progress, Mapping[str, Any], Budget, Unread | None]:
+    """Read how far a run was, its KL closure's part of the checkpoint, its budget, and what of it is unread."""
     try:
         version, kl_state = _count(state["version"]), {str(name): value for name, value in state["kl"].items()}
         summary = Summary({str(name): float(value) for name, value in state["summary"].items()})
@@ -263,8 +273,9 @@ def _read(
         progress = Progress(
             _count(state["step"]), _count(state["rejected_in_a_row"]), summary, scale=_scale(state.get("scale", 1.0))
         )
-        controller.check_state_dict(dict(state["controller"]))
-        budget = budget.loaded(state.get("budget", {}))
+        run.controller.check_state_dict(dict(state["controller"]))
+        budget = run.budget.loaded(state.get("budget", {}))
+        unread = None if run.unread is None else run.unread.loaded(state.get("unread"))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint's entry 'step_optim' is damaged ({type(error).__name__}: {error}); without that entry the "
@@ -272,7 +283,7 @@ def _read(
         ) from error
     if version != VERSION:
         raise ValueError(f"the checkpoint is of version {version}, this step_optim reads {VERSION}; upgrade it")
-    return progress, kl_state, budget
+    return progress, kl_state, budget, unread
 
 
 def _count(value: Any) -> int:

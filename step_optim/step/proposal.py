@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +25,10 @@ def learning_rates(optimizer: Optimizer) -> tuple[float, ...]:
 
 
 @contextmanager
-def scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """Multiply every learning rate for the duration of the body."""
-    groups = [(group, group["lr"]) for group in optimizer.param_groups] if factor != 1 else []
+def scaled_rates(optimizer: Optimizer, factor: float, *, but: Collection[int] = ()) -> Iterator[None]:
+    """Multiply every learning rate for the duration of the body, but for those of some groups, by their ids."""
+    scaled = (group for group in optimizer.param_groups if id(group) not in but)
+    groups = [(group, group["lr"]) for group in scaled] if factor != 1 else []
     try:
         for group, lr in groups:
             group["lr"] = lr * factor

@@ -20,11 +20,13 @@ from step_optim.snapshot.weights import Update
 from step_optim.step.auditor import Auditor
 from step_optim.step.clock import Clock
 from step_optim.step.held_out import HeldOut
+from step_optim.step.keeping import Keeping
 from step_optim.step.kept import kept
 from step_optim.step.measurable import below_noise
 from step_optim.step.progress import Run
 from step_optim.step.proposal import has_gradient, learning_rates, loss_closure, scaled_rates
 from step_optim.step.pulled import Pulled
+from step_optim.step.rejections import stall_of
 from step_optim.step.staleness import Staleness, anchored_before
 from step_optim.step.stall import Stall
 from step_optim.telemetry.alerts import is_told
@@ -66,6 +68,7 @@ class Step:
         self._may_wait = may_wait and kl.takes_any_weights and ranks.size == 1
         self.clock = Clock()
         self.auditor = Auditor(kl, run.budget, run.begin(), run.progress.step, snapshot, ranks)
+        self._keeping = Keeping(run, optimizer, snapshot, self.auditor, ranks)
         self._held_out = HeldOut(kl, run.progress.step, snapshot, ranks, raises=raises)
         self.lr: tuple[float, ...] = ()
         self.scale = run.progress.scale if run.adaptive_rate else 1.0
@@ -198,7 +201,7 @@ class Step:
             with (
                 self.clock("inner"),
                 self.snapshot.watch_groups(),
-                scaled_rates(self.optimizer, self.scale),
+                scaled_rates(self.optimizer, self.scale, but=self._keeping.groups()),
                 inner_step(self.optimizer),
             ):
                 yield
@@ -221,6 +224,8 @@ class Step:
         else:
             if candidate.movement.is_finite:
                 self.run.controller.saw(self.auditor.ratios(candidate), self.run.memory)
+            with self.clock("audit"):
+                self._keeping.measure()
             outcome = self._settle(self._judge(candidate))
             if outcome.action is Action.REJECT:
                 self._warn_of_stall(candidate)
@@ -228,7 +233,9 @@ class Step:
             with self.clock("audit"):
                 self.kl.anchor(outcome.point.audit)  # the audit that licensed it is the next reference
             self.run.drift = outcome.point.drift
-        realised, progress = kept(outcome, candidate, self.snapshot, self.ranks, one_gradient=self._one_gradient)
+        # What is in `.grad` is what the inner step was made of, unless there were several, or a loss closure.
+        one_gradient = self.rewind and not self.windowed
+        realised, progress = kept(outcome, candidate, self.snapshot, self.ranks, one_gradient=one_gradient)
         record = decided(self._measurements(), outcome, candidate, realised, progress, self._drift())
         with self.clock("audit"):
             record = self._held_out.noted(record)
@@ -288,6 +295,7 @@ class Step:
     def _judge(self, candidate: Point) -> Outcome:
         if candidate.feasible:
             return Outcome(Action.COMMIT, candidate)
+        self._keeping.begin()
         if not math.isfinite(self.update_norm) or (self.auditor.used_up(candidate) and self.run.controller.shrinks):
             if self.run.recorder is not None:
                 self.snapshot.keep_candidate()
@@ -309,11 +317,12 @@ class Step:
         if outcome.action is not Action.REJECT:
             committed = outcome.action is Action.COMMIT
             self.auditor.go(outcome.point, restore_state=controller.on_shrink == "restore" and not committed)
-            if committed or any(self.ranks.exchange(self.snapshot.update().read()[0])):
+            if committed or self._keeping.moved():
                 return outcome
         # Moments that have seen a gradient which is not finite would reject every later step.
         finite = self.auditor.audited[0].movement.is_finite
-        self.restore(keep_state=controller.on_reject == "keep_state" and finite)
+        with self.clock("audit"):
+            self._keeping.reject(keep_state=controller.on_reject == "keep_state" and finite, rewind=self.rewind)
         return replace(outcome, action=Action.REJECT, point=None, layers={})
 
     def _warn_of_stall(self, candidate: Point) -> None:
@@ -330,24 +339,7 @@ class Step:
         if self.kl.opaque:
             self._read_at_rest()
             run.warned.fixed.judge(self.kl, self._at_rest, candidate, auditor.limits)
-        constraint = candidate.constraint
-        return Stall(
-            rejected,
-            run.progress.bound_by(auditor.limits.told(constraint)),
-            candidate,
-            auditor.limits,
-            self.update_norm,
-            tried=auditor.audited[1:],
-            drift=auditor.drift() if constraint.startswith("drift") else None,
-            still=self._at_rest,
-            rounded=auditor.rounded,
-            adaptive_rate=run.adaptive_rate,
-        )
-
-    @property
-    def _one_gradient(self) -> bool:
-        """Whether what is in ``.grad`` is what the inner step was made of."""
-        return self.rewind and not self.windowed
+        return stall_of(run, auditor, candidate, rejected, self.update_norm, self._at_rest)
 
     def _drift(self) -> Movement | None:
         """Movement of the committed policy from pi_ref; measured again only if the policy changed."""
@@ -358,9 +350,9 @@ class Step:
 
     # -- end ----------------------------------------------------------------------------------------------------------
 
-    def restore(self, *, keep_state: bool = False) -> None:
+    def restore(self) -> None:
         """Put everything back, bit for bit."""
-        self.snapshot.restore(keep_state=keep_state, rewind=self.rewind)
+        self.snapshot.restore(rewind=self.rewind)
 
     def remember(self) -> None:
         """Keep what the next step begins with, to see whether somebody else writes weights until then."""
@@ -396,4 +388,6 @@ class Step:
             self.lr,
             self.scale,
             self.renewed,
+            self._keeping.count,
+            self._keeping.probes,
         )

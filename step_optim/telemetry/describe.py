@@ -39,6 +39,10 @@ class Measurements:
     """What the proposal multiplied them by."""
     reference_renewed: bool
     """Whether somebody else has written weights since the last step."""
+    kept: int = 0
+    """How many tensors keep their whole step, though the step was not committed as a whole."""
+    probes: int = 0
+    """Audits and gradients that told what the KL closure reads."""
 
     def fields(self) -> dict[str, Any]:
         """Those that a record has under the same names."""

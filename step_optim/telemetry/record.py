@@ -79,6 +79,11 @@ class StepRecord:
     """Share of the candidate's first-order decrease of the loss that was kept: -<g, x - theta_t> over -<g, candidate -
     theta_t>, with g the gradient at the step; of a window or a loss closure, whose gradients are many, the step itself
     in the place of -g. 1 after a commit, 0 after a rejection; None if the candidate promised no decrease."""
+    kept: int = 0
+    """With ``keep=``, how many tensors kept their whole step though the others did not: the KL closure does not read
+    them. ``alpha`` and ``alpha_realised`` are about the others, ``progress`` is about all."""
+    probes: int = 0
+    """Audits and gradients that told which tensors those are."""
     layers: Mapping[str, float] = field(default_factory=dict)
     """By layer, the part of its update that was committed, with `Interpolate(by_layer=...)`; alpha is that of all."""
     trials: tuple[TrialRecord, ...] = ()
@@ -145,8 +150,8 @@ class StepRecord:
 
     @property
     def audits(self) -> int:
-        """How often movement was measured, at the candidate and at trials."""
-        return len(self.trials) + (self.action is not Action.UNCHANGED)
+        """How often movement was measured: at the candidate, at trials, and to tell what is read."""
+        return len(self.trials) + (self.action is not Action.UNCHANGED) + self.probes
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; NaN and infinities become the texts "NaN", "Infinity" and "-Infinity"."""
@@ -186,6 +191,7 @@ class StepRecord:
             values[name] = None if values.get(name) is None else _movement(values[name])
         for name in ("alpha", "alpha_realised", "progress", "update_norm", "reward"):
             values[name] = _float(values.get(name))
+        values["kept"], values["probes"] = int(values.get("kept", 0)), int(values.get("probes", 0))
         values["lr"] = tuple(float(lr) for lr in values.get("lr", ()))
         values["scale"] = float(values.get("scale", 1.0))
         for name in MAPPINGS:

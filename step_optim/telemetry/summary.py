@@ -57,6 +57,8 @@ class Summary:
         add("triggered", record.triggered)
         add("errors", record.error is not None or record.held_out_error is not None)
         add("references_renewed", record.reference_renewed)
+        if record.kept:
+            add("partial", 1)
         if record.constraint is not None:
             add(BOUND + record.constraint, 1)
         add("audits", record.audits)
@@ -114,6 +116,7 @@ class Summary:
     def figures(self) -> dict[str, Any]:
         """Rates, means and totals. Rates are per step, KL in nats per token, times in seconds.
 
+        Partial commits are triggered steps in which what the KL closure does not read kept its whole step.
         Audits per trigger are those beyond the candidate's: what a controller spends on one decision.
         ``bound`` counts triggered steps by the constraint that bound: mean, slice:<name>, prompt, token, drift,
         drift:<name>, path, path:<name> or "not finite"; ``fixed_budget`` has what `Budget.auto` was last fixed at.
@@ -132,6 +135,7 @@ class Summary:
             "unchanged": int(total("unchanged", 0)),
             "errors": int(total("errors", 0)),
             "references_renewed": int(total("references_renewed", 0)),
+            "partial_commits": int(total("partial", 0)),
             "bound": {name: int(count) for name, count in self._by_constraint(BOUND)},
             "fixed_budget": dict(self._by_constraint(FIXED)),
             "trigger_rate": _per(total("triggered", 0), steps),

@@ -17,14 +17,33 @@ GROUPS: list[Group] = [
     *(Lines(name) for name in SCENARIOS),
     *(
         Kills(name)
-        for name in ("commit tokens", "shrink policy", "reject", "keep_state", "project", "steer", "window", "ASGD")
+        for name in (
+            "commit tokens",
+            "shrink policy",
+            "reject",
+            "keep_state",
+            "project",
+            "steer",
+            "window",
+            "ASGD",
+            "partial reject",
+        )
     ),
-    *(Values(name) for name in SCENARIOS),
+    # A value head keeps its step, whatever is wrong with the policy: see tests/step/test_partial_commits.py.
+    *(Values(name) for name in SCENARIOS if not name.startswith("partial")),
     Logs("shrink"),
     Logs("project"),
     FullDisk("commit tokens"),
     *(
         Checkpoints(name)
-        for name in ("commit tokens", "shrink policy", "steer", "ASGD", "distribution", "plain function")
+        for name in (
+            "commit tokens",
+            "shrink policy",
+            "steer",
+            "ASGD",
+            "distribution",
+            "plain function",
+            "partial reject",
+        )
     ),
 ]

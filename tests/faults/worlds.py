@@ -164,6 +164,39 @@ def _watched(folder: Path) -> World:
     return _world(problem, folder, Budget(mean=1e-4, prompt=2e-4, confidence=0.9))
 
 
+class _WithValue(nn.Module):
+    """A policy, and a value head beside it that no policy reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.value = Policy(), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.policy(x), self.value(x)], -1)
+
+
+def _partial(folder: Path, controller: Any = None, *, inner: Any = None, keep: Any = "unread", **options: Any) -> World:
+    """What the policy does not read keeps its whole step."""
+    torch.manual_seed(19)
+    model, observations, data = _WithValue(), torch.randn(6, 5), torch.randn(64, 7, 5)
+    groups = [{"params": list(part.parameters())} for part in (model.policy, model.value)]
+    kl = PolicyKL(lambda: model.policy(observations), noise_floor=False)
+    optimizer = torch.optim.AdamW(groups, lr=0.05) if inner is None else inner(groups)
+    problem = Problem(model, optimizer, kl, lambda step: data[step % 64])
+    return _world(problem, folder, 1e-4, controller, keep=keep, **options)
+
+
+def _partial_schedule_free(folder: Path) -> World:
+    schedulefree = pytest.importorskip("schedulefree")
+
+    def inner(groups: Any) -> Any:
+        optimizer = schedulefree.AdamWScheduleFree(groups, lr=0.05)
+        optimizer.train()
+        return optimizer
+
+    return _partial(folder, Gate(), inner=inner)
+
+
 def _gaussian(folder: Path) -> World:
     """A policy that is a distribution object."""
     problem = policy_problem(8)
@@ -208,6 +241,11 @@ SCENARIOS: dict[str, Callable[[Path], World]] = {
     "tensor lr": lambda folder: _world(policy_problem(15, inner="tensor lr"), folder, 1e-4),
     "schedule-free": _schedule_free,
     "plain function": _plain,
+    "partial reject": lambda folder: _partial(folder, Gate()),
+    "partial first": lambda folder: _partial(folder, Gate(), warm=0),
+    "partial shrink": lambda folder: _partial(folder, Interpolate(on_shrink="restore")),
+    "partial window": lambda folder: _windowed(_partial(folder, Gate(on_reject="keep_state"))),
+    "partial schedule-free": _partial_schedule_free,
     "distribution": _gaussian,
 }
 

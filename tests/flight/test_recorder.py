@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 from contextlib import nullcontext
 from dataclasses import replace
+from linecache import getline
 from pathlib import Path
 from unittest import mock
 
@@ -29,7 +30,7 @@ from step_optim.flight.recorder import severity
 from step_optim.host.files import PARTIAL
 from step_optim.limits import Limits
 from step_optim.movement import Movement
-from tests.faults.lines import Tracer
+from tests.faults.lines import PACKAGE, Tracer
 from tests.flight.runs import outcome, recorded, same_bits, train
 from tests.strategies import bits, policy_problem, wrap
 
@@ -37,7 +38,7 @@ from tests.strategies import bits, policy_problem, wrap
 class Ends:
     """The snapshot of a step whose weights are so many numbers."""
 
-    way = None
+    way, spared = None, ()
 
     def __init__(self, size: int) -> None:
         self.parameters = [torch.arange(float(size))]
@@ -54,6 +55,11 @@ def record(step: int, kl: float, *, triggered: bool = True, limit: float = 0.25)
 
 def take(recorder: FlightRecorder, taken: StepRecord, size: int = 4) -> None:
     recorder.take(taken, Ends(size), dict)
+
+
+def line_of(file: str, line: int, _: int) -> str:
+    """The text of a line of the package."""
+    return getline(f"{PACKAGE}/{file}", line)
 
 
 def kept_steps(folder) -> list[int]:
@@ -483,7 +489,8 @@ def test_faults_anywhere_in_the_recorder(tmp_path, fault):
         return tracer, seen
 
     tracer, expected = hit()
-    places = [(at, 0) for at in tracer.seen if at[0].startswith("flight")]
+    # What goes wrong in the reading of a file is taken for a damaged file, which goes first when room is made.
+    places = [(at, 0) for at in tracer.seen if at[0].startswith("flight") and "torch.load(" not in line_of(*at)]
     assert places
     for at in random.Random(0).sample(places, min(30, len(places))):
         assert hit(at)[1] == expected, at
