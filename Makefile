@@ -6,7 +6,7 @@ ARGS ?=
 # tests of a file, and what they share, together. ARGS="-n 0" is one process, for a debugger.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo quickstart optimizers bench steering study study-smoke test test-all test-processors check fmt clean help
+.PHONY: demo quickstart optimizers bench classic-rl steering study study-smoke test test-all test-processors check fmt clean help
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -41,6 +41,9 @@ optimizers: .venv/.tested  ## examples/optimizer_table.md: what STEP does for ev
 
 bench: .venv/.installed  ## what an audited step costs: examples/bench/*.md and *.png
 	$(BIN)/python examples/bench $(ARGS)
+
+classic-rl: .venv/.installed  ## PPO in a trust region against PPO, target_kl and TRPO (hours; resumable)
+	$(BIN)/python examples/classic_rl $(ARGS)
 
 steering: .venv/.installed  ## a task learned inside a cap on the drift: examples/steering/counting.md and .png (minutes; resumable)
 	$(BIN)/python examples/steering $(ARGS)

@@ -1,4 +1,4 @@
-"""PPO with a trust region after the optimizer, against PPO, target_kl and TRPO, over learning rates from low to too high.
+"""PPO with a trust region after the optimizer, against PPO, target_kl and TRPO, over learning rates.
 
     make classic-rl                                         # everything: hours; resumable
     python examples/classic_rl --tasks cartpole --seeds 3   # minutes

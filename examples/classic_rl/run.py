@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +15,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.env_util import make_vec_env
+from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
 from classic_rl.arms import ARMS, Arm
@@ -95,13 +95,10 @@ def run(setting: Setting, folder: Path) -> Result:
 
 def _learn(setting: Setting, task: Task, arm: Arm) -> Result:
     model = _model(setting, task, arm)
-    observer = Observer(model)
-    returns = Returns()
-    callbacks: list[BaseCallback] = [returns]
-    if arm.budget is not None:
-        callbacks.append(STEPCallback(budget=arm.budget, controller=arm.controller, **arm.options))
+    returns, observer = Returns(), Observer()
+    trusted = [] if arm.budget is None else [STEPCallback(arm.budget, controller=arm.controller, **arm.options)]
     start = time.monotonic()
-    model.learn(setting.updates * ROLLOUT, callback=CallbackList(callbacks))
+    model.learn(setting.updates * ROLLOUT, callback=CallbackList([returns, *trusted, observer]))
     seconds = time.monotonic() - start - observer.seconds
     model.get_env().close()
     return Result(returns.means, observer.kls, seconds)
@@ -115,32 +112,38 @@ def _model(setting: Setting, task: Task, arm: Arm) -> Any:
     return PPO("MlpPolicy", envs, target_kl=arm.target_kl, **options)
 
 
-class Observer:
-    """Measures each update by itself, whatever the method: KL(after ‖ before), in float64.
+class Observer(BaseCallback):
+    """Measures each update by itself, whatever the method: KL(after ‖ before) on the whole rollout, in float64.
 
-    Args:
-        model: its ``train`` is called between two readings of the policy on all observations of the rollout.
+    It is the last of the callbacks: what it calls between two readings is the
+    update with all that others have put around it.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.kls: list[float] = []
         self.seconds = 0.0
         """That its readings took."""
-        train: Callable[[], None] = model.train
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_start(self) -> None:
+        model, train = self.model, self.model.train
 
         def observed() -> None:
-            before = self._read(model)
+            observations = torch.tensor(model.rollout_buffer.observations).flatten(0, 1)
+            before = self._read(model, observations)
             train()
-            after = self._read(model)
+            after = self._read(model, observations)
             self.kls.append(float(kl_divergence(after, before).mean()))
 
         model.train = observed
 
     @torch.no_grad()
-    def _read(self, model: Any) -> Distribution:
+    def _read(self, model: Any, observations: Tensor) -> Distribution:
         """The policy on the rollout's observations, in float64."""
         start = time.monotonic()
-        observations = torch.as_tensor(model.rollout_buffer.observations).flatten(0, 1)
         found = model.policy.get_distribution(observations).distribution
         self.seconds += time.monotonic() - start
         if isinstance(found, Categorical):

@@ -91,7 +91,7 @@ class FlightRecorder:
         self._warned: set[str] = set()
         """What was warned of."""
         self._known: set[str] | None = None
-        """Names of the files that there were after the latest write; None before the first."""
+        """Names of the files that there are of ours; None before the first write."""
         self._owner: ReferenceType[Optimizer] | None = None
         """The inner optimizer whose steps it keeps."""
 
@@ -125,8 +125,8 @@ class FlightRecorder:
             self._warn_of_size(record.step, size)
             return
         self._make_room(size)
+        self._known = {file.path.name for file in self._files()} | {file_name(record.step)}
         write_whole(self.folder / file_name(record.step), data)
-        self._known = {file.path.name for file in self._files()}
 
     def _selects(self, record: StepRecord) -> bool:
         return record.action is not Action.UNCHANGED and (self.when == "always" or record.triggered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -52,3 +53,20 @@ def test_five_lines_are_added(name):
         assert set(marked) <= added
     else:
         assert {line for line in marked if "observe" in line or "window" in line} <= added
+
+
+def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path):
+    """Every method makes its updates; those of a trust region stay in it, as an observer of all observations sees."""
+    source, folder = str(ROOT / "examples" / "classic_rl"), tmp_path / "runs"
+    shown = run(source, "--smoke", "--runs", str(folder), directory=tmp_path)
+    results = {file.stem: json.loads(file.read_text()) for file in (folder / "smoke").glob("*.json")}
+    assert len(results) == 7
+    for name, result in results.items():
+        assert len(result["kls"]) == len(result["returns"]) == 2
+        if "ppo" not in name and "target_kl" not in name:
+            assert max(result["kls"]) < 0.04  # twice the budget, which holds on a draw of the observations
+    assert shown.count("| cartpole |") == 7
+    again = run(source, "--smoke", "--runs", str(folder), directory=tmp_path)
+    assert "1/7" not in again
+    assert again.count("| cartpole |") == 7
+    assert (folder / "smoke" / "returns.png").stat().st_size > 10_000
