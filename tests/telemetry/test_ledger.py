@@ -183,6 +183,18 @@ def test_only_its_own_policies_are_forgotten(tmp_path) -> None:
         assert all(file.exists() for file in others)
 
 
+def test_a_ledger_that_was_forgotten_is_another_one(tmp_path) -> None:
+    """So that a pi_ref which a kill leaves behind is not taken for its own."""
+    path = tmp_path / "ledger.json"
+    for name in ("sft", "dpo"):
+        Ledger(path, stage=name).write(Stage(name, 2, 0.25))
+    before = Ledger(path).id
+    Ledger(path).forget("dpo")
+    assert Ledger(path).id == before
+    Ledger(path).forget("sft")
+    assert Ledger(path).id != before
+
+
 def test_a_ledger_stays_where_it_is(tmp_path, monkeypatch) -> None:
     """Though the process goes elsewhere."""
     monkeypatch.chdir(tmp_path)
