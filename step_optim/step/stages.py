@@ -63,9 +63,18 @@ class Stages:
 
         Raises:
             RuntimeError: it is not.
+            ValueError: a file that is damaged, or a pi_ref of another ledger.
         """
         if self._begun:
             return
+        try:
+            self._begin()
+        except (OSError, ValueError) as error:  # this process may be the only one that reads what is wrong
+            self._ranks.announce_failure(error, fatal=True)
+            raise
+        self._begun = True
+
+    def _begin(self) -> None:
         ledger, ranks = self.ledger, self._ranks
         now = read_ledger(ledger.path)[1] if ranks.first else ()
         views = ranks.exchange((ledger.is_first, ledger.id, ledger.stages, now))
@@ -77,7 +86,7 @@ class Stages:
                 "torch.distributed began after the KL closure was bound: this process has the pi_ref of another one. "
                 "Initialise it before the optimizer is made, or bind the KL closure afterwards"
             )
-        self._begun = True
+        self._check_left_behind()
 
     # -- pi_ref -------------------------------------------------------------------------------------------------------
 
@@ -103,12 +112,7 @@ class Stages:
             if self.ledger.is_first:
                 return {}
             raise ValueError(f"{file} is missing: the stages before have saved no pi_ref that {kl!r} needs; {remedies}")
-        saved = _read_policy(file)
-        if saved["ledger"] != self.ledger.id:
-            raise ValueError(
-                f"{file} is the pi_ref of another ledger than {self.ledger.path}: that one was deleted or replaced, or "
-                "the file was copied. Delete it or move it away, or put its ledger back"
-            )
+        saved = self._read_own(file)
         size = self._ranks.size if kl.replica is None else 1
         try:
             if saved["processes"] != size:
@@ -119,6 +123,22 @@ class Stages:
         self._read_as = (self._ranks.rank, self._ranks.size) if kl.replica is None else None
         state: Mapping[str, Any] = saved["kl"]
         return state
+
+    def _read_own(self, file: Path) -> dict[str, Any]:
+        """Read pi_ref, and refuse that of another ledger."""
+        saved = _read_policy(file)
+        if saved["ledger"] != self.ledger.id:
+            raise ValueError(
+                f"{file} is the pi_ref of another ledger than {self.ledger.path}: that one was deleted or replaced, or "
+                "the file was copied. Delete it or move it away, or put its ledger back"
+            )
+        return saved
+
+    def _check_left_behind(self) -> None:
+        """Refuse to begin beside a pi_ref that is not this ledger's: no KL closure asks for one after a checkpoint."""
+        file = policy_file(self.ledger.path, self._ranks.rank)
+        if self.ledger.is_first and not self._own and file.exists():
+            self._read_own(file)
 
     def measured_from(self, origin: str | None) -> None:
         """Take note of what ``bind(origin=)`` said."""
@@ -156,8 +176,11 @@ class Stages:
         """
         if record.action is Action.UNCHANGED:
             return
-        if kl is not None and record.reference_drift is not None:  # a step that failed has none, and moved nothing
-            self._displaced = record.reference_drift.mean, dict(record.reference_drift.slices)
+        drift = record.reference_drift
+        if drift is not None:
+            self._displaced = self._displaced if kl is None else (drift.mean, dict(drift.slices))
+        elif kl is not None and not kl.measures_drift:  # where it does, the step failed and moved nothing
+            self._displaced = None
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if self._since is None:
             self._since = self._first_step(now)

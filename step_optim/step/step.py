@@ -239,7 +239,7 @@ class Step:
         record = decided(self._measurements(), outcome, candidate, realised, progress, self._drift())
         with self.clock("audit"):
             record = self._held_out.noted(record)
-        self.run.warned.of_generalisation(record, self.kl)
+        self.run.warned.of_decided(record, self.kl)
         self.ranks.exchange(None)  # it stands on every rank, or on none
         self.record = record
 

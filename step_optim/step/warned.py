@@ -34,6 +34,7 @@ class Warned:
         self._generalisation: set[str] = set()
         self._methods: set[str] = set()
         self._used_up: set[str] = set()
+        """Caps on the path that have left nothing since that was said."""
         self._no_gradient = self._restart = False
 
     def of_budget(self, budget: Budget, kl: KLClosure) -> None:
@@ -99,7 +100,12 @@ class Warned:
             stacklevel=5,
         )
 
-    def of_generalisation(self, record: StepRecord, kl: KLClosure) -> None:
+    def of_decided(self, record: StepRecord, kl: KLClosure) -> None:
+        """Look at a step that was decided."""
+        self._used_up.intersection_update(map(record.budget.told, record.budget.used_up))
+        self._of_generalisation(record, kl)
+
+    def _of_generalisation(self, record: StepRecord, kl: KLClosure) -> None:
         """Held-out prompts moved more than those that judge."""
         for name, what in (("step", "moved"), ("drift", "drifted")):
             ratio, error = record.generalisation.get(name, 0.0), record.generalisation.get(f"{name}_error", 0.0)

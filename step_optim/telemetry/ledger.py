@@ -181,6 +181,8 @@ class Ledger:
         if stage not in names:
             raise ValueError(f"stage={stage!r} is not in {self.path}; it has {names}")
         self.stages = self.stages[: names.index(stage)]
+        if not self.stages:
+            self.id = uuid4().hex  # a pi_ref that a kill leaves behind is a stranger's
         self._written = write_ledger(self.path, self.id, self.stages)
         if not self.stages:
             for policy in policies(self.path):

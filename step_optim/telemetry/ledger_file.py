@@ -65,13 +65,23 @@ class Stage:
         if plain["displacement"] is not None:
             known["displacement"] = _kl_of(plain["displacement"], "displacement")
         steps, name, origin = plain["steps"], plain["stage"], plain.get("origin", "first")
-        if not isinstance(steps, int) or steps < 0:
+        if type(steps) is not int or steps < 0:
             raise ValueError(f"steps={steps!r} is no count")
         if not isinstance(name, str) or not name:
             raise ValueError(f"stage={name!r} is no name")
         if origin not in ORIGINS:
             raise ValueError(f"origin={origin!r} is none of {ORIGINS}")
         return cls(**known)
+
+
+def _stage(plain: Any) -> Stage:
+    """Read an entry; what is wrong in it is told with it."""
+    try:
+        return Stage.read(plain)
+    except LookupError as error:
+        raise ValueError(f"{error} is missing in the entry {plain!r:.60}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{error}, in the entry {plain!r:.60}") from error
 
 
 def _length_of(value: Any, what: str) -> float:
@@ -98,7 +108,7 @@ def read_ledger(path: Path) -> tuple[str | None, tuple[Stage, ...]]:
             raise ValueError(f"it has schema {schema}, this version reads up to {SCHEMA}; upgrade")
         if not isinstance(plain["stages"], list):
             raise ValueError("its stages are no list")
-        stages = tuple(map(Stage.read, plain["stages"]))
+        stages = tuple(map(_stage, plain["stages"]))
         names = [stage.stage for stage in stages]
         if len({*names}) < len(names):
             raise ValueError(f"two of its stages have one name: {names}")

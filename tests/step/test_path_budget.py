@@ -168,6 +168,22 @@ def test_a_used_up_path_is_told_once_and_ends_all_movement(controller) -> None:
     assert step(0.25).action is Action.COMMIT
 
 
+def test_a_scheduled_cap_that_is_used_up_is_told_of_once() -> None:
+    """Though it is another one at every step; and once more when something was left in between."""
+    caps = [0.25, 0.24, 0.23, 0.22, 0.5, 0.5, 0.5, 0.75, 0.75, 0.75]
+    _, step = line(Budget(path=lambda t: caps[t]))
+    step(0.5)
+    with pytest.warns(UserWarning, match=r"rejected as long as that is so\. End the training here, or raise") as warned:
+        records = [step(0.5) for _ in caps[1:]]
+    rejected = [t for t, record in enumerate(records, 1) if record.action is Action.REJECT]
+    assert rejected == [1, 2, 3, 5, 6, 8, 9]
+    assert [str(each.message).partition(" ")[0] for each in warned] == [
+        "budget.path=0.24",
+        "budget.path=0.5",
+        "budget.path=0.75",
+    ]
+
+
 def test_a_gate_that_is_told_to_raise_does_so_at_the_end_of_the_path() -> None:
     """And the message names the cap."""
     _, step = line(Budget(path=0.25), Gate(patience=2, on_stall="raise"))

@@ -254,6 +254,36 @@ def test_a_policy_of_another_ledger_is_refused(tmp_path) -> None:
     assert first.displacement == pytest.approx(first.path, rel=1e-3)
 
 
+def test_a_policy_that_was_left_behind_is_refused_after_a_checkpoint(tmp_path) -> None:
+    """The checkpoint has a pi_ref, so that the KL closure asks for none: the first stage would not save its own."""
+    problem, other, bare = still_problem(), still_problem(seed=5), still_problem(seed=5)
+    train(problem, stage(problem, tmp_path, "sft"))
+    (tmp_path / "ledger.json").unlink()
+    before = wrap(bare, 1e-3)
+    train(bare, before, 1)
+    kl, other.kl = other.kl, None
+    optimizer = stage(other, tmp_path, "sft")
+    optimizer.load_state_dict(before.state_dict())
+    optimizer.bind(kl)
+    other.backward(0)
+    with pytest.raises(ValueError, match=r"ledger\.pi_ref\.pt is the pi_ref of another ledger .* Delete it"):
+        optimizer.step()
+    (tmp_path / "ledger.pi_ref.pt").unlink()
+    optimizer.step()
+    assert (tmp_path / "ledger.pi_ref.pt").exists()
+
+
+def test_a_function_that_measures_no_displacement_leaves_none(tmp_path) -> None:
+    """Bound in the middle of a stage: what was known is of another policy by now."""
+    problem = still_problem()
+    optimizer = stage(problem, tmp_path, "sft")
+    train(problem, optimizer, 1)
+    assert Ledger(tmp_path / "ledger.json").stages[0].displacement is not None
+    optimizer.bind(lambda: 0.0)
+    train(problem, optimizer, 1)
+    assert Ledger(tmp_path / "ledger.json").stages[0].displacement is None
+
+
 def test_a_kill_between_both_files_can_go_on(tmp_path) -> None:
     """The ledger comes first: without its pi_ref the first stage saves one anew."""
     problem = still_problem()

@@ -128,6 +128,7 @@ def test_bad_arguments_are_refused(tmp_path, arguments, error, message) -> None:
         ("displacement", "NaN"),
         ("steps", -3),
         ("steps", 1.5),
+        ("steps", True),
         ("origin", "foo"),
         ("stage", ""),
     ],
@@ -139,8 +140,22 @@ def test_what_cannot_be_is_refused(tmp_path, name, value) -> None:
     plain = json.loads(path.read_text())
     plain["stages"][0][name] = value
     path.write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match=rf"ledger\.json cannot be read as a ledger \(ValueError: {name}"):
+    with pytest.raises(
+        ValueError, match=rf"ledger\.json cannot be read as a ledger \(ValueError: {name}.* in the entry "
+    ):
         Ledger(path, stage="dpo")
+
+
+def test_what_an_entry_lacks_is_named(tmp_path) -> None:
+    """And the entry, of several."""
+    path = tmp_path / "ledger.json"
+    for name in ("sft", "dpo"):
+        Ledger(path, stage=name).write(Stage(name, 2, 0.25))
+    plain = json.loads(path.read_text())
+    del plain["stages"][1]["path"]
+    path.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=r"'path' is missing in the entry \{'stage': 'dpo'"):
+        Ledger(path)
 
 
 def test_two_entries_of_one_stage_are_refused(tmp_path) -> None:
@@ -166,6 +181,18 @@ def test_only_its_own_policies_are_forgotten(tmp_path) -> None:
         ledger.forget("sft")
         assert not any(file.exists() for file in mine)
         assert all(file.exists() for file in others)
+
+
+def test_a_ledger_that_was_forgotten_is_another_one(tmp_path) -> None:
+    """So that a pi_ref which a kill leaves behind is not taken for its own."""
+    path = tmp_path / "ledger.json"
+    for name in ("sft", "dpo"):
+        Ledger(path, stage=name).write(Stage(name, 2, 0.25))
+    before = Ledger(path).id
+    Ledger(path).forget("dpo")
+    assert Ledger(path).id == before
+    Ledger(path).forget("sft")
+    assert Ledger(path).id != before
 
 
 def test_a_ledger_stays_where_it_is(tmp_path, monkeypatch) -> None:
