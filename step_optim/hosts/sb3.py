@@ -32,7 +32,7 @@ class STEPCallback(BaseCallback):
     ``train()`` of the model is one candidate: all of its epochs and minibatches
     together, audited once, on observations of the rollout that it was made of.
     What stands is within the budget; the value network is shortened along with
-    the policy. The model's logger gets columns ``step_optim/...``; see
+    the policy, or keeps its step with ``keep="unread"``. The model's logger gets columns ``step_optim/...``; see
     `columns`. ``model.save()`` and ``load()`` keep what a resumed run needs:
     pass the callback to its ``learn()`` again.
 

@@ -150,6 +150,22 @@ def test_a_rejected_update_never_was() -> None:
     assert equal(model.policy.optimizer.optimizer.state_dict()["state"], moments["state"])
 
 
+def test_the_value_network_may_keep_its_step() -> None:
+    """What is rejected is the policy's; the value network has the bits of the bare update, and its moments."""
+    bare = Case().model()
+    theta = copy.deepcopy(bare.policy.state_dict())
+    bare.learn(32)
+    model, step = Case().model(), STEPCallback(budget=1e-12, controller=Gate(), keep="unread")
+    model.learn(32, callback=step)
+    assert step.optimizer.last.action is Action.REJECT
+    assert 0 < step.optimizer.last.kept < len(theta)
+    state = step.optimizer.optimizer.state
+    for name, weight in model.policy.named_parameters():
+        is_value = "value" in name
+        assert torch.equal(weight, (bare.policy.state_dict() if is_value else theta)[name]), name
+        assert (weight in state) is is_value, name
+
+
 def test_a_shrunk_update_lies_on_the_line_to_the_bare_one() -> None:
     """It is theta_t + alpha (candidate - theta_t); the candidate is what the bare update makes of this rollout."""
     bare = Case().model()
