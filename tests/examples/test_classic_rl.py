@@ -55,6 +55,7 @@ def test_five_lines_are_added(name):
         assert {line for line in marked if "observe" in line or "window" in line} <= added
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path):
     """Every method makes its updates; those of a trust region stay in it, as an observer of all observations sees."""
     source, folder = str(ROOT / "examples" / "classic_rl"), tmp_path / "runs"
