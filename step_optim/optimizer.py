@@ -85,8 +85,9 @@ class STEPOptimizer(AdjustableOptimizer):
             its folder. None keeps none, and costs nothing.
         keep: what keeps its whole step where the policy's is shrunk, led back or rolled back. ``"unread"``: all that
             the KL closure does not read (a critic of its own, a value head), weights and optimizer state. It is
-            measured in the first step, by a gradient and a few audits. Parameters, ``critic.parameters()``: these;
-            the first step refuses them if they are read. None: nothing does.
+            measured in the first step over budget, by a gradient and a few audits, on these observations: where other
+            ones would call more of the policy, name the parameters, ``critic.parameters()``. They are refused if they
+            are read. None: nothing does.
 
     Raises:
         TypeError: an argument of the wrong kind.

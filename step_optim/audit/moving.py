@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from step_optim.audit.closure import Audit
 from step_optim.audit.first_policy import FirstPolicy
@@ -135,7 +137,14 @@ class MovingKL(LogitKL):
         self.complete_origin()
         super().anchor(audit)
         if self._after_renewal == "keep" and self._first_weights is None:
-            self._first_weights = FirstPolicy(self.used)
+            self._first_weights = FirstPolicy(self._all_modules())
+
+    def _all_modules(self) -> Iterator[nn.Module]:
+        """All that the policy may be read from: the whole model, where it is known, and what ``fn`` has called."""
+        fn = None if self._observed is None else self._observed.fn
+        for root in [*self.modules(), *([fn] if isinstance(fn, nn.Module) else [])]:
+            yield from root.modules()
+        yield from self.used
 
     def complete_origin(self) -> None:
         """Read pi_ref on observations that are new, here and on the pool, if its weights are kept."""
@@ -145,8 +154,19 @@ class MovingKL(LogitKL):
             other.complete_origin()
 
     def _read_first(self, first: FirstPolicy) -> Any:
-        with isolated([*self.modules(), *first.modules], watch=self._watch, state=self._state), first.standing_in():
-            return self._policy()
+        modules = [*self.modules(), *first.modules]
+        with isolated(modules, watch=self._watch, state=self._state) as used, first.standing_in():
+            policy = self._policy()
+        late = [
+            module for module in used if module not in first.modules and any(True for _ in module.parameters(False))
+        ]
+        if late:
+            raise ValueError(
+                f"drift='keep': on these observations fn calls {type(late[0]).__name__}, which it did not call when "
+                "pi_ref was kept, so that its weights of that time are not known; name the whole policy, PolicyKL(fn, "
+                "model=...)"
+            )
+        return policy
 
     @property
     def has_origin(self) -> bool:

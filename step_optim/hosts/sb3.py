@@ -82,7 +82,14 @@ class STEPCallback(BaseCallback):
         self.count, self.slices, self.seed = observations, slices, seed
         self._restart, self._options = restart_drift, options
         self._region: TrustRegion | None = None
-        self._made(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), process_group=None, log=None, recorder=None)
+        named = {} if isinstance(options.get("keep"), str) else {"keep": None}  # parameters of a model that comes later
+        trial = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        self._made(trial, process_group=None, log=None, recorder=None, ledger=None, **named)
+
+    @property
+    def has_ledger(self) -> bool:
+        """Whether displacement is entered into a ledger."""
+        return self._options.get("ledger") is not None
 
     def _made(self, optimizer: torch.optim.Optimizer, **instead: Any) -> STEPOptimizer:
         return STEPOptimizer(optimizer, budget=self.budget, **(self._options | instead))
@@ -177,7 +184,8 @@ class TrustRegion:
         if isinstance(kl, PolicyKL):
             kl.observe(seen, slices)
             return
-        policy, drift = self.model.policy, "keep" if self.optimizer.budget.caps_drift else None
+        keeps = self.optimizer.budget.caps_drift or settings.has_ledger  # the path has one beginning
+        policy, drift = self.model.policy, "keep" if keeps else None
         fn = policy_of(policy, buffer.buffer_size)
         self.optimizer.bind(PolicyKL(fn, slices, observations=seen, model=policy, drift=drift))
 

@@ -76,7 +76,8 @@ class Keeping:
             snapshot.check_apart(self._parameters(found))
         else:
             warn_of_none(kl)
-        self._run.unread = unread.measured(kl, found, [names[i] for i in found])
+        read = [i for i, parts in enumerate(places) if parts and not free.issuperset(parts)]
+        self._run.unread = unread.measured(kl, found, [names[i] for i in found], read)
 
     def _parameters(self, positions: Sequence[int]) -> list[Tensor]:
         every = [p for group in self._optimizer.param_groups for p in group["params"]]

@@ -224,8 +224,9 @@ class Step:
         else:
             if candidate.movement.is_finite:
                 self.run.controller.saw(self.auditor.ratios(candidate), self.run.memory)
-            with self.clock("audit"):
-                self._keeping.measure()
+            if not candidate.feasible:
+                with self.clock("audit"):
+                    self._keeping.measure()
             outcome = self._settle(self._judge(candidate))
             if outcome.action is Action.REJECT:
                 self._warn_of_stall(candidate)

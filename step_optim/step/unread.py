@@ -57,11 +57,19 @@ class Unread:
 
     def is_known(self, kl: KLClosure) -> bool:
         """Whether they were measured with this KL closure, or told by a checkpoint."""
-        return self.found is not None and (self.source is None or self.source is _source(kl))
+        return self.found is not None and (self.source is None or self.source == _source(kl))
 
-    def measured(self, kl: KLClosure, found: Collection[int], names: Sequence[str]) -> Unread:
-        """Return it with what was found."""
-        return replace(self, found=tuple(found), names=tuple(names), source=_source(kl))
+    def measured(self, kl: KLClosure, found: Collection[int], names: Sequence[str], read: Collection[int]) -> Unread:
+        """Return it with what was found.
+
+        Args:
+            kl: measured it.
+            found: what is unread, and was so before.
+            names: theirs.
+            read: what is read. It is part of the policy from now on, whatever other observations say.
+        """
+        read = tuple(dict.fromkeys([*self.read, *read]))
+        return replace(self, found=tuple(found), names=tuple(names), read=read, source=_source(kl))
 
     def forgotten(self) -> Unread:
         """Return it as before the first step: the KL closure reads something else."""
@@ -74,11 +82,15 @@ class Unread:
     def describe(self) -> dict[str, Any]:
         """For the first line of a log: what was asked for, and the names of what keeps its step, once known."""
         asked = KEEP if self.asked is None else f"{len(self.asked)} parameters"
-        return {"asked": asked, "parameters": None if self.found is None else list(self.names)}
+        known = self.found is not None and len(self.names) == len(self.found)
+        return {"asked": asked, "parameters": list(self.names) if known else None}
 
-    def state_dict(self) -> dict[str, list[int]]:
+    def state_dict(self) -> dict[str, list[int] | None]:
         """Plain values, for a checkpoint; nothing before the first measurement."""
-        return {} if self.found is None else {"found": list(self.found), "read": list(self.read)}
+        if self.found is None:
+            return {}
+        asked = None if self.asked is None else list(self.asked)
+        return {"asked": asked, "found": list(self.found), "read": list(self.read)}
 
     def loaded(self, state: Mapping[str, Any] | None) -> Unread:
         """Return it as a checkpoint tells it: one without such an entry says nothing.
@@ -86,14 +98,14 @@ class Unread:
         Raises:
             ValueError: it cannot be read.
         """
-        if not state:
+        if not state or state["asked"] != (None if self.asked is None else list(self.asked)):
             return self.forgotten()
         return Unread(self.asked, _positions(state["found"]), read=_positions(state["read"]))
 
 
 def _source(kl: KLClosure) -> Any:
-    """A function is another closure in every step that it is given to."""
-    return getattr(kl, "fn", kl) if kl.opaque else kl
+    """What is read, on which observations; a function is another closure in every step that it is given to."""
+    return (getattr(kl, "fn", kl) if kl.opaque else kl), kl.renewals
 
 
 def _positions(value: Any) -> tuple[int, ...]:
@@ -251,16 +263,29 @@ class Probe:
             return None
 
     def _flat(self, start: Sequence[Tensor]) -> Collection[int]:
-        """Places where the movement's gradient is exactly 0; all of them, where there are no gradients."""
+        """Places that the movement's graph does not reach; all of them, where there are no gradients.
+
+        A gradient of exactly 0 is not enough: a weight whose inputs are 0 in
+        these observations is read in others.
+        """
         everywhere = range(len(start))
         if not self._has_gradients:
             return everywhere
         self.count += 1
+        reached = set[int]()
+        hooks = [
+            parameter.register_hook(lambda _, i=i: reached.add(i))  # type: ignore[no-untyped-call]
+            for i, parameter in enumerate(self._snapshot.parameters)
+            if parameter.requires_grad
+        ]
         try:
             (normal,) = self._auditor.normals(["mean"], start)
         except NotImplementedError:  # only some of the function's figures have a graph
             return everywhere
-        read = (bool((part != 0).any()) for part in normal.gradient)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        read = (i in reached or bool((part != 0).any()) for i, part in enumerate(normal.gradient))
         flat = [i for i, is_read in enumerate(read) if not is_read]
         return set(self._ranks.agree(flat))
 

@@ -457,3 +457,37 @@ def test_a_kept_pi_ref_leaves_no_trace() -> None:
             assert same_bits(t, before[name][1])
             assert t._version == before[name][2]
         assert all(module.training for module in actor.modules())
+
+
+class Experts(nn.Module):
+    """Two networks; which one speaks is up to the observations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a if bool(x[0, 0] > 0) else self.b)(x)
+
+
+@pytest.mark.parametrize("known", ["fn", "model", "nothing"])
+def test_what_is_called_later_is_part_of_a_kept_pi_ref(known) -> None:
+    """Its weights of that time are kept where the whole policy is known; where not, nobody could tell: refused."""
+    policy, x = Experts(), torch.rand(5, 3)
+    first = copy.deepcopy(policy)
+    options = {"model": policy} if known == "model" else {}
+    kl = PolicyKL(policy if known == "fn" else lambda seen: policy(seen), observations=x, drift="keep", **options)
+    optimizer = STEPOptimizer(torch.optim.SGD(policy.parameters(), lr=0.1), kl, budget=Budget(mean=1.0, drift=10.0))
+    for parameter in policy.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    kl.observe(-x)
+    if known == "nothing":
+        with pytest.raises(ValueError, match=r"calls Linear, which it did not call .* PolicyKL\(fn, model=...\)"):
+            optimizer.step()
+        return
+    optimizer.step()
+    with torch.no_grad():
+        now, then = (Categorical(logits=each(-x).double()) for each in (policy, first))
+    assert optimizer.last.reference_drift.mean == pytest.approx(float(kl_divergence(now, then).mean()), rel=1e-4)

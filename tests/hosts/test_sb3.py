@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.utils import set_random_seed
 from torch.distributions import Independent, MixtureSameFamily, Normal
 
-from step_optim import Action, Budget, Gate, PolicyKL, Project, read_log
+from step_optim import Action, Budget, Gate, Ledger, PolicyKL, Project, read_log
 from step_optim.hosts.rollouts import drawn, policy_of, torch_distribution
 from step_optim.hosts.sb3 import STEPCallback
 from step_optim.snapshot.tensors import same_bits
@@ -164,6 +164,18 @@ def test_the_value_network_may_keep_its_step() -> None:
         is_value = "value" in name
         assert torch.equal(weight, (bare.policy.state_dict() if is_value else theta)[name]), name
         assert (weight in state) is is_value, name
+
+
+def test_with_a_ledger_displacement_is_from_the_first_policy(tmp_path) -> None:
+    """Over two stages, whatever the latest rollout is; and parameters may be named for `keep`."""
+    model = Case().model()
+    for stage in ("one", "two"):
+        ledger = Ledger(tmp_path / "ledger.json", stage=stage)
+        step = STEPCallback(budget=1e-3, ledger=ledger, keep=list(model.policy.value_net.parameters()))
+        model.learn(64, callback=step)
+        assert step.optimizer.last.reference_drift.mean == Ledger(tmp_path / "ledger.json").stages[-1].displacement
+    steps = Ledger(tmp_path / "ledger.json").figures()
+    assert steps["displacement"] > step.optimizer.last.accepted.mean
 
 
 def test_a_shrunk_update_lies_on_the_line_to_the_bare_one() -> None:

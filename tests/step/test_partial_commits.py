@@ -283,9 +283,95 @@ def test_an_adapter_that_begins_at_zero_is_read():
     kl = PolicyKL(lambda: x @ down.T @ up.T + x[:, :3], noise_floor=False)
     optimizer = STEPOptimizer(torch.optim.SGD([down, up, free], lr=0.1), kl=kl, budget=1e-9, keep="unread")
     for parameter in (down, up, free):
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     assert optimizer.describe()["keep"]["parameters"] == ["param_groups[0]['params'][2]"]
+
+
+class Goals(nn.Module):
+    """An actor with a branch whose inputs may be 0, and a critic; the movement is measured where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.goal, self.critic = nn.Linear(4, 3), nn.Linear(2, 3, bias=False), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x[:, :4]) + self.goal(x[:, 4:])
+
+    def gradients(self) -> None:
+        for i, parameter in enumerate(self.parameters()):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+
+
+def test_a_branch_whose_inputs_are_0_is_the_policys():
+    """Nothing that it does shows on these observations, but the graph reaches it; others would read it."""
+    model, x = Goals(), torch.cat([torch.randn(6, 4), torch.zeros(6, 2)], 1)
+    kl = PolicyKL(lambda: model(x), model=model)
+    optimizer = STEPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), kl, budget=1e-6, keep="unread", controller=Gate()
+    )
+    before = model.goal.weight.clone()
+    model.gradients()
+    optimizer.step()
+    assert optimizer.describe()["keep"]["parameters"] == ["critic.weight", "critic.bias"]
+    assert torch.equal(model.goal.weight, before)
+
+
+def test_new_observations_are_looked_at_again():
+    """What was read once belongs to the policy, also where the next observations do not call it."""
+
+    class Experts(Goals):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x[:, :4]) if not x[:, 4:].any() else super().forward(x)
+
+    model = Experts()
+    one = torch.cat([torch.randn(6, 4), torch.zeros(6, 2)], 1)
+    both = torch.randn(6, 6)
+    kl = PolicyKL(model, observations=one, model=model)
+    optimizer = STEPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), kl, budget=1e-6, keep="unread", controller=Gate()
+    )
+    kept = []
+    for x in (one, both, one):
+        kl.observe(x)
+        model.gradients()
+        optimizer.step()
+        kept.append(optimizer.describe()["keep"]["parameters"])
+    assert kept[0] == ["goal.weight", "critic.weight", "critic.bias"]  # of these observations; the guide says so
+    assert kept[1] == kept[2] == ["critic.weight", "critic.bias"]
+
+
+def test_a_checkpoint_of_another_keep_is_measured_anew():
+    """Names are known once they are."""
+    model, x = Goals(), torch.randn(6, 6)
+
+    def optimizer(keep: Any) -> STEPOptimizer:
+        inner = torch.optim.SGD(model.parameters(), lr=1.0)
+        return STEPOptimizer(inner, PolicyKL(lambda: model(x), model=model), budget=1e-6, keep=keep, controller=Gate())
+
+    first = optimizer("unread")
+    model.gradients()
+    first.step()
+    saved = copy.deepcopy(first.state_dict())
+    same, other = optimizer("unread"), optimizer([model.critic.bias])
+    for resumed in (same, other):
+        resumed.load_state_dict(copy.deepcopy(saved))
+        assert resumed.describe()["keep"]["parameters"] is None
+        model.gradients()
+        resumed.step()
+    assert (same.last.kept, other.last.kept) == (2, 1)
+
+
+def test_steps_within_budget_are_not_probed():
+    """A policy that is none 10 % away does not matter there."""
+    model, x = Goals(), torch.randn(6, 6)
+    optimizer = STEPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1e-6), PolicyKL(lambda: model(x), model=model), budget=1.0, keep="unread"
+    )
+    model.gradients()
+    optimizer.step()
+    assert (optimizer.last.action, optimizer.last.probes) == (Action.COMMIT, 0)
 
 
 def test_a_function_without_gradients_is_asked_a_few_times():
@@ -397,7 +483,7 @@ def test_what_turns_out_to_be_read_is_rolled_back_with_the_rest():
     learn(model, optimizer, data)  # warned once
     assert optimizer.last.kept == 2
     resumed = copy.deepcopy(optimizer.state_dict())["step_optim"]["unread"]
-    assert resumed == {"found": [4, 5], "read": [2, 3]}
+    assert resumed == {"asked": None, "found": [4, 5], "read": [0, 1, 2, 3]}
 
 
 def test_a_language_model_with_a_value_head():
