@@ -54,7 +54,7 @@ class JSONLWriter:
     """
 
     def __init__(self, path: str | Path, header: Callable[[], Mapping[str, Any]]) -> None:
-        self.path = user_path(path)
+        self.path = user_path(path).absolute()  # the process may go elsewhere
         self._header = header
         self._begun = False
         self._end: int | None = None

@@ -240,6 +240,17 @@ def test_two_optimizers_that_write_one_file_are_told(tmp_path) -> None:
     sinks[0](record(2, None))  # once
 
 
+def test_a_log_stays_where_it_is(tmp_path, monkeypatch) -> None:
+    """Though the process goes elsewhere: a relative path is one from where the optimizer was made."""
+    monkeypatch.chdir(tmp_path)
+    sink = open_log("run.jsonl", dict)
+    sink(record(0, None))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sink(record(1, None))
+    assert [each.step for each in read_log(tmp_path / "run.jsonl")] == [0, 1]
+
+
 def test_trackers_are_written_by_the_first_process_alone() -> None:
     """As files are; functions are called in each."""
     board, seen = Board(), []
