@@ -180,8 +180,8 @@ class STEPOptimizer(AdjustableOptimizer):
 
         Raises:
             RuntimeError: there is no KL closure.
-            Exception: whatever was raised in between, with all weights and state as before. Only an error of the log
-                comes after the decision: the step is then complete, as `last` has it.
+            Exception: whatever was raised in between, with all weights and state as before. Only an error of the log,
+                the ledger or the recorder comes after the decision: the step is then complete, as `last` has it.
         """
         if args and isinstance(args[0], KLClosure):
             kl, args = args[0], args[1:]
